@@ -1,0 +1,31 @@
+# `make demo` and `make test` each do everything that a fresh machine with Python and make needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint venv clean
+
+demo: venv
+	$(BIN)/hfgpt train demo
+	$(BIN)/hfgpt generate out/demo "The file object" --max-new-tokens 60 --seed 1
+
+test: lint
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-all: test
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv out build dist .mypy_cache .pytest_cache .ruff_cache

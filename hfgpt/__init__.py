@@ -1,0 +1,106 @@
+"""A GPT written from scratch that is a full citizen of the Hugging Face ecosystem.
+
+`import hfgpt` costs next to nothing: torch and transformers are imported when a name is first used, and the model
+registers itself with transformers' Auto classes when those are first used.
+"""
+
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+PUBLIC_NAMES = {
+    "HFGPTConfig": "hfgpt.configuration_hfgpt",
+    "HFGPTModel": "hfgpt.modeling_hfgpt",
+    "HFGPTForCausalLM": "hfgpt.modeling_hfgpt",
+    "GPT": "hfgpt.gpt",
+}
+
+__all__ = ["GPT", "HFGPTConfig", "HFGPTForCausalLM", "HFGPTModel", "__version__"]
+
+AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # every Auto class imports it, AutoConfig nothing else
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC_NAMES:
+        raise AttributeError(f"module 'hfgpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(PUBLIC_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *PUBLIC_NAMES]
+
+
+def register_with_transformers() -> None:
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know hfgpt, and hfgpt read GPT-2 files."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from hfgpt.configuration_hfgpt import HFGPTConfig
+    from hfgpt.modeling_hfgpt import HFGPTForCausalLM, HFGPTModel
+    from hfgpt.weights import gpt2
+
+    AutoConfig.register(HFGPTConfig.model_type, HFGPTConfig, exist_ok=True)
+    AutoModel.register(HFGPTConfig, HFGPTModel, exist_ok=True)
+    AutoModelForCausalLM.register(HFGPTConfig, HFGPTForCausalLM, exist_ok=True)
+    gpt2.register()
+
+
+class RegisterAfterAutoClasses(MetaPathFinder):
+    """Runs `register_with_transformers` once, as soon as transformers' Auto classes are imported.
+
+    The Auto classes are often imported from the middle of another module of transformers, or of hfgpt. Registering
+    there would meet half-imported modules, so this waits until the outermost import of either package is done.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Step in for modules of transformers and hfgpt, to hear when they are done."""
+        if fullname.partition(".")[0] not in ("transformers", "hfgpt"):
+            return None
+        spec = PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
+        if spec is not None and spec.loader is not None:
+            spec.loader = WatchedLoader(spec.loader, self)
+        return spec
+
+    def done(self) -> None:
+        """Register, if this was the outermost import and the Auto classes are there."""
+        if self.depth == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register_with_transformers()
+
+
+class WatchedLoader(Loader):
+    """A module's own loader, with word to the finder when the module has run."""
+
+    def __init__(self, loader: Loader, finder: RegisterAfterAutoClasses) -> None:
+        self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)  # `python -m` asks for `get_code`, others for `get_source`
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the module's own loader."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module back to its own loader, and run it."""
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.finder.depth += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.finder.depth -= 1
+        self.finder.done()
+
+
+if AUTO_CLASSES in sys.modules:
+    register_with_transformers()
+else:
+    sys.meta_path.insert(0, RegisterAfterAutoClasses())

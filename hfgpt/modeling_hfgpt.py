@@ -1,0 +1,336 @@
+"""What it takes to make a PyTorch GPT a transformers model; the GPT itself is in gpt.py.
+
+Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
+base class that says what the model can do, the model, its head, and the names under which tools look for it.
+
+This file, gpt.py, loss.py and configuration_hfgpt.py travel to the Hub with the weights and run where hfgpt is not
+installed, so they import one another by `from .x import y` only.
+
+Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, packed_sequence_mask_function
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from .gpt import Block, CausalSelfAttention, eager_attention, init_std
+from .loss import linear_cross_entropy, shift_left
+
+
+class HFGPTBlock(GradientCheckpointingLayer, Block):
+    """A `Block` whose activations can be dropped and computed again in the backward pass."""
+
+
+class HFGPTPreTrainedModel(PreTrainedModel):
+    """What every hfgpt model can do, in the words in which transformers asks for it."""
+
+    config: HFGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HFGPTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HFGPTBlock, "attentions": CausalSelfAttention}  # noqa: RUF012
+    # The causal masks that old GPT-2 files hold as buffers. The dot before `attn` spares `c_attn.bias`.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the weights of one module as gpt.py's `GPT` does: one seed gives both the same tensors."""
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            super()._init_weights(module)
+            return
+        name = next((name for name, candidate in self.named_modules() if candidate is module), "")
+        init.normal_(module.weight, mean=0.0, std=init_std(name, self.config))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load hfgpt or GPT-2 weights, from a folder or the Hub; see transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: tensors are missing, left over or of another shape than the config says. Pass `state_dict`,
+                `output_loading_info=True` or `ignore_mismatched_sizes=True` to take them as transformers does.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        lenient = wants_info or kwargs.get("state_dict") is not None or kwargs.get("ignore_mismatched_sizes", False)
+        if not lenient:
+            kwargs["ignore_mismatched_sizes"] = True  # so that the refusal below can name tensors and shapes
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if not lenient:
+            refuse_unaccounted_tensors(model, info, pretrained_model_name_or_path)
+        if model.config.model_type == GPT2_SOURCE:
+            del model.config.__dict__["model_type"]
+            model._weight_conversions = []  # what is saved from now on has hfgpt's own layout
+        return (model, info) if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        if model.config.model_type == GPT2_SOURCE and GPT2_SOURCE not in USER_REGISTERED_MAPPINGS:
+            raise ValueError("these are GPT-2 files. Run `pip install hfgpt` and `import hfgpt` to import them.")
+        return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save weights, config and the code that runs them without hfgpt; see transformers' `save_pretrained`."""
+        # A model made from a GPT-2 config still carries the mark, by which transformers would write GPT-2's layout.
+        self.config.__dict__.pop("model_type", None)
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
+    """Check that every tensor of the file went into the model, and every tensor of the model came from the file.
+
+    A new head may be put on a base model, and a base model be taken out from under a head: the parameters of the head
+    then have no counterpart.
+
+    Raises:
+        ValueError: naming the first tensor for which the two disagree, and how many more there are.
+    """
+    prefix = model.base_model_prefix + "."
+    is_base = not hasattr(model, model.base_model_prefix)
+    missing = [
+        key
+        for key in info["missing_keys"]
+        if (is_base or key.startswith((prefix, "lm_head"))) and key not in model.all_tied_weights_keys
+    ]
+    left_over = [key for key in info["unexpected_keys"] if not (is_base and key.startswith("lm_head"))]
+    faults = [
+        f"{name}: in the file {tuple(there)}, in the model {tuple(here)}"
+        for name, there, here in sorted(info["mismatched_keys"])
+    ]
+    faults += [f"{name}: not in the file" for name in sorted(missing)]
+    faults += [f"{name}: in the file, not in the model" for name in sorted(left_over)]
+    faults += info["error_msgs"]
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        faults.append("lm_head.weight: in the file, and not the token embedding, though `tie_word_embeddings` is true")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{source}: the weights do not fit the config. {faults[0]}{more}.")
+
+
+class HFGPTModel(HFGPTPreTrainedModel):
+    """The GPT without its head: token ids to hidden states."""
+
+    def __init__(self, config: HFGPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(HFGPTBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Turn tokens into hidden states.
+
+        Args:
+            input_ids: (B, T) token ids. Give these or `inputs_embeds`.
+            attention_mask: (B, S), 1 for tokens and 0 for padding on either side; or (B, 1, T, S) as `attend` takes it.
+            position_ids: (B, T) positions from 0. Where they do not go on by one, a new document begins that sees
+                nothing before it. None counts the unmasked tokens.
+            past_key_values: keys and values of what came before.
+            inputs_embeds: (B, T, C) token embeddings in place of `input_ids`.
+            use_cache: whether to return keys and values; None asks the config.
+            **kwargs: handed on to the attention function.
+
+        Returns:
+            `last_hidden_state` (B, T, C) after the last norm, and `past_key_values`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give `input_ids` or `inputs_embeds`, one of them.")
+        x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+        # Documents are told apart by the positions the caller gave, never by those derived from a padding mask.
+        documents_BT = None
+        if position_ids is not None and past_key_values is None:
+            documents_BT = find_packed_sequence_indices(position_ids.expand(x_BTC.shape[0], -1))
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTC,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=None if documents_BT is None else packed_sequence_mask_function(documents_BT),
+        )
+        if position_ids is None:
+            position_ids = count_positions(x_BTC, attention_mask, past_key_values)
+        self.refuse_missing_positions(position_ids, past_key_values)
+        # A cache made here comes after the mask: it would hide from transformers that this is one whole pass.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        x_BTC = x_BTC + self.embed_positions(position_ids)
+        x_BTC = F.dropout(x_BTC, p=self.config.embd_pdrop, training=self.training)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        for block in self.layers:
+            x_BTC = block(
+                x_BTC,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                attend=attend,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), past_key_values=past_key_values)
+
+    def refuse_missing_positions(self, position_ids: Tensor, past_key_values: Cache | None) -> None:
+        """Raise a ValueError where the embedding would raise an IndexError, or on a GPU end the process.
+
+        The positions themselves are read only if the sequence, padding included, is too long: reading them makes a GPU
+        wait.
+        """
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if not isinstance(past_length, int):
+            return  # a static cache counts on the device; its length was given by who made it
+        length, limit = past_length + position_ids.shape[-1], self.config.max_position_embeddings
+        if length > limit and position_ids.max() >= limit:
+            raise ValueError(
+                f"the sequence has {length} tokens, the model `max_position_embeddings` ({limit}): there is no "
+                "position for the rest. Shorten the prompt, or generate fewer tokens."
+            )
+
+
+def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """Number the tokens from 0, padding left out: (1, T), or (B, T) where a mask says what padding is."""
+    length = x_BTC.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return torch.arange(length, device=x_BTC.device)[None] + past_length
+
+
+class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
+    """The GPT with the head that scores every next token: training, `generate`, everything."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: HFGPTConfig) -> None:
+        super().__init__(config)
+        self.model = HFGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Score every next token, and the whole sequence if there are labels.
+
+        Args:
+            input_ids: see `HFGPTModel.forward`, as all that is not named here.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: (B, T) the tokens themselves, -100 where nothing is to be predicted; they are shifted here.
+                `shift_labels`, in which place t holds the target of position t, takes their place if it is given.
+            use_cache: whether to return keys and values; None asks the config, or in training returns none.
+            logits_to_keep: make logits of the last so many positions only; 0 makes all.
+            skip_logits: whether to make the loss without ever holding all logits; `logits` is then None.
+            **kwargs: `shift_labels`; `num_items_in_batch`, what the summed loss is divided by (default: the number of
+                targets); the rest goes to the attention function.
+
+        Returns:
+            `loss` in nats per token, `logits` (B, T, V), `past_key_values`.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        if use_cache is None and self.training:
+            use_cache = False  # nothing comes after, and copies of all keys and values would stay in memory
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BTC = outputs.last_hidden_state
+        targets = shift_left(labels) if shift_labels is None and labels is not None else shift_labels
+
+        loss = logits = None
+        if skip_logits and targets is not None:
+            loss = linear_cross_entropy(hidden_BTC, self.lm_head.weight, targets, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_BTC, logits_to_keep))
+            if targets is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # it takes a view
+                    vocab_size=self.config.vocab_size,
+                    **kwargs,
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hfgpt.HFGPTConfig",
+    "AutoModel": "modeling_hfgpt.HFGPTModel",
+    "AutoModelForCausalLM": "modeling_hfgpt.HFGPTForCausalLM",
+}
+"""Where code that comes with the weights is found in the folder; written into config.json."""
+
+# `save_pretrained` copies the files of classes that are registered so.
+HFGPTConfig.register_for_auto_class("AutoConfig")
+HFGPTModel.register_for_auto_class("AutoModel")
+HFGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+# Trainer's label smoothing, `transformers serve` and model cards look only here, not at `AutoModel.register`.
+MODEL_MAPPING_NAMES[HFGPTConfig.model_type] = "HFGPTModel"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HFGPTConfig.model_type] = "HFGPTForCausalLM"

@@ -1,0 +1,171 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hfgpt import loss
+from hfgpt.loss import IGNORE_INDEX, linear_cross_entropy, shift_left
+
+TOKENS, WIDTH, VOCABULARY = 20, 6, 31
+
+
+@pytest.fixture(params=[7, 20, 1024], ids=lambda chunk: f"chunks of {chunk}")
+def chunked(request, monkeypatch):
+    """Chunks that do not divide the tokens, that are all tokens, and that are more than there are."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", request.param)
+
+
+@pytest.fixture
+def problem():
+    """Hidden states (4, 5, C), the output matrix (V, C) and targets (4, 5), of which four are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 5, WIDTH, generator=generator).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).requires_grad_()
+    targets = torch.randint(VOCABULARY, (4, 5), generator=generator)
+    targets[0, :3] = targets[3, 4] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def plain_cross_entropy(hidden, weight, targets, reduction="mean"):
+    logits = (hidden @ weight.T).float().flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+def loss_and_gradients(function, hidden, weight, *arguments):
+    value = function(hidden, weight, *arguments)
+    return value, *torch.autograd.grad(value, (hidden, weight))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor made while it is on."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_shift_left_makes_each_target_the_next_token():
+    labels = torch.tensor([[1, 2, 3], [4, IGNORE_INDEX, 6]])
+
+    targets = shift_left(labels)
+
+    assert targets.tolist() == [[2, 3, IGNORE_INDEX], [IGNORE_INDEX, 6, IGNORE_INDEX]]
+
+
+@pytest.mark.usefixtures("chunked")
+def test_loss_and_gradients_equal_torchs(problem):
+    torch.testing.assert_close(
+        loss_and_gradients(linear_cross_entropy, *problem),
+        loss_and_gradients(plain_cross_entropy, *problem),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("items", [3, torch.tensor(3)], ids=["int", "tensor"])
+def test_the_sum_is_divided_by_num_items_in_batch(problem, items):
+    torch.testing.assert_close(
+        loss_and_gradients(linear_cross_entropy, *problem, items),
+        loss_and_gradients(lambda *arguments: plain_cross_entropy(*arguments, reduction="sum") / 3, *problem),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.usefixtures("chunked")
+def test_an_ignored_token_counts_for_nothing(problem):
+    hidden, weight, targets = problem
+    elsewhere = hidden.detach().clone()
+    elsewhere[0, :3] += 5
+    elsewhere.requires_grad_()
+
+    value, gradient, _ = loss_and_gradients(linear_cross_entropy, hidden, weight, targets)
+
+    assert torch.equal(gradient[0, :3], torch.zeros(3, WIDTH))
+    assert torch.equal(value, linear_cross_entropy(elsewhere, weight, targets))
+
+
+def test_no_target_is_nan_as_in_torch_and_zero_of_a_larger_batch(problem):
+    hidden, weight, targets = problem
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+
+    assert linear_cross_entropy(hidden, weight, nothing).isnan()
+    assert plain_cross_entropy(hidden, weight, nothing).isnan()
+    value, *gradients = loss_and_gradients(linear_cross_entropy, hidden, weight, nothing, 8)
+    assert value == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_what_is_frozen_gets_no_gradient(problem, frozen):
+    hidden, weight, targets = problem
+    expected = dict(zip(("hidden", "weight"), loss_and_gradients(plain_cross_entropy, *problem)[1:], strict=True))
+    tensors = {"hidden": hidden, "weight": weight}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(frozen not in (name, "both"))
+
+    value = linear_cross_entropy(hidden, weight, targets)
+
+    torch.testing.assert_close(value, plain_cross_entropy(hidden, weight, targets))
+    assert value.requires_grad == (frozen != "both")
+    if value.requires_grad:
+        value.backward()
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, expected[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert tensor.grad is None
+
+
+def test_a_loss_scaled_before_backward_scales_its_gradients(problem):
+    hidden, weight, _ = problem
+    once = loss_and_gradients(linear_cross_entropy, *problem)[1:]
+
+    thrice = torch.autograd.grad(linear_cross_entropy(*problem) * 3, (hidden, weight))
+
+    torch.testing.assert_close(thrice, tuple(gradient * 3 for gradient in once))
+
+
+def test_large_logits_do_not_overflow(problem):
+    hidden, weight, targets = problem
+
+    value, *gradients = loss_and_gradients(
+        linear_cross_entropy, hidden.detach().mul(1e4).requires_grad_(), weight, targets
+    )
+
+    assert value.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("how", ["in bf16", "under autocast"])
+def test_half_precision_stays_near_full_precision(problem, how, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
+    expected = loss_and_gradients(plain_cross_entropy, *problem)
+    hidden, weight, targets = problem
+    if how == "in bf16":
+        hidden, weight = (tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "under autocast"):
+        value = linear_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(value, (hidden, weight))
+
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected[0].item(), rel=1e-2)  # bf16 has eight bits: 0.4 % a number
+    for gradient, of, wanted in zip(gradients, (hidden, weight), expected[1:], strict=True):
+        assert gradient.dtype == of.dtype
+        assert F.cosine_similarity(gradient.float().flatten(), wanted.flatten(), dim=0) > 0.999
+
+
+def test_all_logits_never_exist_at_once(problem, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
+    with LargestTensor() as fused:
+        loss_and_gradients(linear_cross_entropy, *problem)
+    with LargestTensor() as plain:
+        loss_and_gradients(plain_cross_entropy, *problem)
+
+    assert fused.elements == 7 * VOCABULARY
+    assert plain.elements == TOKENS * VOCABULARY

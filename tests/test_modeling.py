@@ -1,0 +1,371 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
+from hfgpt.weights.gpt2 import to_gpt2_tensors
+
+IGNORED = -100
+
+
+def random_ids(rows, length, seed=0):
+    return torch.randint(320, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def ids():
+    return random_ids(3, 20)
+
+
+@pytest.fixture
+def model(make_twins):
+    """An hfgpt model with every parameter drawn, in eval mode."""
+    return make_twins()[1]
+
+
+def enliven(*models):
+    """Let the embeddings outweigh the blocks, so that the greedy text is not one token over and over."""
+    for model in models:
+        for parameter in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()):
+            parameter.data.mul_(10)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def pad(ids, lengths, side):
+    """Hide all but the first `lengths` ids of each row behind padding; returns the new ids and their mask."""
+    padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        kept = slice(0, length) if side == "right" else slice(ids.shape[1] - length, None)
+        padded[row, kept], mask[row, kept] = ids[row, :length], 1
+    return padded, mask
+
+
+def test_changing_a_token_leaves_earlier_logits_as_they_were(model, ids):
+    changed = ids.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 320
+
+    before, after = model(ids).logits, model(changed).logits
+
+    assert torch.equal(before[:, :7], after[:, :7])  # the very same sums
+    assert not torch.isclose(before[0, 7:], after[0, 7:]).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_changes_nothing(make_twins, ids, attention, side):
+    _, model = make_twins(attention)
+    lengths = [20, 13, 5]
+    padded, mask = pad(ids, lengths, side)
+
+    logits = model(padded, attention_mask=mask).logits
+
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(logits[row][mask[row] == 1], alone, rtol=0, atol=2e-5)  # sums in another order
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("lengths", [[20, 20, 20], [20, 13, 5]], ids=["full", "left-padded"])
+def test_cached_decoding_gives_the_same_logits_as_one_pass(make_twins, ids, attention, lengths):
+    _, model = make_twins(attention)
+    padded, mask = pad(ids, lengths, "left")
+    one_pass = model(padded, attention_mask=mask).logits
+
+    cache, steps = None, []
+    for start, end in [(0, 7), (7, 9), *((place, place + 1) for place in range(9, 20))]:
+        output = model(padded[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+
+    assert isinstance(cache, DynamicCache)
+    assert cache.get_seq_length() == 20
+    torch.testing.assert_close(torch.cat(steps, dim=1)[mask == 1], one_pass[mask == 1], rtol=0, atol=2e-5)
+
+
+def test_a_static_cache_gives_the_same_logits_too(model, ids):
+    cache = StaticCache(config=model.config, max_cache_len=32)
+
+    steps = [model(ids[:, :9], past_key_values=cache).logits, model(ids[:, 9:], past_key_values=cache).logits]
+
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(ids).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask of ones"])
+def test_documents_told_apart_by_their_positions_do_not_see_each_other(model, ids, training, masked):
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        setattr(model.config, name, 0.0)
+    model.train(training)
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    mask = torch.ones_like(ids) if masked else None
+
+    packed = model(ids, position_ids=positions, attention_mask=mask).logits
+
+    apart = torch.cat([model(ids[:, :12]).logits, model(ids[:, 12:]).logits], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=2e-5)
+    assert not torch.allclose(packed[:, 12:], model(ids).logits[:, 12:], atol=1e-2)
+
+
+def test_keys_and_values_are_kept_outside_of_training_only(model, ids):
+    assert model(ids).past_key_values.get_seq_length() == 20
+    assert model(ids, use_cache=False).past_key_values is None
+    model.train()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 20
+
+
+def test_embeddings_may_be_given_in_place_of_ids(model, ids):
+    embeddings = model.get_input_embeddings()(ids)
+
+    assert torch.equal(model(inputs_embeds=embeddings).logits, model(ids).logits)
+    for both_or_neither in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="Give `input_ids` or `inputs_embeds`, one of them"):
+            model(**both_or_neither)
+
+
+def test_only_the_logits_asked_for_are_made(model, ids):
+    everything = model(ids).logits
+
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, everything[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, everything[:, [0, 5]])
+
+
+def test_hidden_states_and_attentions_are_recorded(make_twins, ids):
+    gpt2, model = make_twins("eager")
+
+    mine, theirs = (candidate(ids, output_hidden_states=True, output_attentions=True) for candidate in (model, gpt2))
+
+    assert len(mine.hidden_states) == len(theirs.hidden_states) == 3
+    torch.testing.assert_close(mine.hidden_states, theirs.hidden_states, rtol=0, atol=2e-5)
+    torch.testing.assert_close(mine.attentions, theirs.attentions, rtol=0, atol=2e-5)
+
+
+def test_positions_past_the_limit_are_a_clear_error(model):
+    longest = random_ids(2, 64)
+    model(longest)
+
+    with pytest.raises(ValueError, match=r"65 tokens, the model `max_position_embeddings` \(64\)"):
+        model(random_ids(2, 65))
+    with pytest.raises(ValueError, match=r"65 tokens, the model `max_position_embeddings` \(64\)"):
+        model(longest[:, :1], past_key_values=model(longest).past_key_values)
+    with pytest.raises(ValueError, match=r"the model `max_position_embeddings` \(64\)"):
+        model.generate(longest[:, :60], max_new_tokens=6, do_sample=False)
+    assert model.generate(longest[:, :60], max_new_tokens=4, do_sample=False).shape == (2, 64)
+
+
+def test_padding_needs_no_positions(model, ids):
+    padded, mask = pad(random_ids(1, 70), [20], "left")
+
+    logits = model(padded, attention_mask=mask).logits
+
+    torch.testing.assert_close(logits[:, 50:], model(padded[:, 50:]).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_equal_gpt2s(make_twins, ids, attention):
+    gpt2, model = make_twins(attention)
+
+    for candidate in (gpt2, model):
+        candidate(ids, labels=ids).loss.backward()
+
+    mine = to_gpt2_tensors(gradients(model), num_layers=2, tied=True)
+    theirs = gradients(gpt2)
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_loss_is_the_mean_over_every_target(model, ids):
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 9] = labels[2] = IGNORED
+
+    loss = model(ids, labels=labels).loss
+
+    log_probabilities = model(ids).logits.log_softmax(dim=-1)
+    targets = [(row, place) for row in range(3) for place in range(19) if labels[row, place + 1] != IGNORED]
+    by_hand = -torch.stack([log_probabilities[row, place, ids[row, place + 1]] for row, place in targets]).mean()
+    assert len(targets) == 2 * 19 - 4 - 1
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_every_token_of_a_block_is_scored_when_targets_are_given(model):
+    rows = random_ids(2, 21)
+
+    loss = model(rows[:, :-1], labels=rows[:, :-1], shift_labels=rows[:, 1:]).loss
+
+    one_pass = model(rows[:, :-1]).logits.flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(one_pass, rows[:, 1:].flatten()))
+    assert torch.equal(model(rows[:, :-1], shift_labels=rows[:, 1:]).loss, loss)
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["int", "tensor"])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_micro_batches_divided_by_the_same_number_add_up_to_the_whole(model, ids, items, skip_logits):
+    labels = ids.clone()
+    labels[0, :15] = IGNORED
+
+    whole = model(ids, labels=labels, num_items_in_batch=items, skip_logits=skip_logits).loss
+    parts = [
+        model(ids[[row]], labels=labels[[row]], num_items_in_batch=items, skip_logits=skip_logits).loss
+        for row in range(3)
+    ]
+
+    torch.testing.assert_close(whole, sum(parts))
+    torch.testing.assert_close(whole * 7, model(ids, labels=labels).loss * (3 * 19 - 14))
+
+
+@pytest.mark.parametrize("how", ["labels", "shift_labels", "num_items_in_batch", "in training"])
+def test_skipping_the_logits_changes_neither_loss_nor_gradients(model, ids, how):
+    labels = ids.clone()
+    labels[1] = IGNORED
+    arguments = {"labels": labels, "num_items_in_batch": 11 if how == "num_items_in_batch" else None}
+    if how == "shift_labels":
+        arguments["shift_labels"] = labels.flip(1)
+    model.train(how == "in training")
+    losses, grads = [], []
+
+    for skip_logits in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = model(ids, **arguments, skip_logits=skip_logits)
+        output.loss.backward()
+        assert (output.logits is None) == skip_logits
+        losses.append(output.loss)
+        grads.append(gradients(model))
+
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gradient_checkpointing_gives_the_very_same_gradients(model, ids):
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model.train().zero_grad()
+        torch.manual_seed(0)  # dropout is on
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        results.append(gradients(model))
+
+    for name, gradient in results[0].items():
+        assert torch.equal(results[1][name], gradient), name
+
+
+def test_one_batch_can_be_learnt_by_heart(tiny):
+    torch.manual_seed(0)
+    model = HFGPTForCausalLM(HFGPTConfig(**tiny)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = random_ids(2, 16)
+
+    for _ in range(80):
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.eval()
+    assert model(batch, labels=batch).loss < 0.05
+    assert torch.equal(model.generate(batch[:, :1], max_new_tokens=15, do_sample=False), batch)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_is_the_same_model(make_twins, tmp_path, tied, shard_size, dtype):
+    model = make_twins(tie_word_embeddings=tied)[1].to(dtype)
+
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard_size)
+
+    assert (len([*(tmp_path / "saved").glob("*.safetensors")]) > 1) == (shard_size == "20KB")
+    for again in (
+        HFGPTForCausalLM.from_pretrained(tmp_path / "saved"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved"),
+    ):
+        assert type(again) is HFGPTForCausalLM
+        assert again.dtype == dtype
+        assert again.config.tie_word_embeddings == tied
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+    base = AutoModel.from_pretrained(tmp_path / "saved")
+    assert type(base) is HFGPTModel
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(base.state_dict()[name], tensor), name
+
+
+def test_what_is_on_disk_is_what_is_in_memory(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+
+    on_disk = load_file(tmp_path / "saved/model.safetensors")
+    assert on_disk.keys() == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(on_disk[name], parameter) for name, parameter in model.named_parameters())
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("hfgpt", ["HFGPTForCausalLM"])
+
+
+def test_a_model_made_from_a_gpt2_config_saves_as_hfgpts_own(random_gpt2, tmp_path):
+    random_gpt2.config.save_pretrained(tmp_path / "gpt2")
+    model = HFGPTForCausalLM(HFGPTConfig.from_pretrained(tmp_path / "gpt2"))
+
+    model.save_pretrained(tmp_path / "own")
+
+    assert load_file(tmp_path / "own/model.safetensors").keys() == {name for name, _ in model.named_parameters()}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    assert type(again) is HFGPTForCausalLM
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "hfgpt"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 1}, r"layers\.1\..* in the file, not in the model"),
+        ({"n_layer": 3}, r"layers\.2\..* not in the file"),
+        ({"n_embd": 64}, r"embed_positions\.weight: in the file \(64, 32\), in the model \(64, 64\) \(and 35 more\)"),
+        ({"n_positions": 32}, r"embed_positions\.weight: in the file \(64, 32\), in the model \(32, 32\)"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight: in the file \(320, 32\), in the model \(300, 32\)"),
+    ],
+    ids=["fewer layers", "more layers", "wider", "fewer positions", "fewer tokens"],
+)
+def test_another_shape_than_the_files_is_refused(make_twins, tmp_path, family, changes, message):
+    _, model = make_twins()
+    model.save_pretrained(tmp_path / "hfgpt")
+    config = HFGPTConfig.from_pretrained(tmp_path / family, **changes)
+
+    with pytest.raises(ValueError, match=message):
+        HFGPTForCausalLM.from_pretrained(tmp_path / family, config=config)
+    with pytest.raises(ValueError, match=message):
+        HFGPTForCausalLM.from_pretrained(tmp_path / family, **changes)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "greedy without cache", "beams", "top-k", "top-p"],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
+def test_generate_writes_what_gpt2_writes(make_twins, ids, how, padded):
+    gpt2, model = make_twins(tie_word_embeddings=False)
+    enliven(gpt2, model)
+    prompts, mask = pad(ids, [20, 13, 5] if padded else [20, 20, 20], "left")
+    texts = []
+
+    for candidate in (gpt2, model):
+        torch.manual_seed(0)
+        texts.append(candidate.generate(prompts, attention_mask=mask, max_new_tokens=32, pad_token_id=0, **how))
+
+    assert torch.equal(texts[0], texts[1])
+    assert all(len(set(row[20:].tolist())) > 5 for row in texts[0])  # not one token over and over

@@ -1,0 +1,160 @@
+"""How transformers comes to know hfgpt: by `import hfgpt`, or by the code that travels with the weights.
+
+What is imported first must not matter, so each case is a Python process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPT2Model
+
+import hfgpt
+
+FIRST_IMPORTS = [
+    "import hfgpt; from transformers import AutoConfig",
+    "import hfgpt; from transformers import AutoModel",
+    "import hfgpt; from transformers import GPT2LMHeadModel",
+    "import hfgpt; from transformers import GenerationMixin",
+    "import hfgpt; from transformers import pipeline; pipeline('text-generation', FOLDER)('The', max_new_tokens=3)",
+    "from transformers import AutoModelForCausalLM; import hfgpt",
+    "from transformers import AutoConfig; import hfgpt",
+    "from hfgpt.modeling_hfgpt import HFGPTForCausalLM",
+]
+
+AUTO_CLASSES_KNOW_HFGPT = """
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(FOLDER)
+assert type(config).__module__ == "hfgpt.configuration_hfgpt", type(config)
+
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+assert type(AutoModel.from_config(config)).__module__ == "hfgpt.modeling_hfgpt"
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+import hfgpt
+assert type(model) is hfgpt.HFGPTForCausalLM
+assert type(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_head=2, n_layer=1))) is GPT2LMHeadModel
+import sys
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "hfgpt"]
+"""
+
+WITHOUT_HFGPT = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hfgpt":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+exported, again, gpt2, answers = sys.argv[1:]
+expected = torch.load(answers)
+for folder in (exported, again):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert config.model_type == "hfgpt", config
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"])
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+    assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=False), expected["text"])
+    model.set_attn_implementation("eager")
+    assert torch.allclose(model(expected["ids"]).logits, expected["logits"], atol=2e-5)
+    model.save_pretrained(again)
+try:
+    type(model).from_pretrained(gpt2)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A saved model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("registration")
+    config = hfgpt.HFGPTConfig(vocab_size=320, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    hfgpt.HFGPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(program):
+    path = {"PYTHONPATH": str(Path(hfgpt.__file__).parents[1])}
+    arguments = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.run(arguments, env=os.environ | path, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("first", FIRST_IMPORTS, ids=lambda first: first[:60])
+def test_auto_classes_know_hfgpt_whatever_comes_first(folder, first):
+    done = run(f"FOLDER = {str(folder)!r}\n{first}\n{AUTO_CLASSES_KNOW_HFGPT}")
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_hfgpt_imports_neither_torch_nor_transformers():
+    done = run("import sys; before = {*sys.modules}; import hfgpt; print(*sorted({*sys.modules} - before))")
+
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "hfgpt" in loaded
+    assert not loaded - {"hfgpt"} - sys.stdlib_module_names
+
+
+def test_public_names_are_those_listed():
+    assert {*hfgpt.__all__} <= {*dir(hfgpt)}
+    assert all(getattr(hfgpt, name) is not None for name in hfgpt.__all__)
+    with pytest.raises(AttributeError, match="module 'hfgpt' has no attribute 'HFGPTForCasualLM'"):
+        hfgpt.HFGPTForCasualLM  # noqa: B018
+
+
+def test_tables_that_know_models_by_name_know_hfgpt():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    assert hfgpt.HFGPTForCausalLM.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hfgpt"]
+    assert hfgpt.HFGPTModel.__name__ == MODEL_MAPPING_NAMES["hfgpt"]
+
+
+def test_exported_folder_loads_without_hfgpt_installed(make_twins, tmp_path):
+    _, model = make_twins()
+    ids = torch.arange(60).view(3, 20)
+    model.save_pretrained(tmp_path / "exported")
+    answers = {
+        "ids": ids,
+        "logits": model(ids).logits.detach(),
+        "hidden": model.model(ids).last_hidden_state.detach(),
+        "text": model.generate(ids, max_new_tokens=8, do_sample=False),
+    }
+    torch.save(answers, tmp_path / "answers.pt")
+
+    # -I: neither the current folder nor PYTHONPATH, so that nothing but the installed packages is found.
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_HFGPT]
+        + [str(tmp_path / name) for name in ("exported", "again", "gpt2", "answers.pt")],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "pip install hfgpt" in done.stdout
+    assert {file.name for file in (tmp_path / "again").iterdir()} == {
+        file.name for file in (tmp_path / "exported").iterdir()
+    }
+    assert torch.equal(hfgpt.HFGPTForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, answers["logits"])
+
+
+def test_transformers_own_gpt2_is_as_it_was(random_gpt2, tmp_path):
+    ids = torch.arange(60).view(3, 20)
+    random_gpt2.save_pretrained(tmp_path)
+
+    for again in (GPT2LMHeadModel.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(again) is GPT2LMHeadModel
+        assert torch.equal(again(ids).logits, random_gpt2(ids).logits)
+    base = GPT2Model.from_pretrained(tmp_path)
+    for name, tensor in random_gpt2.transformer.state_dict().items():
+        assert torch.equal(base.state_dict()[name], tensor), name
