@@ -1,0 +1,195 @@
+"""GPT-2 <-> hfgpt: one table, used both ways.
+
+transformers' GPT-2 keeps its matrices as (in, out), hfgpt as `nn.Linear` does, (out, in); GPT-2 keeps query, key and
+value in one tensor, hfgpt in three. Everything else is a change of name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
+
+from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of GPT-2 and what it is in hfgpt.
+
+    Attributes:
+        gpt2: name within GPT-2's block, or within the whole model.
+        hfgpt: names of the tensors that it is split into along the output axis; usually one.
+        transposed: whether the two layouts are each other's transpose.
+    """
+
+    gpt2: str
+    hfgpt: tuple[str, ...]
+    transposed: bool = False
+
+
+WHOLE_MODEL = (
+    Entry("wte.weight", ("embed_tokens.weight",)),
+    Entry("wpe.weight", ("embed_positions.weight",)),
+    Entry("ln_f.weight", ("norm.weight",)),
+    Entry("ln_f.bias", ("norm.bias",)),
+)
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+EACH_BLOCK = (
+    Entry("ln_1.weight", ("input_layernorm.weight",)),
+    Entry("ln_1.bias", ("input_layernorm.bias",)),
+    Entry("attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV), transposed=True),
+    Entry("attn.c_attn.bias", tuple(f"{name}.bias" for name in QKV)),
+    Entry("attn.c_proj.weight", ("self_attn.o_proj.weight",), transposed=True),
+    Entry("attn.c_proj.bias", ("self_attn.o_proj.bias",)),
+    Entry("ln_2.weight", ("post_attention_layernorm.weight",)),
+    Entry("ln_2.bias", ("post_attention_layernorm.bias",)),
+    Entry("mlp.c_fc.weight", ("mlp.up_proj.weight",), transposed=True),
+    Entry("mlp.c_fc.bias", ("mlp.up_proj.bias",)),
+    Entry("mlp.c_proj.weight", ("mlp.down_proj.weight",), transposed=True),
+    Entry("mlp.c_proj.bias", ("mlp.down_proj.bias",)),
+)
+
+GPT2_PREFIX, HFGPT_PREFIX = "transformer.", "model."
+
+
+def entries(num_layers: int, tied: bool) -> list[Entry]:
+    """The table for a whole `ForCausalLM` model, with full names.
+
+    Args:
+        num_layers: number of blocks.
+        tied: whether the output layer is the token embedding; if not, it is an entry of its own.
+    """
+    rows = list(WHOLE_MODEL)
+    for layer in range(num_layers):
+        rows += [
+            Entry(f"h.{layer}.{row.gpt2}", tuple(f"layers.{layer}.{name}" for name in row.hfgpt), row.transposed)
+            for row in EACH_BLOCK
+        ]
+    full = [
+        Entry(GPT2_PREFIX + row.gpt2, tuple(HFGPT_PREFIX + name for name in row.hfgpt), row.transposed) for row in rows
+    ]
+    return full if tied else [*full, Entry("lm_head.weight", ("lm_head.weight",))]
+
+
+def import_mapping() -> list[WeightRenaming | WeightConverter]:
+    """The table as transformers' weight conversions, which `from_pretrained` applies while it reads a GPT-2 file."""
+    # `h.` must not match inside a longer word; a lookbehind does that without changing the name that is written.
+    mapping: list[WeightRenaming | WeightConverter] = [
+        WeightRenaming(r"^transformer\.", r"^model\."),
+        WeightRenaming(r"(?<!\w)h\.(\d+)\.", r"layers.\1."),
+    ]
+    for row in (*WHOLE_MODEL, *EACH_BLOCK):
+        operations: list[ConversionOps] = [Transpose(0, 1)] if row.transposed else []
+        if len(row.hfgpt) > 1:
+            operations.append(Chunk(dim=0))
+        source = r"(?<!\w)" + row.gpt2.replace(".", r"\.")
+        if operations:
+            mapping.append(WeightConverter(row.gpt2, list(row.hfgpt), operations))
+        else:
+            mapping.append(WeightRenaming(source, row.hfgpt[0]))
+    return mapping
+
+
+def register() -> None:
+    """Let `HFGPTForCausalLM.from_pretrained` read GPT-2 files.
+
+    Under a private key rather than 'hfgpt' or 'gpt2': transformers undoes a model's own mapping when it saves, and its
+    own GPT-2 would use one under 'gpt2'.
+    """
+    register_checkpoint_conversion_mapping(GPT2_SOURCE, import_mapping(), overwrite=True)
+
+
+def from_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
+    """Walk the table from GPT-2's state dict to hfgpt's.
+
+    Raises:
+        ValueError: a tensor is missing or left over.
+    """
+    table = entries(num_layers, tied)
+    account_for(set(tensors), {row.gpt2 for row in table})
+    result = {}
+    for row in table:
+        tensor = tensors[row.gpt2].T if row.transposed else tensors[row.gpt2]
+        for name, part in zip(row.hfgpt, tensor.chunk(len(row.hfgpt)), strict=True):
+            result[name] = part.contiguous()
+    return result
+
+
+def to_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
+    """Walk the table from hfgpt's state dict to GPT-2's; the tensors are copies.
+
+    Raises:
+        ValueError: a tensor is missing or left over.
+    """
+    table = entries(num_layers, tied)
+    account_for(set(tensors), {name for row in table for name in row.hfgpt})
+    result = {}
+    for row in table:
+        joined = torch.cat([tensors[name] for name in row.hfgpt])  # of one tensor, a copy of it
+        result[row.gpt2] = joined.T.contiguous() if row.transposed else joined
+    return result
+
+
+def account_for(given: set[str], wanted: set[str]) -> None:
+    missing, left_over = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        raise ValueError(f"{missing[0]}: missing ({len(missing)} tensors in all). Is this a GPT-2?")
+    if left_over:
+        raise ValueError(f"{left_over[0]}: left over ({len(left_over)} tensors in all). Is this a GPT-2?")
+
+
+def to_gpt2_config(config: HFGPTConfig) -> GPT2Config:
+    """The same shape in transformers' GPT-2 config."""
+    return GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_ctx=config.max_position_embeddings,  # llama.cpp's converter reads this one
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_inner=config.intermediate_size,
+        activation_function=config.activation_function,
+        resid_pdrop=config.resid_pdrop,
+        embd_pdrop=config.embd_pdrop,
+        attn_pdrop=config.attn_pdrop,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        initializer_range=config.initializer_range,
+        use_cache=config.use_cache,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
+    """Make transformers' GPT-2 with the same weights, dtype, device and generation settings.
+
+    The tensors are copies: training the one does not change the other.
+    """
+    config = to_gpt2_config(model.config)
+    # Who gave the model a head of its own without saying so in the config must not lose it.
+    tied = config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(config)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    converted = to_gpt2_tensors(tensors, model.config.num_hidden_layers, tied)
+    if tied:
+        converted["lm_head.weight"] = converted["transformer.wte.weight"]
+    gpt2.load_state_dict(converted, assign=True)
+    gpt2.tie_weights()
+    gpt2.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    gpt2.config._attn_implementation = model.config._attn_implementation
+    return gpt2.train(model.training)
+
+
+def save(model: HFGPTForCausalLM, folder: str | Path) -> None:
+    """Save as a plain GPT-2 folder, for tools that know GPT-2 and run no code from elsewhere."""
+    to_gpt2(model).save_pretrained(folder)
