@@ -1,0 +1,326 @@
+"""What a run leaves to be read: metrics.jsonl, results.json, loss.png, samples.md. No numbers are computed here.
+
+Only the main process writes. Files are either appended to, a whole line or section at a time, or replaced at once,
+so a killed run leaves at most one torn end, which `truncate_after` takes away when the run goes on.
+"""
+
+import io
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+
+PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokenizers")
+
+FIGURE_SIZE = (9.0, 5.5)
+"""Width and height of loss.png, in inches."""
+FIGURE_DPI = 120
+
+# One sample in samples.md, as `SamplesFile.append` writes it. Its text holds no run of backticks as long as its fence.
+SAMPLE_SECTION = re.compile(r"\n## step (\d+) \([^\n]*\)\n\n(`{3,})text\n.*?\n\2\n", re.DOTALL)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, appended as the run goes; created empty if there is none.
+
+    A run that is resumed calls `truncate_after(step of the checkpoint)` before it writes, one that starts anew
+    `truncate_after(-1)`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.touch()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system.
+
+        Args:
+            record: has `step`; every number is finite.
+
+        Raises:
+            ValueError: a number is NaN or infinite. JSON cannot say so, and null would not be true.
+        """
+        line = encode_json(record, f"at step {record['step']}") + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
+
+    def read(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of later steps than `step`, and a last line that a kill tore."""
+        lines = complete_lines(self.path)
+        kept = [line + b"\n" for line, record in zip(lines, self.read(), strict=True) if record["step"] <= step]
+        write_atomically(self.path, b"".join(kept))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the order written, without a last line that is torn or still being written.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    records = []
+    for number, line in enumerate(complete_lines(path), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}. Delete it to read the rest.") from error
+    return records
+
+
+def complete_lines(path: str | Path) -> list[bytes]:
+    """Lines that end in a newline, without it."""
+    return Path(path).read_bytes().split(b"\n")[:-1]
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as indented JSON; the file is there as a whole or as it was before.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    write_atomically(path, encode_json(obj, f"in {Path(path).name}", indent=2) + b"\n")
+
+
+def encode_json(obj: Any, where: str, indent: int | None = None) -> bytes:
+    for name, number in non_finite_numbers(obj):
+        raise ValueError(
+            f"`{name}` is {number} {where}, and JSON has no such number. The run has diverged: lower "
+            "`optim.learning_rate`, or look for what is odd in the data."
+        )
+    return json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=indent).encode()
+
+
+def non_finite_numbers(obj: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted name and value of every NaN and infinity inside dictionaries and lists."""
+    if isinstance(obj, float) and not math.isfinite(obj):
+        yield name, obj
+    elif isinstance(obj, Mapping | list | tuple):
+        for key, value in obj.items() if isinstance(obj, Mapping) else enumerate(obj):
+            yield from non_finite_numbers(value, f"{name}.{key}" if name else str(key))
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace the file by `data` in one step; its mode follows the umask, as that of any new file.
+
+    A failure, such as a full disk, leaves the old file and nothing else.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a kill leaves behind is overwritten next time
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave the new name without its data
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """What produced a result: versions, platform, device, threads and commit. It is published, so it names nobody.
+
+    `commit` is None when hfgpt does not run from its own git checkout, or git is not installed.
+    """
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",  # no kernel release: some name their host
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(Path(__file__).parent.parent),
+    }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty or only the architecture
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def git_commit(root: Path) -> str | None:
+    """The commit that is checked out in `root`, or None if `root` is not a git work tree of hfgpt itself."""
+    pyproject = root / "pyproject.toml"
+    if not (root / ".git").exists() or not pyproject.exists() or shutil.which("git") is None:
+        return None
+    if tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}).get("name") != "hfgpt":
+        return None
+    # --git-dir: never the repository above or the one in GIT_DIR, which a git hook sets for its own.
+    command = ["git", "--git-dir", str(root / ".git"), "rev-parse", "--verify", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None  # a repository without a commit has no HEAD
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: the tensors on the current CUDA device if there are any, else the whole process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process_bytes = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return torch.cuda.max_memory_allocated() or process_bytes  # 0 where CUDA is absent or was not used
+
+
+class SamplesFile:
+    """samples.md: what the model wrote at each evaluation, below the prompt and the settings of decoding.
+
+    Created with its header if there is none. When a run goes on or starts anew, call `truncate_after` as for
+    `MetricsLog`.
+
+    Args:
+        path: the file.
+        prompt: text that every sample continues.
+        settings: how samples are drawn, by name: `max_new_tokens`, `temperature`, `top_k` ...
+
+    Raises:
+        ValueError: the file is there and has another prompt or other settings.
+    """
+
+    def __init__(self, path: str | Path, prompt: str, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        decoding = ", ".join(f"{name} {value}" for name, value in settings.items())
+        self.header = f"# Samples\n\nPrompt:\n\n{fenced(prompt)}\nDecoding: {decoding}.\n"
+        if not self.path.exists():
+            write_atomically(self.path, self.header.encode())
+        elif not self.path.read_bytes().startswith(self.header.encode()):
+            raise ValueError(
+                f"{self.path} holds samples of another prompt or other settings than {decoding!r}. Move it away, or "
+                "use another `output_dir`."
+            )
+
+    def append(self, step: int, tokens: int, val_loss: float, text: str) -> None:
+        """Add the sample of one evaluation.
+
+        Args:
+            step: optimizer step of the evaluation.
+            tokens: tokens seen until then.
+            val_loss: nats per token.
+            text: what was written, in full.
+        """
+        section = f"\n## step {step} (tokens {tokens:,}, validation loss {val_loss:.4f})\n\n{fenced(text)}"
+        with self.path.open("ab") as file:
+            file.write(section.encode())
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the samples of later steps than `step`, and a last one that a kill tore."""
+        content = self.path.read_bytes().decode(errors="replace")  # only a torn end can be no UTF-8, and it is dropped
+        kept, position = [self.header], len(self.header)
+        # One after the other: what looks like a heading inside a sample is never found.
+        while section := SAMPLE_SECTION.match(content, position):
+            position = section.end()
+            if int(section[1]) <= step:
+                kept.append(section[0])
+        write_atomically(self.path, "".join(kept).encode())
+
+
+def fenced(text: str) -> str:
+    """`text` as a Markdown code block, whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def plot_losses(
+    metrics: list[dict[str, Any]], path: str | Path, *, baselines: Mapping[str, float] | None = None
+) -> None:
+    """Draw loss.png: training and evaluation losses against tokens seen. Equal input gives equal bytes.
+
+    The axes show tokens (below), steps (above), loss in nats per token (left) and perplexity (right). What is
+    higher than the rest in the first 2 % of the run is cut off, so that it does not squash the rest.
+
+    Args:
+        metrics: training and evaluation lines of metrics.jsonl, in any mixture.
+        path: the PNG file to write, `FIGURE_SIZE` times `FIGURE_DPI` pixels.
+        baselines: perplexities to compare with, at least 1, by name; they become horizontal lines.
+
+    Raises:
+        ValueError: `metrics` holds no loss.
+    """
+    training = [record for record in metrics if "loss" in record]
+    evaluations = [record for record in metrics if "val_loss" in record]
+    if not training and not evaluations:
+        raise ValueError(f"`metrics` ({len(metrics)} lines) holds neither training nor evaluation lines to draw.")
+    baseline_losses = {name: math.log(perplexity) for name, perplexity in (baselines or {}).items()}
+    figure = Figure(figsize=FIGURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
+    axes = figure.add_subplot(
+        title="Training and evaluation loss", xlabel="tokens seen", ylabel="loss (nats per token)"
+    )
+    last_tokens = max(record["tokens"] for record in training + evaluations)
+    losses, settled_losses = list(baseline_losses.values()), list(baseline_losses.values())
+    lone_marker = "." if len(training) == 1 else ""  # a line through one point is not to be seen
+    curves: list[tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = [
+        ("training batches", training, "loss", {"color": "C0", "linewidth": 0.7, "alpha": 0.6, "marker": lone_marker}),
+        ("evaluation on training rows", evaluations, "train_loss", {"color": "C0", "marker": "o", "markersize": 4}),
+        ("evaluation on validation rows", evaluations, "val_loss", {"color": "C1", "marker": "o", "markersize": 4}),
+    ]
+    for label, records, key, style in curves:
+        if records:
+            axes.plot(
+                [record["tokens"] for record in records], [record[key] for record in records], label=label, **style
+            )
+            losses += [record[key] for record in records]
+            settled_losses += [record[key] for record in records if record["tokens"] >= 0.02 * last_tokens]
+    for index, (name, loss) in enumerate(baseline_losses.items()):
+        label = f"{name} (perplexity {math.exp(loss):,.1f})"
+        axes.axhline(loss, color="0.3", linewidth=1, linestyle=("--", ":", "-.")[index % 3], label=label)
+    low, high = min(losses), max(settled_losses)
+    margin = 0.05 * (high - low) or 0.1  # a single value needs a range around it
+    axes.set_ylim(low - margin, high + margin)
+    width = max(1, last_tokens)  # before the first step there are no tokens
+    axes.set_xlim(-0.02 * width, 1.02 * width)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    add_step_axis(axes, training + evaluations)
+    add_perplexity_axis(axes)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # no version of matplotlib in the bytes
+    write_atomically(path, buffer.getvalue())
+
+
+def add_step_axis(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """Label the top edge with steps, each above the tokens that had been seen by then."""
+    steps, first = np.unique([0] + [record["step"] for record in records], return_index=True)
+    tokens = np.array([0] + [record["tokens"] for record in records])[first]
+    locator = MaxNLocator(steps=[1, 2, 5, 10], integer=True)
+    ticks = [tick for tick in locator.tick_values(0, max(1, steps[-1])) if tick <= steps[-1]]
+    top = axes.secondary_xaxis("top", xlabel="steps")
+    top.set_xticks(np.interp(ticks, steps, tokens), [f"{tick:,.0f}" for tick in ticks])
+
+
+def add_perplexity_axis(axes: Axes) -> None:
+    """Label the right edge with round perplexities at the height of their loss, ln(perplexity)."""
+    low, high = axes.get_ylim()
+    right = axes.secondary_yaxis("right", ylabel="perplexity")
+    ticks = perplexity_ticks(low, high)
+    right.set_yticks(np.log(ticks), [f"{tick:,.10g}" for tick in ticks])
+
+
+def perplexity_ticks(low: float, high: float) -> list[float]:
+    """Round perplexities between exp(`low`) and exp(`high`), losses in nats per token; none where they lose meaning."""
+    if high > 500:  # exp(709) is the largest that a float64 holds
+        return []
+    least, most = math.exp(max(low, 0)), math.exp(high)
+    if most / least < 10:
+        ticks = MaxNLocator(nbins=8, steps=[1, 2, 5, 10]).tick_values(least, most)
+    else:
+        subs = (1, 2, 5) if most / least < 1e4 else (1,)
+        ticks = LogLocator(subs=subs, numticks=12).tick_values(least, most)
+    return [float(tick) for tick in ticks if least <= tick <= most]
