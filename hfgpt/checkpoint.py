@@ -1,0 +1,223 @@
+"""Checkpoints that a kill at any moment cannot spoil; one implementation for both loops.
+
+A checkpoint is staged in a hidden folder, every file is brought to the disk, a manifest with each file's size and
+sha256 is written last, and only then the folder gets its name: `checkpoint-N` is whole, or it is not there. Older ones
+are removed after that. Going on takes the newest whose manifest holds.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+MANIFEST = "manifest.json"
+STAGING_PREFIX = ".tmp-checkpoint-"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in a run a checkpoint stands.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: passes over the training rows done.
+        micro_batch: micro-batches of the current epoch done, on each process.
+        tokens: targets trained on so far, over all processes.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    micro_batch: int = 0
+    tokens: int = 0
+
+
+def save_checkpoint(
+    folder: Path, position: Position, write_model: Callable[[Path], None], states: dict[str, Any], keep_last: int
+) -> Path:
+    """Write `folder/checkpoint-N`; every process calls it.
+
+    Args:
+        folder: the run's output folder.
+        position: what to go on from.
+        write_model: writes the model into the folder it is given; called on the main process only.
+        states: name -> object with `state_dict()`; optimizer, schedule, scaler.
+        keep_last: checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    process = PartialState()
+    staging = folder / f"{STAGING_PREFIX}{position.step}"
+    final = folder / f"checkpoint-{position.step}"
+    if process.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    process.wait_for_everyone()
+    torch.save(random_states(), staging / f"random_states_{process.process_index}.pt")
+    process.wait_for_everyone()
+    if process.is_main_process:
+        write_model(staging)
+        for name, holder in states.items():
+            torch.save(holder.state_dict(), staging / f"{name}.pt")
+        commit(staging, final, position)
+        prune(folder, keep_last)
+    process.wait_for_everyone()
+    return final
+
+
+def commit(staging: Path, final: Path, position: Position) -> None:
+    """Bring every file to the disk, write the manifest last, and give the folder its name."""
+    files = {}
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        os.chmod(path, 0o666 & ~current_umask())  # safetensors writes files that only their owner can read
+        sync(path)
+        files[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_text(staging / MANIFEST, seal({**asdict(position), "files": files}))
+    sync(staging / MANIFEST)
+    sync(staging)
+    if final.exists():
+        shutil.rmtree(final)  # from a run that was resumed at an earlier step and came here again
+    os.rename(staging, final)
+    sync(final.parent)
+
+
+def verify_checkpoint(folder: Path) -> Position:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        ValueError: naming the folder and the first fault.
+    """
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    try:
+        manifest = unseal(manifest_path.read_text(encoding="utf-8"))
+        position = Position(**{name: int(manifest[name]) for name in asdict(Position())})
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest_path} is damaged: {error}.") from error
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing.")
+        if path.stat().st_size != size or sha256(path) != digest:
+            raise ValueError(f"{path} is damaged: it is not what was written.")
+    return position
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """The manifest as JSON, with a checksum of its own content in it."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=2) + "\n"
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """What `seal` was given.
+
+    Raises:
+        ValueError: it is not that any more.
+    """
+    manifest = json.loads(text)
+    digest = manifest.pop("sha256")
+    if hashlib.sha256(json.dumps(manifest).encode()).hexdigest() != digest:
+        raise ValueError("its content does not match its checksum")
+    return manifest
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N`, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; `warn` hears why others were passed over."""
+    for path in checkpoints(folder):
+        try:
+            verify_checkpoint(path)
+        except ValueError as error:
+            warn(f"skipped {path.name}: {error}")
+            continue
+        return path
+    return None
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints, and what an interrupted save left."""
+    for path in checkpoints(folder)[keep_last:]:
+        shutil.rmtree(path)
+    for path in folder.glob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(path)
+
+
+def load_states(checkpoint: Path, states: dict[str, Any]) -> None:
+    """Give optimizer, schedule and scaler back what `save_checkpoint` took from them."""
+    for name, holder in states.items():
+        holder.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+
+
+def random_states() -> dict[str, Any]:
+    """Every random number generator of this process, in types that torch loads without running code."""
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - libraries draw from the global one
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": (int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(checkpoint: Path) -> None:
+    """Set every random number generator of this process to what it was at the checkpoint.
+
+    Raises:
+        ValueError: the run had fewer processes then.
+    """
+    path = checkpoint / f"random_states_{PartialState().process_index}.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint was written by fewer processes. Use as many again.")
+    states = torch.load(path, weights_only=True)
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    key = states["numpy_key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, *states["numpy_rest"]))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

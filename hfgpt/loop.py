@@ -1,0 +1,101 @@
+"""The training loop, on accelerate: one story, from the first batch to the last.
+
+hfgpt/trainer.py tells the same story through transformers' Trainer, step for step the same.
+"""
+
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+from hfgpt.checkpoint import Position, load_states, restore_random_states
+from hfgpt.data import EpochBatches, train_loader
+from hfgpt.loss import IGNORE_INDEX
+from hfgpt.optim import make_optimizer, make_schedule
+from hfgpt.recorder import Recorder
+from hfgpt.run import Run, evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names and accelerate's
+
+
+def run_loop(run: Run, recorder: Recorder) -> Position:
+    """Train.
+
+    Args:
+        run: from `prepare_run`; its model is trained in place.
+        recorder: hears of every step.
+
+    Returns:
+        Where training ended.
+    """
+    config, position = run.config, run.position
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.train.precision],
+        dynamo_backend="inductor" if config.train.compile else "no",
+    )
+    loader = train_loader(
+        run.rows.train, config.train.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+    )
+    batch_sampler = loader.batch_sampler
+    assert isinstance(batch_sampler, EpochBatches)
+    model, optimizer = accelerator.prepare(run.model, make_optimizer(run.model, config.optim))
+    schedule = make_schedule(optimizer, config.optim, run.total_steps)
+    states: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
+    if accelerator.scaler is not None:
+        states["scaler"] = accelerator.scaler
+    seed_training(config)
+    if run.resume_from is not None:
+        load_states(run.resume_from, states)
+
+    model.train()
+    loss_since_line = torch.zeros((), device=accelerator.device)
+    steps_since_line = 0
+    while position.step < run.total_steps:
+        epoch = position.epoch
+        batch_sampler.set_epoch(epoch)
+        batch_sampler.skip_to(position.micro_batch)
+        batches = iter(loader)
+        if run.resume_from is not None and position == run.position:
+            restore_random_states(run.resume_from)  # after the iterator has started, which may draw numbers itself
+
+        while position.epoch == epoch and position.step < run.total_steps:
+            # The micro-batches of one step; at the end of an epoch there may be fewer.
+            micro_batches = list(islice(batches, config.train.gradient_accumulation_steps))
+            own_targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
+            targets = accelerator.reduce(torch.tensor(float(own_targets), device=accelerator.device), "sum")
+
+            for number, batch in enumerate(micro_batches, start=1):
+                # Processes exchange gradients once a step, with the last micro-batch.
+                with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
+                    # Each loss is a sum divided by all targets of the step, so that the step's loss is their mean
+                    # however unequal the micro-batches are. DDP averages over processes: the factor undoes that.
+                    output = model(
+                        **send_to_device(batch, accelerator.device), num_items_in_batch=targets, skip_logits=True
+                    )
+                    loss = output.loss * accelerator.num_processes
+                    accelerator.backward(loss)
+                loss_since_line += loss.detach()
+
+            # A limit of infinity measures the norm and leaves the gradients as they are.
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
+            learning_rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
+                schedule.step()
+            optimizer.zero_grad()
+
+            position = run.next_position(position, len(micro_batches), int(targets))
+            steps_since_line += 1
+            if is_due(config.train.log_every, position.step, run):
+                mean_loss = float(accelerator.reduce(loss_since_line, "mean")) / steps_since_line
+                recorder.training(position.step, mean_loss, float(grad_norm), float(learning_rate), position.tokens)
+                loss_since_line.zero_()
+                steps_since_line = 0
+            if is_due(config.train.eval_every, position.step, run) and position.step < run.total_steps:
+                evaluate(run, recorder, position, limit=config.train.eval_rows)
+            if is_checkpoint_due(position.step, run):
+                save_checkpoint(run, recorder, position, states)
+    return position

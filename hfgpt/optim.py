@@ -1,0 +1,73 @@
+"""Optimizers, decay groups and schedules: one place, used by both loops."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from hfgpt.config import OptimConfig, choose
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Split the trainable parameters into those that decay and those that never do.
+
+    Matrices and embeddings decay; vectors, which are the biases and the gains of the norms, do not.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """AdamW in torch's fused form, which walks each tensor once.
+
+    Source:
+        Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101
+    """
+    first, second = config.betas
+    groups = decay_groups(model, config.weight_decay)
+    return AdamW(groups, lr=config.learning_rate, betas=(first, second), fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], Optimizer]] = {"adamw": adamw}
+
+# Our names and transformers'. All rise linearly from 0 over `warmup_steps`; cosine and linear then fall to 0.
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+def check_optim(config: OptimConfig) -> None:
+    """Refuse names that are not in `OPTIMIZERS` or `SCHEDULES`.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    choose("optim.name", config.name, sorted(OPTIMIZERS))
+    choose("optim.schedule", config.schedule, sorted(SCHEDULES))
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Build the optimizer that a recipe names."""
+    return OPTIMIZERS[config.name](model, config)
+
+
+def make_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
+    """Build the schedule that a recipe names, one call of `step()` per optimizer step.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        config: name of the schedule, and its warmup in steps.
+        total_steps: optimizer steps of the whole run.
+
+    Raises:
+        ValueError: the warmup is longer than the run.
+    """
+    if config.warmup_steps > total_steps:
+        raise ValueError(
+            f"`optim.warmup_steps` ({config.warmup_steps}) is longer than the run ({total_steps} steps). "
+            "The learning rate would never reach its peak: lower it, or train longer."
+        )
+    return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps, total_steps)

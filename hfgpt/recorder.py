@@ -1,0 +1,128 @@
+"""What a run says while it trains: lines of metrics.jsonl, samples.md, and progress on the terminal.
+
+Only the main process speaks and writes; on the others everything here does nothing.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hfgpt.checkpoint import Position
+from hfgpt.results import MetricsLog, SamplesFile
+
+PLAIN_LINES = 40
+"""About so many training lines are printed over a run where there is no terminal to draw a bar on."""
+
+
+def talk(text: str) -> None:
+    """Say something to the person at the terminal: on stderr, from the main process."""
+    if PartialState().is_main_process:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+class Recorder:
+    """Writes what happens to the run's folder, and shows it.
+
+    Args:
+        folder: the run's folder; its metrics.jsonl and samples.md lose what lies after `start`.
+        total_steps: optimizer steps of the whole run.
+        prompt: of the samples.
+        settings: decoding settings of the samples.
+        start: where training starts.
+    """
+
+    def __init__(
+        self, folder: Path, total_steps: int, prompt: str, settings: Mapping[str, Any], start: Position
+    ) -> None:
+        self.total_steps = total_steps
+        self.tokens = start.tokens
+        self.speaks = PartialState().is_main_process
+        self.started_at = time.perf_counter()
+        if not self.speaks:
+            return
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.samples = SamplesFile(folder / "samples.md", prompt, settings)
+        # A run that starts at step 0 keeps nothing of one that was killed before its first checkpoint.
+        last_step = start.step if start.step else -1
+        self.metrics.truncate_after(last_step)
+        self.samples.truncate_after(last_step)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=total_steps, completed=start.step)
+        self.bar.start()
+
+    def say(self, text: str) -> None:
+        """Say something beside the progress bar."""
+        if self.speaks:
+            self.console.print(text)
+
+    def training(self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int) -> None:
+        """Write a training line.
+
+        Args:
+            step: optimizer steps done.
+            loss: nats per token, the mean of the steps since the last line.
+            grad_norm: norm of the last step's gradients before clipping; left out where fp16 overflowed.
+            learning_rate: of the last step.
+            tokens: targets trained on so far, over all processes.
+        """
+        if not self.speaks:
+            return
+        now = time.perf_counter()
+        line = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self.tokens) / (now - self.started_at),
+        }
+        self.started_at, self.tokens = now, tokens
+        if not math.isfinite(grad_norm):
+            del line["grad_norm"]
+        self.metrics.write(line)
+        text = f"loss {loss:.3f} nats/token  lr {learning_rate:.1e}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, description=text)
+        if self.bar.disable and step % max(1, self.total_steps // PLAIN_LINES) == 0:
+            self.say(f"step {step}/{self.total_steps}  {text}")
+
+    def evaluation(self, line: dict[str, Any], sample: str) -> None:
+        """Write an evaluation line and its sample text."""
+        self.metrics.write(line)
+        if sample:
+            self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)
+        self.say(
+            f"step {line['step']}/{self.total_steps}  train loss {line['train_loss']:.3f}  "
+            f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}"
+        )
+        if sample:
+            self.say("  " + " ".join(sample.split()))
+
+    def pause(self) -> None:
+        """Stop the clock of training: what follows is no training."""
+        self.paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Let the clock of training go on."""
+        self.started_at += time.perf_counter() - self.paused_at
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self.speaks:
+            self.bar.stop()

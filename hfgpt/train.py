@@ -1,0 +1,33 @@
+"""A recipe from its text to its results, through the loop that it names."""
+
+import time
+from typing import Any
+
+from hfgpt.config import RunConfig
+from hfgpt.run import finish_run, make_recorder, prepare_run
+
+
+def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | None:
+    """Prepare, train and finish a run.
+
+    Args:
+        config: from `hfgpt.config.load_config`.
+        resume: see `prepare_run`.
+
+    Returns:
+        What results.json holds, on the main process; an empty dict on others; None if the run was finished before.
+
+    Raises:
+        ValueError: the run cannot be made ready, see `prepare_run`.
+    """
+    started_at = time.perf_counter()
+    run = prepare_run(config, resume)
+    if run is None:
+        return None
+    if config.loop == "trainer":
+        from hfgpt.trainer import run_trainer as train_loop  # takes seconds to import, so only when it is wanted
+    else:
+        from hfgpt.loop import run_loop as train_loop
+    recorder = make_recorder(run)
+    position = train_loop(run, recorder)
+    return finish_run(run, recorder, position, started_at)

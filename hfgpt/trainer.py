@@ -1,0 +1,162 @@
+"""The same run through transformers' Trainer, step for step what hfgpt/loop.py does.
+
+Trainer owns the loop: devices, accumulation, backward, clipping. Rows, optimizer, schedule, evaluation, lines and
+checkpoints are the run's own. `HFGPTTrainer` only puts them where Trainer asks for such things.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hfgpt.checkpoint import Position, load_states, restore_random_states
+from hfgpt.data import train_loader
+from hfgpt.optim import make_optimizer, make_schedule
+from hfgpt.recorder import Recorder
+from hfgpt.run import Run, evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+
+
+def run_trainer(run: Run, recorder: Recorder) -> Position:
+    """Train.
+
+    Args:
+        run: from `prepare_run`; its model is trained in place.
+        recorder: hears of every step.
+
+    Returns:
+        Where training ended.
+    """
+    trainer = HFGPTTrainer(run, recorder)
+    trainer.remove_callback(PrinterCallback)
+    seed_training(run.config)
+    trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
+    return trainer.position
+
+
+def training_arguments(run: Run) -> TrainingArguments:
+    """The recipe in Trainer's words; what it evaluates, logs and saves is decided by `RunSchedule`."""
+    config = run.config
+    return TrainingArguments(
+        output_dir=str(run.folder),
+        use_cpu=PartialState().device.type == "cpu",  # Trainer asks to be told before it takes bf16 on a CPU
+        seed=config.seed,
+        max_steps=run.total_steps,
+        per_device_train_batch_size=config.train.batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        max_grad_norm=config.optim.max_grad_norm,
+        bf16=config.train.precision == "bf16",
+        fp16=config.train.precision == "fp16",
+        torch_compile=config.train.compile,
+        use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
+        remove_unused_columns=False,  # or Trainer drops shift_labels
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+class RunSchedule(TrainerCallback):
+    """Tells Trainer after which steps to log, evaluate and save: those of the recipe."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer tells the epoch to the loaders of accelerate only.
+        kwargs["train_dataloader"].batch_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step, train = state.global_step, self.run.config.train
+        control.should_log = is_due(train.log_every, step, self.run)
+        control.should_evaluate = is_due(train.eval_every, step, self.run) and step < self.run.total_steps
+        control.should_save = is_checkpoint_due(step, self.run)
+        return control
+
+
+class HFGPTTrainer(Trainer):
+    """transformers' Trainer on a run's rows, optimizer, schedule, evaluation and checkpoints."""
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self.run, self.recorder, self.position = run, recorder, run.position
+        super().__init__(
+            model=run.model,
+            args=training_arguments(run),
+            train_dataset=run.rows.train,  # only its length is read; the batches come from `get_train_dataloader`
+            callbacks=[RunSchedule(run)],
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        config, process = self.run.config, self.accelerator
+        return train_loader(
+            self.run.rows.train, config.train.batch_size, config.seed, process.process_index, process.num_processes
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        self.optimizer = optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        target = self.optimizer if optimizer is None else optimizer
+        assert target is not None
+        self.lr_scheduler = schedule = make_schedule(target, self.run.config.optim, num_training_steps)
+        self._created_lr_scheduler = True
+        return schedule
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # The position after the step that these batches make; it is read once the step is done.
+        assert targets is not None
+        self.position = self.run.next_position(self.position, len(batches), int(targets))
+        return batches, targets
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.recorder.training(
+                self.position.step, logs["loss"], logs["grad_norm"], logs["learning_rate"], self.position.tokens
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.control.should_evaluate = False  # or Trainer evaluates once more at the end of the epoch
+        return evaluate(self.run, self.recorder, self.position, limit=self.run.config.train.eval_rows)
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights and random numbers."""
+        states: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.lr_scheduler}
+        if self.accelerator.scaler is not None:
+            states["scaler"] = self.accelerator.scaler
+        return states
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self.run, self.recorder, self.position, self.states())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Do nothing: `prepare_run` has loaded and verified the weights."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_states(Path(checkpoint), self.states())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: `_load_optimizer_and_scheduler` has loaded the scaler as well."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random_states(Path(checkpoint))

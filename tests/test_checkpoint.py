@@ -1,0 +1,136 @@
+"""A checkpoint is whole or it is not there."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hfgpt.checkpoint import (
+    Position,
+    checkpoints,
+    load_states,
+    newest_checkpoint,
+    restore_random_states,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+@pytest.fixture
+def optimizer():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer
+
+
+def save(folder, step, optimizer, keep_last=5):
+    def write_model(place):
+        (place / "weights.bin").write_bytes(bytes(range(200)))
+
+    return save_checkpoint(
+        folder, Position(step=step, tokens=step * 10), write_model, {"optimizer": optimizer}, keep_last
+    )
+
+
+def test_what_was_saved_is_what_is_loaded(tmp_path, optimizer):
+    checkpoint = save(tmp_path, 3, optimizer)
+    fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.5)
+
+    load_states(checkpoint, {"optimizer": fresh})
+
+    assert verify_checkpoint(checkpoint) == Position(step=3, tokens=30)
+    assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert fresh.param_groups[0]["lr"] == 0.1
+
+
+def test_every_random_number_generator_goes_on_where_it_was(tmp_path, optimizer):
+    np.random.standard_normal(3)  # noqa: NPY002 - leaves a drawn number in numpy's cache
+    checkpoint = save(tmp_path, 1, optimizer)
+    wanted = torch.rand(3), np.random.standard_normal(3), random.random()  # noqa: NPY002
+    torch.rand(5), np.random.rand(5), random.random()  # noqa: NPY002
+
+    restore_random_states(checkpoint)
+
+    drawn = torch.rand(3), np.random.standard_normal(3), random.random()  # noqa: NPY002
+    assert torch.equal(drawn[0], wanted[0])
+    assert np.array_equal(drawn[1], wanted[1])
+    assert drawn[2] == wanted[2]
+
+
+def test_every_truncation_and_every_flipped_bit_is_found(tmp_path, optimizer):
+    checkpoint = save(tmp_path, 1, optimizer)
+    draws = np.random.default_rng(0)
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        for _ in range(10):
+            place = int(draws.integers(len(content)))
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << int(draws.integers(8))
+            for damaged in (content[:place], bytes(flipped)):
+                path.write_bytes(damaged)
+                if path.name != "manifest.json" or not same_meaning(damaged, content):
+                    with pytest.raises(ValueError, match=path.name):
+                        verify_checkpoint(checkpoint)
+        path.write_bytes(content)
+    assert verify_checkpoint(checkpoint)
+
+
+def same_meaning(one, other):
+    """Whether two manifests say the same: white space has no checksum, and needs none."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
+def test_every_missing_file_is_found(tmp_path, optimizer):
+    checkpoint = save(tmp_path, 1, optimizer)
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+
+        with pytest.raises(ValueError, match=path.name):
+            verify_checkpoint(checkpoint)
+
+        path.write_bytes(content)
+
+
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(tmp_path, optimizer):
+    for step in (9, 10, 100):
+        save(tmp_path, step, optimizer)
+    (tmp_path / "checkpoint-100" / "weights.bin").unlink()
+    (tmp_path / "checkpoint-notes").mkdir()
+    said = []
+
+    newest = newest_checkpoint(tmp_path, said.append)
+
+    assert newest == tmp_path / "checkpoint-10"
+    assert len(said) == 1
+    assert "checkpoint-100" in said[0]
+    assert "weights.bin" in said[0]
+
+
+def test_only_the_last_ones_are_kept_and_nothing_half_done_stays(tmp_path, optimizer):
+    (tmp_path / ".tmp-checkpoint-7").mkdir()
+    for step in (8, 9, 10):
+        save(tmp_path, step, optimizer, keep_last=2)
+
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, optimizer):
+    save(tmp_path, 1, optimizer)
+
+    def fill_the_disk(place):
+        (place / "weights.bin").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, Position(step=2), fill_the_disk, {"optimizer": optimizer}, keep_last=1)
+
+    assert newest_checkpoint(tmp_path, warn=pytest.fail) == tmp_path / "checkpoint-1"

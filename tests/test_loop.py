@@ -1,0 +1,354 @@
+"""Both loops: the same path, step for step, and the same path after a stop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfgpt import HFGPTForCausalLM
+from hfgpt.checkpoint import checkpoints
+from hfgpt.config import load_config
+from hfgpt.recorder import Recorder
+from hfgpt.run import prepare_run
+from hfgpt.train import train
+
+LOOPS = ["accelerate", "trainer"]
+TIMINGS = {"tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps the precision of a process in a singleton."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(tmp_path, lines, cache):
+    """A recipe of about 20 steps: 33 rows make 9 micro-batches of 4, the last one of 1 row."""
+    (tmp_path / "text.txt").write_text("\n".join(lines)[:4800], encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "out"),
+                "model": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, **NO_DROPOUT},
+                "tokenizer": {"vocab_size": 300},
+                "data": {"files": str(tmp_path / "text.txt"), "validation_fraction": 0.2, "block_size": 64},
+                "optim": {"learning_rate": 3e-3, "warmup_steps": 3},
+                "train": {"epochs": 4, "batch_size": 4, "eval_every": 5, "save_every": 4, "keep_last": 20},
+                "sample": {"prompt": "The", "max_new_tokens": 8},
+            }
+        )
+    )
+    return tmp_path / "recipe.yaml"
+
+
+def run(recipe, name, *overrides, resume=False):
+    """Run the recipe into `recipe.parent / name`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = recipe.parent / name
+    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume=resume)
+    return folder
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl, timing aside."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+
+
+def training_lines(folder):
+    return [line for line in metrics(folder) if "grad_norm" in line]
+
+
+def files(folder):
+    """Relative path -> content of every file that holds no timing and no name of the run's own."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = {"metrics.jsonl", "results.json", "run.yaml"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name not in own}
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    assert files(one).keys() == files(other).keys()
+    for name, content in files(one).items():
+        assert content == files(other)[name], name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
+    for result in results:
+        for key in TIMINGS:
+            result.pop(key, None)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="accumulation 1"),
+        pytest.param(["train.gradient_accumulation_steps=4", "optim.max_grad_norm=0.5"], id="accumulation 4"),
+        pytest.param(
+            ["train.epochs=null", "train.max_steps=11", "train.log_every=3", "train.eval_every=epoch"],
+            id="stopped in an epoch, evaluated at its end",
+        ),
+        pytest.param(["train.save_every=epoch", "optim.max_grad_norm=0", "optim.schedule=linear"], id="no clipping"),
+        pytest.param(["train.precision=bf16", "train.epochs=1"], id="bf16"),
+        pytest.param([f"model.{name}={value}" for name, value in DROPOUT.items()], id="dropout"),
+    ],
+)
+def test_trainer_walks_the_same_path_to_the_last_bit(recipe, overrides):
+    loops = [run(recipe, loop, f"loop={loop}", *overrides) for loop in LOOPS]
+
+    assert len(training_lines(loops[0])) >= 3
+    assert_same_run(*loops)  # losses, norms, evaluations, samples, checkpoints, weights: difference 0.0
+
+
+def test_micro_batches_of_the_tests_hold_unequal_numbers_of_targets(recipe):
+    prepared = prepare_run(load_config(recipe))
+
+    assert prepared is not None
+    assert len(prepared.rows.train) % 4  # a short last micro-batch
+    assert prepared.micro_batches_per_epoch % 4  # a short last step at accumulation 4
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("stopped_at", [7, 10, 3])
+def test_resuming_equals_never_stopping_with_dropout_in_the_middle_of_an_epoch(recipe, monkeypatch, loop, stopped_at):
+    overrides = [f"loop={loop}", "train.gradient_accumulation_steps=2", *(f"model.{k}={v}" for k, v in DROPOUT.items())]
+    whole = run(recipe, "whole", *overrides)
+
+    with monkeypatch.context() as patch:
+        training = Recorder.training
+
+        def stop(recorder, step, *rest):
+            training(recorder, step, *rest)
+            if step == stopped_at:
+                raise KeyboardInterrupt
+
+        patch.setattr(Recorder, "training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "stopped", *overrides)
+    assert not (recipe.parent / "stopped" / "results.json").exists()
+    stopped = run(recipe, "stopped", *overrides, resume=True)
+
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_and_repeats_no_line(recipe, monkeypatch):
+    whole = run(recipe, "whole", "train.save_every=0")
+    training = Recorder.training
+
+    def stop(recorder, step, *rest):
+        training(recorder, step, *rest)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "stopped", "train.save_every=0")
+    stopped = run(recipe, "stopped", "train.save_every=0", resume=True)
+
+    assert_same_run(whole, stopped)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, monkeypatch, capsys):
+    whole = run(recipe, "whole")
+    stopped = run(recipe, "stopped")
+    newest = checkpoints(stopped)[0]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    (stopped / "results.json").unlink()
+
+    run(recipe, "stopped", resume=True)
+
+    assert f"skipped {newest.name}" in capsys.readouterr().err
+    assert_same_run(whole, stopped)
+
+
+def test_accumulating_equals_a_larger_batch(recipe):
+    accumulated = run(recipe, "accumulated", "train.batch_size=2", "train.gradient_accumulation_steps=4")
+    at_once = run(recipe, "at_once", "train.batch_size=8")
+
+    for one, other in zip(training_lines(accumulated), training_lines(at_once), strict=True):
+        assert one["tokens"] == other["tokens"]
+        # The same sums in another order; the difference grows along the run.
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_looking_more_often_changes_no_step(recipe):
+    overrides = [f"model.{name}={value}" for name, value in DROPOUT.items()]
+    often = run(recipe, "often", "train.eval_every=1", "train.save_every=1", *overrides)
+    seldom = run(recipe, "seldom", "train.eval_every=1000", "train.save_every=0", *overrides)
+
+    assert training_lines(often) == training_lines(seldom)
+    assert torch.equal(*(load_file(f / "model.safetensors")["model.norm.weight"] for f in (often, seldom)))
+
+
+def test_another_seed_is_another_run(recipe):
+    one, other = run(recipe, "one"), run(recipe, "other", "seed=1")
+
+    assert training_lines(one)[0]["loss"] != training_lines(other)[0]["loss"]
+
+
+def test_a_run_leaves_all_that_was_promised(recipe):
+    folder = run(recipe, "out", "train.epochs=12")
+
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "run.yaml"),
+        *("gpt.py", "loss.py", "configuration_hfgpt.py", "modeling_hfgpt.py"),
+        *("metrics.jsonl", "results.json", "loss.png", "samples.md"),
+    }
+    first, last = ([line for line in metrics(folder) if "val_loss" in line][i] for i in (0, -1))
+    assert last["val_loss"] < first["val_loss"] - 0.3
+    assert last.keys() == {"step", "tokens", "train_loss", "val_loss", "val_perplexity"}
+    assert training_lines(folder)[0].keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens"}
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() >= {*last, "unigram_perplexity", "bigram_perplexity", "environment", *TIMINGS} - {
+        "tokens_per_second"
+    }
+    assert load_config(folder / "run.yaml") == load_config(recipe, [f"output_dir={folder}", "train.epochs=12"])
+    assert (folder / "samples.md").read_text().count("## step") == 1 + last["step"] // 5 - (last["step"] % 5 == 0)
+    assert folder.joinpath("model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-8"])
+def test_the_folder_and_every_checkpoint_load_through_auto_classes_and_generate(recipe, place):
+    folder = run(recipe, "out") / place
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The", return_tensors="pt")
+    text = model.generate(**ids, max_new_tokens=5, do_sample=True, top_k=5, temperature=0.7)
+
+    assert isinstance(model, HFGPTForCausalLM)
+    assert tokenizer.decode(text[0]).startswith("The")
+
+
+def test_a_finished_run_is_left_as_it_is(recipe):
+    folder = run(recipe, "out")
+    before = files(folder), metrics(folder)
+
+    config = load_config(recipe, [f"output_dir={folder}"])
+
+    assert train(config) is None
+    assert train(config, resume=True) is None
+    assert (files(folder), metrics(folder)) == before
+
+
+def test_fine_tuning_goes_on_from_a_gpt2_folder_with_its_tokenizer(recipe, random_gpt2, tokenizer):
+    source = recipe.parent / "gpt2"
+    random_gpt2.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    config = yaml.safe_load(recipe.read_text())
+    config["model"] = NO_DROPOUT
+    config["tokenizer"] = {}
+    tuned = recipe.parent / "tuned.yaml"
+    tuned.write_text(yaml.safe_dump({**config, "init_from": str(source)}))
+
+    folder = run(tuned, "out", "data.block_size=32", "train.epochs=2")
+
+    model = HFGPTForCausalLM.from_pretrained(folder)
+    assert model.config.resid_pdrop == 0
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder)) == len(tokenizer)
+    assert metrics(folder)[-1]["val_loss"] < next(line for line in metrics(folder) if "val_loss" in line)["val_loss"]
+    names = set(load_file(folder / "model.safetensors"))
+    assert "model.layers.0.self_attn.q_proj.weight" in names  # hfgpt's own layout
+
+
+@pytest.mark.parametrize("loop", ["accelerate", pytest.param("trainer", marks=pytest.mark.slow)])
+def test_two_processes_take_the_same_steps_as_one(recipe, cache, loop):
+    one = run(recipe, "one", f"loop={loop}", "train.batch_size=8", "train.epochs=2")
+
+    two = recipe.parent / "two"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cache)}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["-m", "hfgpt", "train", str(recipe), f"output_dir={two}", f"loop={loop}", "train.epochs=2"]
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=240)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["tokens"] for line in training_lines(two)] == [line["tokens"] for line in training_lines(one)]
+    for mine, theirs in zip(training_lines(two), training_lines(one), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # the same sums in another order
+    assert metrics(two)[-1]["val_loss"] == pytest.approx(metrics(one)[-1]["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder.write_text("mine"), "is a file"),
+        (lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("mine")), "something else"),
+        (lambda folder: (folder.mkdir(), (folder / "run.yaml").write_text("seed: 7\n")), "another run"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_was(recipe, prepare, message):
+    folder = recipe.parent / "out"
+    prepare(folder)
+    before = folder.read_bytes() if folder.is_file() else {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    with pytest.raises(ValueError, match=message):
+        run(recipe, "out")
+
+    after = folder.read_bytes() if folder.is_file() else {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert after == before
+
+
+def test_another_run_in_the_folder_is_refused(recipe):
+    folder = run(recipe, "out")
+    before = files(folder)
+
+    with pytest.raises(ValueError, match="holds another run"):
+        run(recipe, "out", "seed=3")
+
+    assert files(folder) == before
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(recipe):
+    folder = run(recipe, "out")
+    (folder / "results.json").unlink()
+
+    with pytest.raises(ValueError, match=r"no such checkpoint.*checkpoint-\d+"):
+        run(recipe, "out", resume=str(folder / "checkpoint-999"))
+
+
+def test_a_run_that_cannot_be_made_ready_writes_nothing(recipe):
+    for override, message in [
+        ("data.validation_fraction=0.001", "fewer than one block"),
+        ("optim.warmup_steps=1000", "longer than the run"),
+        ("sample.max_new_tokens=70", "Shorten the sample"),
+        ("optim.schedule=cosin", "must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(recipe, "out", override)
+
+        assert not Path(recipe.parent / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_steps(recipe):
+    eager = run(recipe, "eager", "train.epochs=1")
+    compiled = run(recipe, "compiled", "train.epochs=1", "train.compile=true")
+
+    for mine, theirs in zip(training_lines(compiled), training_lines(eager), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # fused sums round otherwise
