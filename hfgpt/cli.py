@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+ORDER_OF_THE_JOB = ("config", "tokenizer", "train", "evaluate", "generate", "verify")
+
+
+class JobOrder(TyperGroup):
+    """Lists the commands in the order of the job; typer itself puts those with subcommands last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Put the names in order."""
+        return sorted(super().list_commands(ctx), key=ORDER_OF_THE_JOB.index)
+
 
 app = typer.Typer(
     name="hfgpt",
+    cls=JobOrder,
     help="A GPT from scratch, in the Hugging Face ecosystem. The commands are in the order of the job.",
     no_args_is_help=True,
     add_completion=True,
@@ -87,10 +100,11 @@ def train(
 ) -> None:
     """Train a model by a recipe, through the loop that it names."""
     from hfgpt.config import load_config
+
+    loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
     from hfgpt.recorder import talk
     from hfgpt.train import train
 
-    loaded = load_config(recipe, overrides or [])
     results = train(loaded, resume=resume or resume is not None)
     if results is None:
         talk(f"{loaded.output_dir} holds this run, finished.")
@@ -199,12 +213,24 @@ def main() -> None:
     sys.argv = [sys.argv[0], *join_resume([word for word in sys.argv[1:] if word != "--debug"])]
     quieten_libraries()
     try:
+        check_encoding(sys.argv)
         app()
     except (ValueError, OSError) as error:
         if is_debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_encoding(words: list[str]) -> None:
+    """Refuse words that are no text: Python hands bytes that it cannot decode on as lone surrogates.
+
+    Raises:
+        ValueError: naming the word.
+    """
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ValueError(f"{word!r} is not UTF-8. Set the terminal to UTF-8.")
 
 
 def join_resume(words: list[str]) -> list[str]:

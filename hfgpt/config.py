@@ -387,9 +387,8 @@ def check(config: RunConfig) -> RunConfig:
         ("sample.top_k", sample.top_k, 0),
     ]:
         if value is not None and not least <= value < math.inf:
-            raise ValueError(
-                f"`{name}` must be {'finite and ' if value == math.inf else ''}at least {least}, got {value}."
-            )
+            limit = "finite" if value == math.inf else f"at least {least}"
+            raise ValueError(f"`{name}` must be {limit}, got {value}.")
     if config.seed > LARGEST_SEED:
         raise ValueError(f"`seed` must be at most {LARGEST_SEED}, got {config.seed}.")
     for name, value, least in [

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from hfgpt.decoding import stream, stream_text
-from hfgpt.tokenizer import load_tokenizer
+from hfgpt.tokenizer import encode_ids, load_tokenizer
 from hfgpt.weights import load
 
 
@@ -39,9 +39,8 @@ def continue_text(
     model, tokenizer = load(source), load_tokenizer(source)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     model.to(device)
-    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [
-        tokenizer.eos_token_id
-    ]
+    (ids,) = encode_ids(tokenizer, [prompt])
+    ids = ids or [tokenizer.eos_token_id]
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} makes the id {max(ids)}, the model's `vocab_size` is "

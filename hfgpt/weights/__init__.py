@@ -34,7 +34,7 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> HFGPTForCausa
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{str(source)!r} is no model folder: it has no config.json.")
+        raise ValueError(f"{source} is no model folder: it has no config.json.")
     try:
         return HFGPTForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, SafetensorError, StrictDataclassError) as error:

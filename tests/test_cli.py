@@ -1,0 +1,558 @@
+"""The commands as a user types them: what they do, what they print and where, and what they say to bad input."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from hfgpt.cli import ORDER_OF_THE_JOB, join_resume, main
+from hfgpt.config import load_config
+from hfgpt.evaluation import evaluate_files
+from hfgpt.tokenizer import load_tokenizer
+
+RECIPE = """\
+output_dir: out/accelerate
+model: {n_positions: 64, n_embd: 32, n_layer: 2, n_head: 4, resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}
+tokenizer: {vocab_size: 512}
+data: {files: text.txt, block_size: 32}
+optim: {learning_rate: 1.0e-2, warmup_steps: 2}
+train: {max_steps: 6, batch_size: 4, eval_every: 3, eval_rows: 8, save_every: 3}
+sample: {prompt: "The", max_new_tokens: 10}
+"""
+LOOPS = ["accelerate", "trainer"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: its exit code, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def hfgpt(*words):
+    """Run the command line in this process, in the current folder."""
+    out, err = io.StringIO(), io.StringIO()
+    AcceleratorState._reset_state(True)  # it holds for a process; other tests may have left another precision
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["hfgpt", *map(str, words)])
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")  # `main` sets it for good
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def process(*words, folder):
+    """Run a program in a process of its own."""
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def contents(folder):
+    """Every path below a folder, and what is in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+    AcceleratorState._reset_state(True)
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a text, a recipe and a finished run of it by each loop, and what the runs said."""
+
+    folder: Path
+    said: dict[str, Result]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    text = "\n".join(topics[name] for name in sorted(topics))[:20_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for loop in LOOPS:
+            said[loop] = hfgpt("train", "tiny.yaml", f"loop={loop}", f"output_dir=out/{loop}")
+    return World(folder, said)
+
+
+@pytest.fixture
+def world(finished, tmp_path, monkeypatch):
+    """A copy of it that a test may change, and is in."""
+    folder = tmp_path / "world"
+    shutil.copytree(finished.folder, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --- what the commands do
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_tiny_recipe_trains_evaluates_and_generates(finished, world, loop):
+    trained = finished.said[loop]
+    assert trained.code == 0
+    assert trained.out == ""  # talk goes to stderr
+    assert "step 6/6  loss" in trained.err
+    assert "validation perplexity" in trained.err
+    assert "Traceback" not in trained.err
+    left = {path.name for path in Path(f"out/{loop}").iterdir()}
+    assert left >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "gpt.py"}
+    assert left >= {"run.yaml", "metrics.jsonl", "results.json", "loss.png", "samples.md", "checkpoint-3"}
+
+    evaluated = hfgpt("evaluate", f"out/{loop}", "--data", "text.txt", "--json")
+    generated = hfgpt("generate", f"out/{loop}", "The", "--max-new-tokens", 20, "--seed", 1)
+
+    assert (evaluated.code, evaluated.err) == (0, "")
+    score = json.loads(evaluated.out)
+    assert score == {
+        "loss": evaluate_files(f"out/{loop}", ["text.txt"]).loss,
+        "perplexity": pytest.approx(torch.tensor(score["loss"]).double().exp().item()),
+        "tokens": score["tokens"],
+    }
+    assert 2 < score["loss"] < 6.3  # less than log(512)
+    assert (generated.code, generated.err) == (0, "")
+    assert generated.out.startswith("The")
+    assert len(generated.out) > len("The\n")
+
+
+def test_both_loops_say_the_same_losses(finished):
+    losses = [re.findall(r"step \d/6 .*?loss [\d.]+", finished.said[loop].err) for loop in LOOPS]
+
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6 + 2
+
+
+def test_the_second_call_says_that_the_run_is_finished_and_changes_nothing(world):
+    before = contents(world)
+
+    again = hfgpt("train", "tiny.yaml")
+
+    assert (again.code, again.out) == (0, "")
+    assert "out/accelerate holds this run, finished." in again.err
+    assert "validation perplexity" in again.err
+    assert contents(world) == before
+
+
+def test_train_prints_its_results_as_json(world):
+    fresh = hfgpt("train", "tiny.yaml", "output_dir=out/new", "train.max_steps=3", "--json")
+    again = hfgpt("train", "tiny.yaml", "output_dir=out/new", "train.max_steps=3", "--json")
+
+    results = json.loads(Path("out/new/results.json").read_text())
+    assert (fresh.code, json.loads(fresh.out), fresh.out.count("\n")) == (0, results, 1)
+    assert (again.code, json.loads(again.out), again.out.count("\n")) == (0, results, 1)
+    names = {"step", "tokens", "train_loss", "val_loss", "val_perplexity", "unigram_perplexity", "bigram_perplexity"}
+    assert set(results) >= names | {"peak_memory_bytes", "elapsed_seconds", "environment"}
+    assert results["step"] == 3
+
+
+def unfinish(folder):
+    """Make a run what it was when it was killed after its first checkpoint."""
+    for name in ("results.json", "loss.png", "model.safetensors"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny.yaml", "--resume"],
+        ["tiny.yaml", "--resume", "out/accelerate/checkpoint-3"],
+        ["--resume", "tiny.yaml"],
+        ["tiny.yaml", "--resume", "seed=0", "loop=accelerate"],
+        ["tiny.yaml", "seed=0", "--resume=out/accelerate/checkpoint-3"],
+    ],
+    ids=" ".join,
+)
+def test_an_unfinished_run_goes_on_to_the_same_end(world, words):
+    folder = Path("out/accelerate")
+    expected = {name: (folder / name).read_bytes() for name in ("model.safetensors", "samples.md")}
+    unfinish(folder)
+
+    resumed = hfgpt("train", *words)
+
+    assert resumed.code == 0
+    assert "going on from out/accelerate/checkpoint-3 at step 3" in resumed.err
+    assert {name: (folder / name).read_bytes() for name in expected} == expected
+
+
+def test_resume_without_a_checkpoint_starts(world):
+    started = hfgpt("train", "tiny.yaml", "output_dir=out/new", "train.max_steps=2", "--resume", "train.eval_every=2")
+
+    assert started.code == 0
+    assert "going on" not in started.err
+    assert Path("out/new/results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "joined"),
+    [
+        ("train demo", "train demo"),
+        ("train demo --resume", "train demo --resume="),
+        ("train demo --resume out/demo/checkpoint-3", "train demo --resume=out/demo/checkpoint-3"),
+        ("train demo --resume=out/checkpoint-3", "train demo --resume=out/checkpoint-3"),
+        ("train demo --resume train.max_steps=3", "train demo --resume= train.max_steps=3"),
+        ("train demo --resume --json", "train demo --resume= --json"),
+        ("train demo seed=1 --resume out/c --json", "train demo seed=1 --resume=out/c --json"),
+        ("train --resume demo", "train --resume= demo"),
+        ("train --json --resume demo seed=1", "train --json --resume= demo seed=1"),
+        ("evaluate out --data a.txt", "evaluate out --data a.txt"),
+    ],
+)
+def test_resume_takes_a_path_only_where_one_stands(words, joined):
+    assert join_resume(words.split()) == joined.split()
+
+
+def test_config_prints_yaml_that_loads_equal(world):
+    printed = hfgpt("config", "demo", "sample.prompt=${x}: 1e3", "model.n_embd=96")
+
+    assert (printed.code, printed.err) == (0, "")
+    Path("printed.yaml").write_text(printed.out, encoding="utf-8")
+    assert load_config("printed.yaml") == load_config("demo", ["sample.prompt=${x}: 1e3", "model.n_embd=96"])
+
+
+def test_evaluate_prints_lines_to_read(world):
+    printed = hfgpt("evaluate", "out/accelerate", "--data", "text.txt", "--data", "text.txt", "--batch-size", 3)
+
+    score = evaluate_files("out/accelerate", ["text.txt", "text.txt"])
+    assert (printed.code, printed.err) == (0, "")
+    assert printed.out == (
+        f"loss        {score.loss:.4f} nats/token\n"
+        f"perplexity  {score.perplexity:.2f}\n"
+        f"tokens      {score.tokens:,} scored, in windows of the model's context\n"
+    )
+
+
+def test_generate_prints_prompt_and_text_as_json(world):
+    words = ["generate", "out/accelerate", "한국어 The", "--max-new-tokens", 10, "--seed", 3]
+
+    as_json, printed = hfgpt(*words, "--json"), hfgpt(*words)
+
+    result = json.loads(as_json.out)
+    assert (as_json.code, as_json.err, as_json.out.count("\n")) == (0, "", 1)
+    assert result["prompt"] == "한국어 The"
+    assert result["text"].startswith("한국어 The")
+    assert printed.out == result["text"] + "\n"
+    assert "한국어" in as_json.out  # not as \\u escapes
+
+
+def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
+    monkeypatch.setattr("hfgpt.generation.continue_text", lambda *args, **settings: iter([]))
+
+    assert hfgpt("generate", "out/accelerate", "The").out == "The\n"
+
+
+def test_generate_hands_every_option_on(world, monkeypatch):
+    heard = {}
+    monkeypatch.setattr(
+        "hfgpt.generation.continue_text",
+        lambda source, prompt, **settings: iter([heard.update(source=source, prompt=prompt, **settings) or "!"]),
+    )
+
+    options = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --seed 9"
+    hfgpt("generate", "folder", "a b", *options.split())
+
+    assert heard == {
+        "source": "folder",
+        "prompt": "a b",
+        "max_new_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.75,
+        "seed": 9,
+    }
+
+
+def test_verify_passes_a_trained_model(world):
+    printed, as_json = hfgpt("verify", "out/accelerate"), hfgpt("verify", "out/accelerate", "--json")
+
+    assert (printed.code, printed.err, as_json.code, as_json.err) == (0, "", 0, "")
+    assert printed.out.endswith("passed: the same model\n")
+    assert "max |Δlogit|" in printed.out
+    result = json.loads(as_json.out)
+    assert set(result) >= {
+        "max_abs_diff",
+        "max_rel_diff",
+        "argmax_agreement",
+        "loss_diff",
+        "greedy_equal",
+        "passed",
+    }
+    assert result["passed"] is True
+
+
+def test_verify_exits_with_1_when_the_models_differ(world, monkeypatch):
+    from hfgpt.weights import verify
+
+    right = verify.to_gpt2
+
+    def disturbed(model):
+        gpt2 = right(model)
+        gpt2.transformer.ln_f.bias.data += 1e-3
+        return gpt2
+
+    monkeypatch.setattr(verify, "to_gpt2", disturbed)
+
+    printed, as_json = hfgpt("verify", "out/accelerate"), hfgpt("verify", "out/accelerate", "--json")
+
+    assert (printed.code, as_json.code) == (1, 1)
+    assert printed.out.endswith("FAILED: not the same model\n")
+    assert json.loads(as_json.out)["passed"] is False
+
+
+def test_tokenizer_train_trains_the_tokenizer_of_the_run(world):
+    trained = hfgpt("tokenizer", "train", "tok", "--recipe", "tiny.yaml", "tokenizer.vocab_size=400")
+    same = hfgpt("tokenizer", "train", "same", "--recipe", "tiny.yaml")
+
+    assert (trained.code, trained.out, trained.err) == (0, "", "400 token ids in tok\n")
+    assert len(load_tokenizer("tok")) == 400
+    assert same.code == 0
+    assert Path("same/tokenizer.json").read_bytes() == Path("out/accelerate/tokenizer.json").read_bytes()
+
+
+# --- help
+
+
+def test_help_lists_the_commands_in_the_order_of_the_job():
+    printed = hfgpt("--help")
+
+    commands = re.findall(r"^\W+(\w+)  ", printed.out.partition("Commands")[2], flags=re.MULTILINE)
+    assert printed.code == 0
+    assert tuple(commands) == ORDER_OF_THE_JOB
+
+
+@pytest.mark.parametrize("command", [*ORDER_OF_THE_JOB, "tokenizer train"])
+def test_every_command_explains_itself(command):
+    printed = hfgpt(*command.split(), "--help")
+
+    assert printed.code == 0
+    assert "Usage: hfgpt" in printed.out
+
+
+def test_help_is_quick_because_it_imports_no_library(tmp_path):
+    ran = process("-X", "importtime", "-m", "hfgpt", "--help", folder=tmp_path)
+
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert ran.returncode == 0
+    assert "Commands" in ran.stdout
+    assert "hfgpt.cli" in imported
+    assert not {"torch", "transformers", "datasets", "accelerate", "numpy"} & imported
+
+
+# --- bad input
+
+
+def make_files(world):
+    """What the commands below are given beside the finished runs."""
+    (world / "empty.txt").touch()
+    (world / "short.txt").write_text("Too short.")
+    (world / "latin.txt").write_bytes("café ".encode("latin-1") * 100)
+    (world / "text.pdf").touch()
+    (world / "lines.jsonl").write_text('{"text": "one two three"}\n' * 100)
+    (world / "typo.yaml").write_text(RECIPE.replace("learning_rate", "learning_rat"))
+    (world / "list.yaml").write_text("- a\n")
+    finetune = [line for line in RECIPE.splitlines() if not line.startswith(("model", "tokenizer", "output_dir"))]
+    (world / "finetune.yaml").write_text("\n".join(["output_dir: out/new", "init_from: small", *finetune]))
+    (world / "notes").mkdir()
+    (world / "notes" / "todo.txt").write_text("Not a run.")
+    (world / "emptied").mkdir()
+
+    # A run that was killed, with a checkpoint that a disk spoiled.
+    killed = world / "out" / "killed"
+    shutil.copytree(world / "out" / "accelerate", killed)
+    unfinish(killed)
+    run = (killed / "run.yaml").read_text()
+    (killed / "run.yaml").write_text(run.replace("out/accelerate", "out/killed"))
+    with (killed / "checkpoint-3" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+
+    # A model whose tokenizer is that of a larger one.
+    shutil.copytree(world / "out" / "accelerate", world / "mixed")
+    small = hfgpt("train", "tiny.yaml", "output_dir=small", "tokenizer.vocab_size=300", "train.max_steps=2")
+    assert small.code == 0
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(world / "small" / name, world / "mixed" / name)
+
+    (world / "damaged").mkdir()
+    shutil.copy(world / "small" / "config.json", world / "damaged")
+    (world / "damaged" / "model.safetensors").write_bytes(b"junk")
+
+
+@pytest.fixture(scope="module")
+def bad_world(finished, tmp_path_factory):
+    """One world for all bad input, since nothing of it may change."""
+    folder = tmp_path_factory.mktemp("bad") / "world"
+    shutil.copytree(finished.folder, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_files(folder)
+    return folder
+
+
+TRAIN = "train tiny.yaml output_dir=out/new"
+BAD_INPUT = [
+    # The text.
+    (f"{TRAIN} data.files=missing.txt", "there is no file or folder 'missing.txt'."),
+    (f"{TRAIN} data.files=null", "give `data.source` or `data.files`, one of them: got None and None."),
+    (f"{TRAIN} data.files=emptied", "the folder emptied holds no file that ends in .txt"),
+    (f"{TRAIN} data.files=text.pdf", "text.pdf: the name must end in one of .txt, .md, .jsonl"),
+    (f"{TRAIN} data.files=latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+    (f"{TRAIN} data.files=empty.txt", "empty.txt holds no text: every document is empty."),
+    (f"{TRAIN} data.files=short.txt", "fewer than one block of 33"),
+    (f"{TRAIN} data.files=[text.txt,short.txt]", "the validation split has"),
+    (
+        f"{TRAIN} data.files=lines.jsonl data.text_column=body",
+        "lines.jsonl has no column 'body', only ['text']. Set `data.text_column`.",
+    ),
+    (f"{TRAIN} data.text_column=body", "`data.text_column` ('body') has no effect"),
+    # The shape.
+    (f"{TRAIN} data.block_size=65", "`data.block_size` (65) is longer than the model's `n_positions` (64)."),
+    (f"{TRAIN} model.n_head=5", "`hidden_size` (`n_embd`, 32) is not divisible by `num_attention_heads` (`n_head`, 5)"),
+    (f"{TRAIN} model.activation_function=gulu", "`activation_function` must be one of ['gelu_new',"),
+    (f"{TRAIN} model.n_layers=6", "unknown field `n_layers`. Did you mean `n_layer`?"),
+    (f"{TRAIN} sample.max_new_tokens=100", "`sample.prompt` and `sample.max_new_tokens` make 101 tokens"),
+    # Token ids that the model does not know.
+    (
+        "train finetune.yaml tokenizer.name=mixed",
+        "tokenizer has 512 ids, `init_from` (small) a `vocab_size` of 300.",
+    ),
+    ("evaluate mixed --data text.txt", "the model's `vocab_size` is 300. They do not belong together."),
+    ("generate mixed The", "the model's `vocab_size` is 300. They do not belong together."),
+    # The folder.
+    ("train tiny.yaml seed=1", "`output_dir` (out/accelerate) holds another run: its run.yaml differs"),
+    (f"{TRAIN} output_dir=notes", "`output_dir` (notes) holds files of something else."),
+    (f"{TRAIN} output_dir=text.txt", "`output_dir` (text.txt) is a file. Name a folder."),
+    ("train tiny.yaml output_dir=out/killed", "`output_dir` (out/killed) holds this run, unfinished. Add `--resume`"),
+    # The recipe.
+    ("train typo.yaml", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
+    ("train list.yaml", "list.yaml is not a recipe: it must hold `key: value` lines."),
+    ("train dmeo", "no recipe 'dmeo'"),
+    ("config dmeo", "no recipe 'dmeo'"),
+    ("config demo optim.name=adam", "`optim.name` must be one of ['adamw'], got 'adam'."),
+    (f"{TRAIN} trian.max_steps=3", "Key 'trian' not in 'the recipe'. Did you mean 'train'?"),
+    (f"{TRAIN} seed", "'seed' is not an override. Write `key.path=value`"),
+    (f"{TRAIN} optim.schedule=cosin", "`optim.schedule` must be one of ['constant', 'cosine', 'linear'], got 'cosin'."),
+    (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7) is longer than `train.max_steps` (6)."),
+    (
+        f"{TRAIN} train.max_steps=null train.epochs=1 optim.warmup_steps=500",
+        "`optim.warmup_steps` (500) is longer than the run (60 steps).",
+    ),
+    # The checkpoint.
+    (f"{TRAIN} --resume nowhere", "no such checkpoint: nowhere. In out/new there are: none."),
+    (
+        "train tiny.yaml output_dir=out/killed --resume out/killed/checkpoint-9",
+        "no such checkpoint: out/killed/checkpoint-9. In out/killed there are: checkpoint-3.",
+    ),
+    (
+        "train tiny.yaml output_dir=out/killed --resume out/killed/checkpoint-3",
+        "checkpoint-3/model.safetensors is damaged: it is not what was written.",
+    ),
+    (
+        "train tiny.yaml output_dir=out/killed --resume out/trainer/checkpoint-3",
+        "out/trainer/checkpoint-3 is a checkpoint of another run: `output_dir` is out/killed.",
+    ),
+    # The model.
+    ("train finetune.yaml init_from=nowhere", "no tokenizer 'nowhere', neither as a folder nor on the Hub"),
+    ("train finetune.yaml init_from=nowhere tokenizer.name=small", "`init_from`: "),
+    ("train finetune.yaml model.n_layer=2", "`model.num_hidden_layers` has no effect: `init_from` ('small') fixes"),
+    (
+        "train finetune.yaml data.block_size=65",
+        "(65) is longer than the `n_positions` of small (64). Lower it.",
+    ),
+    ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
+    ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
+    ("evaluate damaged --data text.txt", "no model 'damaged': Error while deserializing header"),
+    ("generate notes The", "notes is no model folder"),
+    ("verify notes", "notes is no model folder"),
+    # The options.
+    ("evaluate small --data missing.txt", "there is no file or folder 'missing.txt'."),
+    ("evaluate small --data empty.txt", "holds no text: every document is empty."),
+    ("evaluate small --data lines.jsonl --text-column body", "lines.jsonl has no column 'body', only ['text']."),
+    ("evaluate small --data text.txt --text-column body", "`--text-column` ('body') has no effect"),
+    ("generate small The --max-new-tokens 64", "`max_new_tokens` (64) are together longer than the model's"),
+    ("generate small The --max-new-tokens 0", "`max_new_tokens` must be at least 1, got 0."),
+    ("generate small The --temperature -1", "`temperature` must be a finite number of at least 0, got -1.0."),
+    ("generate small The --top-p 2", "`top_p` must be above 0 and at most 1, got 2.0."),
+    ("generate small The\udcff", r"'The\udcff' is not UTF-8."),
+    ("verify", "give a model or `--random SIZE`, one of them."),
+    ("verify small --random small", "give a model or `--random SIZE`, one of them."),
+    ("verify small --layers 1", "`--layers` has no effect without `--random`."),
+    ("verify --random tiny", "`--random` must be one of ['small', 'medium', 'large', 'xl'], got 'tiny'."),
+    ("verify --random small --layers 13", "`--layers` must be between 1 and 12 for 'small', got 13."),
+    ("tokenizer train notes --recipe tiny.yaml", "notes is not empty. Name a new folder."),
+    ("tokenizer train tok --recipe finetune.yaml", "the recipe names a tokenizer that is trained already ('small')."),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT, ids=[ascii(words) for words, _ in BAD_INPUT])
+def test_bad_input_gets_one_clear_line_and_leaves_everything_as_it_was(bad_world, monkeypatch, words, message):
+    monkeypatch.chdir(bad_world)
+    before = contents(bad_world)
+
+    said = hfgpt(*words.split(" "))
+
+    assert said.code == 2, said
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert contents(bad_world) == before
+
+
+@pytest.mark.parametrize("words", ["train", "trian demo", "train demo --fast", "evaluate small", "generate small"])
+def test_a_wrong_command_line_exits_with_2(words):
+    said = hfgpt(*words.split())
+
+    assert said.code == 2
+    assert said.out == ""
+    assert "Usage: hfgpt" in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("words", ["--debug train dmeo", "train dmeo --debug"])
+def test_debug_lets_the_error_through(words):
+    with pytest.raises(ValueError, match="no recipe 'dmeo'"):
+        hfgpt(*words.split())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    ran = process("-m", "hfgpt", "--debug", "train", "dmeo", folder=tmp_path)
+
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("Traceback (most recent call last):")
+    assert ran.stderr.rstrip().splitlines()[-1].startswith("ValueError: no recipe 'dmeo'")
+
+
+def test_the_installed_command_is_the_same(tmp_path):
+    command = Path(sys.executable).with_name("hfgpt")
+
+    ran = subprocess.run([command, "train", "dmeo"], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert ran.stderr.startswith("error: no recipe 'dmeo'")

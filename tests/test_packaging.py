@@ -1,0 +1,60 @@
+"""What an installed hfgpt carries: its code, and the files that it reads as data."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hfgpt.config
+from hfgpt.config import load_config, package_file
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FORCE_INCLUDE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+
+
+def test_every_file_that_the_wheel_takes_from_beside_the_code_is_there():
+    assert "recipes/demo.yaml" in FORCE_INCLUDE
+    for source, target in FORCE_INCLUDE.items():
+        assert (ROOT / source).is_file()
+        assert target == f"hfgpt/{source}"  # where `package_file` looks for it
+
+
+def test_a_file_is_found_beside_the_package_in_a_checkout():
+    assert package_file("recipes/demo.yaml") == ROOT / "recipes" / "demo.yaml"
+
+
+def test_a_file_is_found_inside_the_package_when_installed(tmp_path, monkeypatch):
+    installed = tmp_path / "hfgpt" / "recipes" / "demo.yaml"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
+    monkeypatch.setattr(hfgpt.config, "package_files", lambda package: tmp_path / package)
+
+    assert package_file("recipes/demo.yaml") == installed
+    assert load_config("demo").output_dir == "out/demo"
+
+
+def test_the_version_stands_in_one_way_only():
+    assert PROJECT["project"]["version"] == hfgpt.__version__
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_code_and_the_demo_recipe(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("hfgpt-*.whl")
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    installed = tmp_path / "installed"
+
+    carried = {path.relative_to(installed) for path in installed.rglob("*.py")}
+    assert carried == {path.relative_to(ROOT) for path in (ROOT / "hfgpt").rglob("*.py")}
+    program = "from hfgpt.config import find_recipe; import sys; sys.stdout.write(str(find_recipe('demo')))"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=installed, check=True, capture_output=True, text=True
+    ).stdout
+    assert Path(found) == installed / "hfgpt" / "recipes" / "demo.yaml"

@@ -1,0 +1,106 @@
+"""Every command and every snippet of the README runs, in its order, in one folder; only made small.
+
+What is changed before it runs stands in `SMALLER`, so that nothing else is.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+TINY_RUN = (
+    "model.n_embd=32 model.n_layer=1 model.n_head=2 tokenizer.vocab_size=400 train.max_steps=2 optim.warmup_steps=1 "
+    "train.batch_size=2 train.eval_rows=2 sample.max_new_tokens=3"
+)
+SMALLER = [
+    (r"hfgpt train demo output_dir=out/two.*", r"\g<0> train.save_every=0 " + TINY_RUN),
+    (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.source=null data.files=my.txt " + TINY_RUN),
+    (r"hfgpt train recipes/finetune.yaml.*", r"\g<0> data.block_size=32 optim.warmup_steps=1 sample.max_new_tokens=3"),
+    (r"--random small", r"--random small --layers 1"),
+    (r"openai-community/gpt2", r"tiny-gpt2"),  # the Hub cannot be reached: a random GPT-2 of transformers stands in
+]
+
+
+def smaller(command):
+    command = command.partition("#")[0].strip()
+    for pattern, replacement in SMALLER:
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+def commands(block):
+    return [command for line in block.splitlines() if (command := smaller(line))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lines, tokenizer):
+    """A folder with what the README's reader has: a text, the recipes, and in place of the Hub a small GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "my.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder / "tiny-gpt2")
+    tokenizer.save_pretrained(folder / "tiny-gpt2")
+    return folder
+
+
+def test_every_command_and_snippet_in_the_readme_runs(folder):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    ran = 0
+    for language, block in BLOCKS:
+        if language == "python":
+            steps = [[sys.executable, "-c", re.sub("openai-community/gpt2", "tiny-gpt2", block)]]
+        else:
+            steps = [
+                ["bash", "-c", command] for command in commands(block) if not command.startswith(("make", "source"))
+            ]
+        for step in steps:
+            done = subprocess.run(step, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, f"{step[-1]}\n{done.stderr[-3000:]}"
+            ran += 1
+    assert ran >= 10
+    assert (folder / "out" / "gpt2" / "model.safetensors").is_file()
+
+
+def test_make_demo_does_what_the_readme_does_by_hand():
+    planned = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert ".venv/bin/hfgpt train demo" in planned
+    assert ".venv/bin/hfgpt generate out/demo" in planned
+
+
+def test_every_target_of_make_that_the_readme_names_exists():
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_map_names_every_file_of_the_library():
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", README.partition("## The map")[2].partition("## Verified")[0]))
+    there = {path.name for path in (ROOT / "hfgpt").glob("*.py")} - {"__init__.py", "__main__.py"}
+
+    assert there | {"weights/"} <= named | {"verify.py", "gpt2.py"}
+    assert named - {"verify.py", "gpt2.py", "hfgpt/"} <= there | {"weights/"}
+
+
+def test_numbers_in_the_readme_are_those_that_were_measured():
+    measured = json.loads((ROOT / "cards" / "demo.json").read_text(encoding="utf-8"))
+
+    row = next(line for line in README.splitlines() if line.startswith("| [demo]"))
+
+    assert f"{measured['val_perplexity']:.1f}" in row
+    assert f"{measured['bigram_perplexity']:.1f}" in row
+    assert measured["val_perplexity"] <= 0.85 * measured["bigram_perplexity"]
