@@ -35,6 +35,9 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer by itself.", no_args_is_help=True)
 
+# What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
+MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-2 model.", metavar="MODEL")]
 Overrides = Annotated[
@@ -215,11 +218,11 @@ def main() -> None:
     try:
         check_encoding(sys.argv)
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if is_debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, MISUSES) else 1) from None
 
 
 def check_encoding(words: list[str]) -> None:

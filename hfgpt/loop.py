@@ -14,9 +14,10 @@ from accelerate.utils import send_to_device
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import EpochBatches, train_loader
 from hfgpt.loss import IGNORE_INDEX
+from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.recorder import Recorder
-from hfgpt.run import Run, evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+from hfgpt.run import Run
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names and accelerate's
 

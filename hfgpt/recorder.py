@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hfgpt.checkpoint import Position
 from hfgpt.results import MetricsLog, SamplesFile
 
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
+
 PLAIN_LINES = 40
 """About so many training lines are printed over a run where there is no terminal to draw a bar on."""
 
@@ -25,6 +27,19 @@ def talk(text: str) -> None:
     """Say something to the person at the terminal: on stderr, from the main process."""
     if PartialState().is_main_process:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+def refuse_divergence(name: str, loss: float, step: int) -> None:
+    """Stop a run whose loss is no number any more; its last checkpoint stays as it is.
+
+    Raises:
+        FloatingPointError: saying at which step, and what to do.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"`{name}` is {loss} at step {step}: training diverged. Lower `optim.learning_rate` or raise "
+            "`optim.warmup_steps`, in another `output_dir`."
+        )
 
 
 class Recorder:
@@ -47,8 +62,8 @@ class Recorder:
         self.started_at = time.perf_counter()
         if not self.speaks:
             return
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
-        self.samples = SamplesFile(folder / "samples.md", prompt, settings)
+        self.metrics = MetricsLog(folder / METRICS_FILE)
+        self.samples = SamplesFile(folder / SAMPLES_FILE, prompt, settings)
         # A run that starts at step 0 keeps nothing of one that was killed before its first checkpoint.
         last_step = start.step if start.step else -1
         self.metrics.truncate_after(last_step)
@@ -82,6 +97,7 @@ class Recorder:
             learning_rate: of the last step.
             tokens: targets trained on so far, over all processes.
         """
+        refuse_divergence("loss", loss, step)
         if not self.speaks:
             return
         now = time.perf_counter()
@@ -104,6 +120,7 @@ class Recorder:
 
     def evaluation(self, line: dict[str, Any], sample: str) -> None:
         """Write an evaluation line and its sample text."""
+        refuse_divergence("val_loss", line["val_loss"], line["step"])
         self.metrics.write(line)
         if sample:
             self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)

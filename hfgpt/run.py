@@ -1,10 +1,8 @@
-"""What both loops share: a run is made ready, watched and finished here; they differ in nothing but the loop."""
+"""A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,19 +14,15 @@ from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
 from hfgpt.config import DROPOUT_FIELDS, RunConfig, load_config, save_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data import Rows, check_ids, eval_loader, load_rows
-from hfgpt.decoding import generate, stream_text
+from hfgpt.data import Rows, check_ids, load_rows
 from hfgpt.documents import load_documents
-from hfgpt.evaluation import Score, score_batches
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.ngram import ngram_perplexities
 from hfgpt.optim import check_optim
-from hfgpt.recorder import Recorder, talk
-from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
+from hfgpt.recorder import talk
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer
+from hfgpt.weights import load
 
-RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.yaml", "results.json", "metrics.jsonl"
-SAMPLES_FILE, PLOT_FILE = "samples.md", "loss.png"
+RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
 
 
 @dataclass(frozen=True)
@@ -92,9 +86,9 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             check_folder(config, folder, resume)
+    resume_from = find_checkpoint(folder, resume)
     if (folder / RESULTS_FILE).is_file():
         return None
-    resume_from = find_checkpoint(folder, resume)
 
     with PartialState().main_process_first():
         documents = load_documents(config.data, config.seed)
@@ -105,6 +99,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     check_ids(rows.train, model.config.vocab_size, "the training split")
     check_ids(rows.validation, model.config.vocab_size, "the validation split")
     check_prompt(config, tokenizer, model)
+    model.to(PartialState().device)
 
     global_batch = config.train.batch_size * PartialState().num_processes
     micro_batches = -(-len(rows.train) // global_batch)
@@ -117,7 +112,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         )
     position = Position() if resume_from is None else checkpoint.verify_checkpoint(resume_from)
     if resume_from is not None:
-        model.load_state_dict(HFGPTForCausalLM.from_pretrained(resume_from, dtype="auto").state_dict())
+        model.load_state_dict(load(resume_from).state_dict())
     run = Run(
         config, folder, tokenizer, rows, model, position, resume_from, micro_batches, steps_per_epoch, total_steps
     )
@@ -221,10 +216,7 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> HFGPTFo
     if config.init_from is None:
         return HFGPTForCausalLM(HFGPTConfig(vocab_size=len(tokenizer), **token_ids, **config.model))
     dropouts = {name: value for name, value in config.model.items() if name in DROPOUT_FIELDS}
-    try:
-        model = HFGPTForCausalLM.from_pretrained(config.init_from, dtype=torch.float32, **dropouts)
-    except OSError as error:
-        raise ValueError(f"`init_from`: {' '.join(str(error).split())}") from error
+    model = load(config.init_from, dtype=torch.float32, **dropouts)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, `init_from` ({config.init_from}) a `vocab_size` of "
@@ -252,158 +244,3 @@ def check_prompt(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: H
             f"`sample.prompt` and `sample.max_new_tokens` make {wanted} tokens, the model's `n_positions` are "
             f"{model.config.max_position_embeddings}. Shorten the sample."
         )
-
-
-def is_due(every: int | str, step: int, run: Run) -> bool:
-    """Whether what happens `every` so many steps, or every `epoch`, happens after this step."""
-    steps = run.steps_per_epoch if every == "epoch" else int(every)
-    return steps > 0 and step % steps == 0
-
-
-def is_checkpoint_due(step: int, run: Run) -> bool:
-    """Whether this step ends with a checkpoint; the last one does, unless the recipe wants none."""
-    every = run.config.train.save_every
-    return every != 0 and (is_due(every, step, run) or step == run.total_steps)
-
-
-def seed_training(config: RunConfig) -> None:
-    """Set every random number generator as training starts: each process draws dropout of its own."""
-    set_seed(config.seed + PartialState().process_index)
-
-
-def make_recorder(run: Run) -> Recorder:
-    """Open the run's records where training starts: a resumed run drops the lines that it will write again."""
-    recorder = Recorder(
-        folder=run.folder,
-        total_steps=run.total_steps,
-        prompt=run.config.sample.prompt,
-        settings={name: getattr(run.config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
-        start=run.position,
-    )
-    counts = run.rows.train_counts, run.rows.validation_counts
-    recorder.say(
-        f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; "
-        + "; ".join(
-            f"{name} {count.tokens:,} tokens in {len(rows):,} rows, {count.remainder} left over"
-            for name, count, rows in zip(
-                ("train", "validation"), counts, (run.rows.train, run.rows.validation), strict=True
-            )
-        )
-    )
-    if run.resume_from is not None:
-        recorder.say(f"going on from {run.resume_from} at step {run.position.step}")
-    return recorder
-
-
-def score_split(run: Run, rows: Dataset, limit: int) -> Score:
-    """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together."""
-    process = PartialState()
-    chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return score_batches(
-        run.model, eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
-    )
-
-
-def evaluate(run: Run, recorder: Recorder, position: Position, limit: int) -> dict[str, Any]:
-    """Score both splits, write the line and a sample text; every process calls it.
-
-    The training rows are as many as the validation rows, always the same ones, scored in the same way.
-    """
-    recorder.pause()
-    limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
-    train, validation = score_split(run, run.rows.train, limit), score_split(run, run.rows.validation, limit)
-    line = {
-        "step": position.step,
-        "tokens": position.tokens,
-        "train_loss": train.loss,
-        "val_loss": validation.loss,
-        "val_perplexity": validation.perplexity,
-    }
-    if PartialState().is_main_process:
-        recorder.evaluation(line, write_sample(run))
-    PartialState().wait_for_everyone()
-    recorder.resume()
-    return line
-
-
-def write_sample(run: Run) -> str:
-    """Write on from the recipe's prompt; drawing from a generator of its own, so that training draws as it would."""
-    sample = run.config.sample
-    if sample.max_new_tokens == 0:
-        return ""
-    device = run.model.device
-    ids = generate(
-        run.model,
-        prompt_ids(run.config, run.tokenizer).to(device),
-        max_new_tokens=sample.max_new_tokens,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        eos_token_id=run.tokenizer.eos_token_id,
-        generator=torch.Generator(device).manual_seed(run.config.seed),
-    )
-    return "".join(stream_text(run.tokenizer, ids[0]))
-
-
-def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: dict[str, Any]) -> None:
-    """Write a checkpoint that is also a model folder; every process calls it."""
-
-    def write(folder: Path) -> None:
-        save_model(run, folder)
-        # Where transformers' Trainer reads its place from, and what it compares with its arguments.
-        place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
-        write_json(folder / "trainer_state.json", place)
-
-    recorder.pause()
-    checkpoint.save_checkpoint(run.folder, position, write, states, run.config.train.keep_last)
-    recorder.resume()
-
-
-def save_model(run: Run, folder: Path) -> None:
-    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load."""
-    run.model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        os.chmod(path, 0o666 & ~checkpoint.current_umask())  # they come out readable by their owner only
-
-
-def finish_run(run: Run, recorder: Recorder, position: Position, started_at: float) -> dict[str, Any]:
-    """Score all rows, save the model and leave results.json, loss.png and the rest; every process calls it.
-
-    Args:
-        run: the run, trained.
-        recorder: its records.
-        position: where training ended.
-        started_at: `time.perf_counter()` when this process began to train.
-
-    Returns:
-        What results.json holds.
-    """
-    line = evaluate(run, recorder, position, limit=0)
-    results: dict[str, Any] = {}
-    if PartialState().is_main_process:
-        baselines = ngram_perplexities(
-            run.rows.train.with_format("numpy")["input_ids"][:],
-            run.rows.validation.with_format("numpy")["input_ids"][:],
-            len(run.tokenizer),
-        )
-        results = {
-            **line,
-            "unigram_perplexity": baselines.unigram,
-            "bigram_perplexity": baselines.bigram,
-            "parameters": run.model.num_parameters(),
-            "train_tokens": run.rows.train_counts.tokens,
-            "validation_tokens": run.rows.validation_counts.tokens,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "elapsed_seconds": time.perf_counter() - started_at,
-            "environment": environment(),
-        }
-        save_model(run, run.folder)
-        plot_losses(
-            read_metrics(run.folder / METRICS_FILE),
-            run.folder / PLOT_FILE,
-            baselines={"unigram": baselines.unigram, "bigram": baselines.bigram},
-        )
-        write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
-    recorder.close()
-    PartialState().wait_for_everyone()
-    return results

@@ -4,7 +4,8 @@ import time
 from typing import Any
 
 from hfgpt.config import RunConfig
-from hfgpt.run import finish_run, make_recorder, prepare_run
+from hfgpt.milestones import evaluate, finish_run, make_recorder
+from hfgpt.run import prepare_run
 
 
 def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | None:
@@ -29,5 +30,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     else:
         from hfgpt.loop import run_loop as train_loop
     recorder = make_recorder(run)
+    if run.position.step == 0:
+        evaluate(run, recorder, run.position, limit=config.train.eval_rows)  # of a new model, near ln(vocab_size)
     position = train_loop(run, recorder)
     return finish_run(run, recorder, position, started_at)

@@ -18,9 +18,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import train_loader
+from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.recorder import Recorder
-from hfgpt.run import Run, evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+from hfgpt.run import Run
 
 
 def run_trainer(run: Run, recorder: Recorder) -> Position:

@@ -1,6 +1,7 @@
 """Both loops: the same path, step for step, and the same path after a stop."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def test_a_run_leaves_all_that_was_promised(recipe):
         *("metrics.jsonl", "results.json", "loss.png", "samples.md"),
     }
     first, last = ([line for line in metrics(folder) if "val_loss" in line][i] for i in (0, -1))
+    assert first["step"] == 0
+    assert first["val_loss"] == pytest.approx(math.log(300), abs=0.1)  # a new model finds every token as likely
     assert last["val_loss"] < first["val_loss"] - 0.3
     assert last.keys() == {"step", "tokens", "train_loss", "val_loss", "val_perplexity"}
     assert training_lines(folder)[0].keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens"}
@@ -228,7 +231,7 @@ def test_a_run_leaves_all_that_was_promised(recipe):
         "tokens_per_second"
     }
     assert load_config(folder / "run.yaml") == load_config(recipe, [f"output_dir={folder}", "train.epochs=12"])
-    assert (folder / "samples.md").read_text().count("## step") == 1 + last["step"] // 5 - (last["step"] % 5 == 0)
+    assert (folder / "samples.md").read_text().count("## step") == 2 + last["step"] // 5 - (last["step"] % 5 == 0)
     assert folder.joinpath("model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,12 +24,13 @@ WRITERS: dict[str, Callable[[HFGPTForCausalLM, str | Path], None]] = {"hfgpt": s
 """Format -> what writes a model into a folder."""
 
 
-def load(source: str | Path, dtype: torch.dtype | str = "auto") -> HFGPTForCausalLM:
+def load(source: str | Path, dtype: torch.dtype | str = "auto", **config: Any) -> HFGPTForCausalLM:
     """Load an hfgpt or GPT-2 model, in eval mode.
 
     Args:
         source: folder or Hub id.
         dtype: of the weights in memory; "auto" keeps that of the file.
+        **config: fields of the config that shall differ, such as `resid_pdrop`.
 
     Raises:
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
@@ -36,7 +38,7 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> HFGPTForCausa
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json.")
     try:
-        return HFGPTForCausalLM.from_pretrained(source, dtype=dtype)
+        return HFGPTForCausalLM.from_pretrained(source, dtype=dtype, **config)
     except (OSError, SafetensorError, StrictDataclassError) as error:
         # What transformers explains in paragraphs becomes one line.
         raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,179 @@
+"""What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints, and its end."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from datasets import Dataset
+
+from hfgpt import checkpoint
+from hfgpt.checkpoint import Position
+from hfgpt.config import RunConfig
+from hfgpt.data import eval_loader
+from hfgpt.decoding import generate, stream_text
+from hfgpt.evaluation import Score, score_batches
+from hfgpt.ngram import ngram_perplexities
+from hfgpt.recorder import METRICS_FILE, Recorder
+from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
+from hfgpt.run import RESULTS_FILE, Run, prompt_ids
+
+PLOT_FILE = "loss.png"
+
+
+def is_due(every: int | str, step: int, run: Run) -> bool:
+    """Whether what happens `every` so many steps, or every `epoch`, happens after this step."""
+    steps = run.steps_per_epoch if every == "epoch" else int(every)
+    return steps > 0 and step % steps == 0
+
+
+def is_checkpoint_due(step: int, run: Run) -> bool:
+    """Whether this step ends with a checkpoint; the last one does, unless the recipe wants none."""
+    every = run.config.train.save_every
+    return every != 0 and (is_due(every, step, run) or step == run.total_steps)
+
+
+def seed_training(config: RunConfig) -> None:
+    """Set every random number generator as training starts: each process draws dropout of its own."""
+    set_seed(config.seed + PartialState().process_index)
+
+
+def make_recorder(run: Run) -> Recorder:
+    """Open the run's records where training starts: a resumed run drops the lines that it will write again."""
+    recorder = Recorder(
+        folder=run.folder,
+        total_steps=run.total_steps,
+        prompt=run.config.sample.prompt,
+        settings={name: getattr(run.config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
+        start=run.position,
+    )
+    counts = run.rows.train_counts, run.rows.validation_counts
+    recorder.say(
+        f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; "
+        + "; ".join(
+            f"{name} {count.tokens:,} tokens in {len(rows):,} rows, {count.remainder} left over"
+            for name, count, rows in zip(
+                ("train", "validation"), counts, (run.rows.train, run.rows.validation), strict=True
+            )
+        )
+    )
+    if run.resume_from is not None:
+        recorder.say(f"going on from {run.resume_from} at step {run.position.step}")
+    return recorder
+
+
+def score_split(run: Run, rows: Dataset, limit: int) -> Score:
+    """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together."""
+    process = PartialState()
+    chosen = rows.select(range(min(limit or len(rows), len(rows))))
+    return score_batches(
+        run.model, eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
+    )
+
+
+def evaluate(run: Run, recorder: Recorder, position: Position, limit: int) -> dict[str, Any]:
+    """Score both splits, write the line and a sample text; every process calls it.
+
+    The training rows are as many as the validation rows, always the same ones, scored in the same way.
+    """
+    recorder.pause()
+    limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
+    train, validation = score_split(run, run.rows.train, limit), score_split(run, run.rows.validation, limit)
+    line = {
+        "step": position.step,
+        "tokens": position.tokens,
+        "train_loss": train.loss,
+        "val_loss": validation.loss,
+        "val_perplexity": validation.perplexity,
+    }
+    if PartialState().is_main_process:
+        recorder.evaluation(line, write_sample(run))
+    PartialState().wait_for_everyone()
+    recorder.resume()
+    return line
+
+
+def write_sample(run: Run) -> str:
+    """Write on from the recipe's prompt; drawing from a generator of its own, so that training draws as it would."""
+    sample = run.config.sample
+    if sample.max_new_tokens == 0:
+        return ""
+    device = run.model.device
+    ids = generate(
+        run.model,
+        prompt_ids(run.config, run.tokenizer).to(device),
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        top_k=sample.top_k,
+        eos_token_id=run.tokenizer.eos_token_id,
+        generator=torch.Generator(device).manual_seed(run.config.seed),
+    )
+    return "".join(stream_text(run.tokenizer, ids[0]))
+
+
+def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: dict[str, Any]) -> None:
+    """Write a checkpoint that is also a model folder; every process calls it."""
+
+    def write(folder: Path) -> None:
+        save_model(run, folder)
+        # Where transformers' Trainer reads its place from, and what it compares with its arguments.
+        place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
+        write_json(folder / "trainer_state.json", place)
+
+    recorder.pause()
+    checkpoint.save_checkpoint(run.folder, position, write, states, run.config.train.keep_last)
+    recorder.resume()
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load."""
+    run.model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        os.chmod(path, 0o666 & ~checkpoint.current_umask())  # they come out readable by their owner only
+
+
+def finish_run(run: Run, recorder: Recorder, position: Position, started_at: float) -> dict[str, Any]:
+    """Score all rows, save the model and leave results.json, loss.png and the rest; every process calls it.
+
+    Args:
+        run: the run, trained.
+        recorder: its records.
+        position: where training ended.
+        started_at: `time.perf_counter()` when this process began to train.
+
+    Returns:
+        What results.json holds.
+    """
+    line = evaluate(run, recorder, position, limit=0)
+    results: dict[str, Any] = {}
+    if PartialState().is_main_process:
+        baselines = ngram_perplexities(
+            run.rows.train.with_format("numpy")["input_ids"][:],
+            run.rows.validation.with_format("numpy")["input_ids"][:],
+            len(run.tokenizer),
+        )
+        results = {
+            **line,
+            "unigram_perplexity": baselines.unigram,
+            "bigram_perplexity": baselines.bigram,
+            "parameters": run.model.num_parameters(),
+            "train_tokens": run.rows.train_counts.tokens,
+            "validation_tokens": run.rows.validation_counts.tokens,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "elapsed_seconds": time.perf_counter() - started_at,
+            "environment": environment(),
+        }
+        save_model(run, run.folder)
+        plot_losses(
+            read_metrics(run.folder / METRICS_FILE),
+            run.folder / PLOT_FILE,
+            baselines={"unigram": baselines.unigram, "bigram": baselines.bigram},
+        )
+        write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
+    recorder.close()
+    PartialState().wait_for_everyone()
+    return results

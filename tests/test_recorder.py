@@ -1,0 +1,104 @@
+"""What a run says: on the terminal and in its files."""
+
+import io
+import json
+
+import pytest
+
+from hfgpt import recorder as recorder_module
+from hfgpt.checkpoint import Position
+from hfgpt.recorder import Recorder
+
+SETTINGS = {"max_new_tokens": 5, "temperature": 0.8, "top_k": 50}
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    made = Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=Position())
+    yield made
+    made.close()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_training_line_holds_what_was_measured(recorder, tmp_path):
+    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
+
+    (line,) = lines(tmp_path)
+    speed = line.pop("tokens_per_second")
+    assert line == {"step": 1, "loss": 2.5, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": 640}
+    assert speed > 0
+
+
+def test_time_spent_on_evaluation_is_no_training_time(recorder, tmp_path, monkeypatch):
+    now = iter([10.0, 11.0, 111.0, 112.0])
+    recorder.started_at = 10.0
+    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: next(now))
+    next(now)
+
+    recorder.pause()  # at 11
+    recorder.resume()  # at 111
+    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)  # at 112
+
+    assert lines(tmp_path)[0]["tokens_per_second"] == pytest.approx(640 / 2)
+
+
+def test_a_norm_that_overflowed_in_fp16_is_left_out(recorder, tmp_path):
+    recorder.training(step=1, loss=2.5, grad_norm=float("inf"), learning_rate=1e-3, tokens=640)
+
+    assert "grad_norm" not in lines(tmp_path)[0]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_run_that_diverged_stops_and_says_what_to_do(recorder, tmp_path, loss):
+    with pytest.raises(FloatingPointError, match=r"at step 7: training diverged\. Lower `optim\.learning_rate`"):
+        recorder.training(step=7, loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=640)
+
+    assert lines(tmp_path) == []
+
+
+def test_a_resumed_run_drops_the_lines_it_will_write_again(recorder, tmp_path):
+    for step in range(1, 6):
+        recorder.training(step=step, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=step * 10)
+    recorder.evaluation(
+        {"step": 5, "tokens": 50, "train_loss": 2.0, "val_loss": 2.0, "val_perplexity": 7.4}, "The end."
+    )
+
+    Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=Position(step=3, tokens=30)).close()
+
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert "The end." not in (tmp_path / "samples.md").read_text()
+
+
+def test_without_a_terminal_there_are_plain_lines_and_no_bar(recorder, capsys, monkeypatch):
+    for step in range(1, 101):
+        recorder.training(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
+
+    said = capsys.readouterr().err.splitlines()
+    assert 20 <= len(said) <= 60
+    assert said[-1].startswith("step 100/100  loss 2.134 nats/token  lr 6.0e-04  ")
+    assert "\x1b" not in "".join(said)
+
+
+def test_on_a_terminal_the_bar_shows_loss_speed_and_time_left(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("sys.stderr", terminal)
+    recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings=SETTINGS, start=Position())
+    for step in range(1, 4):
+        recorder.training(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
+    recorder.bar.refresh()
+    recorder.close()
+
+    shown = terminal.getvalue()
+    assert "3/4" in shown
+    assert "loss 2.134 nats/token" in shown
+    assert "tokens/s" in shown
+    assert "0:0" in shown  # the time left
