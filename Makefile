@@ -5,14 +5,14 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint venv clean
 
 demo: venv
-	$(BIN)/hfgpt train demo
+	$(BIN)/hfgpt train demo --resume
 	$(BIN)/hfgpt generate out/demo "The file object" --max-new-tokens 60 --seed 1
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: test
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
 
 lint: venv
 	$(BIN)/ruff check

@@ -41,14 +41,31 @@ class Position:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        position: where the run stood.
+        identity: what must be the same to go on from here: tokenizer, rows, number of processes.
+    """
+
+    position: Position
+    identity: dict[str, Any]
+
+
 def save_checkpoint(
-    folder: Path, position: Position, write_model: Callable[[Path], None], states: dict[str, Any], keep_last: int
+    folder: Path,
+    manifest: Manifest,
+    write_model: Callable[[Path], None],
+    states: dict[str, Any],
+    keep_last: int,
 ) -> Path:
     """Write `folder/checkpoint-N`; every process calls it.
 
     Args:
         folder: the run's output folder.
-        position: what to go on from.
+        manifest: what to go on from, and with what.
         write_model: writes the model into the folder it is given; called on the main process only.
         states: name -> object with `state_dict()`; optimizer, schedule, scaler.
         keep_last: checkpoints to keep, this one included.
@@ -57,8 +74,8 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     process = PartialState()
-    staging = folder / f"{STAGING_PREFIX}{position.step}"
-    final = folder / f"checkpoint-{position.step}"
+    staging = folder / f"{STAGING_PREFIX}{manifest.position.step}"
+    final = folder / f"checkpoint-{manifest.position.step}"
     if process.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -69,29 +86,29 @@ def save_checkpoint(
         write_model(staging)
         for name, holder in states.items():
             torch.save(holder.state_dict(), staging / f"{name}.pt")
-        commit(staging, final, position)
+        commit(staging, final, manifest)
         prune(folder, keep_last)
     process.wait_for_everyone()
     return final
 
 
-def commit(staging: Path, final: Path, position: Position) -> None:
+def commit(staging: Path, final: Path, manifest: Manifest) -> None:
     """Bring every file to the disk, write the manifest last, and give the folder its name."""
     files = {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        os.chmod(path, 0o666 & ~current_umask())  # safetensors writes files that only their owner can read
+        make_readable(path)
         sync(path)
         files[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_text(staging / MANIFEST, seal({**asdict(position), "files": files}))
+    write_text(staging / MANIFEST, seal({**asdict(manifest), "files": files}))
     sync(staging / MANIFEST)
     sync(staging)
-    if final.exists():
-        shutil.rmtree(final)  # from a run that was resumed at an earlier step and came here again
+    if final.exists():  # from a run that was resumed at an earlier step and came here again
+        os.rename(final, final.with_name(f"{STAGING_PREFIX}{manifest.position.step}-replaced"))
     os.rename(staging, final)
     sync(final.parent)
 
 
-def verify_checkpoint(folder: Path) -> Position:
+def verify_checkpoint(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
@@ -101,9 +118,9 @@ def verify_checkpoint(folder: Path) -> Position:
     if not manifest_path.is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
     try:
-        manifest = unseal(manifest_path.read_text(encoding="utf-8"))
-        position = Position(**{name: int(manifest[name]) for name in asdict(Position())})
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        content = unseal(manifest_path.read_text(encoding="utf-8"))
+        manifest = Manifest(Position(**content["position"]), content["identity"])
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest_path} is damaged: {error}.") from error
     for name, (size, digest) in files.items():
@@ -112,7 +129,7 @@ def verify_checkpoint(folder: Path) -> Position:
             raise ValueError(f"{path} is missing.")
         if path.stat().st_size != size or sha256(path) != digest:
             raise ValueError(f"{path} is damaged: it is not what was written.")
-    return position
+    return manifest
 
 
 def seal(manifest: dict[str, Any]) -> str:
@@ -152,6 +169,15 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def supersede(folder: Path, step: int) -> None:
+    """Put checkpoints after `step` aside: the run goes on from that step, and they are no longer part of it."""
+    for path in checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+
+
 def prune(folder: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints, and what an interrupted save left."""
     for path in checkpoints(folder)[keep_last:]:
@@ -167,7 +193,7 @@ def load_states(checkpoint: Path, states: dict[str, Any]) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Every random number generator of this process, in types that torch loads without running code."""
+    """The random number generators of Python, numpy, torch and CUDA, in types that torch loads without running code."""
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - libraries draw from the global one
     states: dict[str, Any] = {
         "python": random.getstate(),
@@ -181,15 +207,8 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(checkpoint: Path) -> None:
-    """Set every random number generator of this process to what it was at the checkpoint.
-
-    Raises:
-        ValueError: the run had fewer processes then.
-    """
-    path = checkpoint / f"random_states_{PartialState().process_index}.pt"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint was written by fewer processes. Use as many again.")
-    states = torch.load(path, weights_only=True)
+    """Set every random number generator of this process to what it was at the checkpoint."""
+    states = torch.load(checkpoint / f"random_states_{PartialState().process_index}.pt", weights_only=True)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     key = states["numpy_key"].numpy().astype(np.uint32)
@@ -215,6 +234,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the mode that new files have: safetensors writes files that only their owner can read."""
+    os.chmod(path, 0o666 & ~current_umask())
 
 
 def current_umask() -> int:

@@ -178,11 +178,6 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return check(config)
 
 
-def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write every value of a run as YAML that `load_config` reads back equal."""
-    Path(path).write_text(config_yaml(config), encoding="utf-8")
-
-
 def config_yaml(config: RunConfig) -> str:
     """The run as YAML, every value written out, in the order of this file."""
     return yaml.dump(asdict(config), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.config import DataConfig
 from hfgpt.documents import Documents as Documents
 from hfgpt.documents import load_documents as load_documents
+from hfgpt.loss import IGNORE_INDEX
 from hfgpt.tokenizer import encode_arrays, tokenizer_hash
 
 ROWS_VERSION = 1  # Part of the cache's key: raise it when the same text shall give other rows than before.
-IGNORED = -100  # A label that no loss counts, transformers' convention.
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TrainingRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows.with_format("arrow")
-        self.filler = np.full(rows.features["input_ids"].length, IGNORED, dtype=np.int32)
+        self.filler = np.full(rows.features["input_ids"].length, IGNORE_INDEX, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import EpochBatches, train_loader
@@ -36,6 +36,8 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[config.train.precision],
         dynamo_backend="inductor" if config.train.compile else "no",
+        # Accumulation is done here; a launcher's variable must not divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     loader = train_loader(
         run.rows.train, config.train.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
@@ -52,8 +54,6 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
         load_states(run.resume_from, states)
 
     model.train()
-    loss_since_line = torch.zeros((), device=accelerator.device)
-    steps_since_line = 0
     while position.step < run.total_steps:
         epoch = position.epoch
         batch_sampler.set_epoch(epoch)
@@ -68,6 +68,7 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
             own_targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
             targets = accelerator.reduce(torch.tensor(float(own_targets), device=accelerator.device), "sum")
 
+            step_loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches, start=1):
                 # Processes exchange gradients once a step, with the last micro-batch.
                 with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
@@ -78,7 +79,7 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
                     )
                     loss = output.loss * accelerator.num_processes
                     accelerator.backward(loss)
-                loss_since_line += loss.detach()
+                step_loss += loss.detach()
 
             # A limit of infinity measures the norm and leaves the gradients as they are.
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
@@ -89,12 +90,9 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
             optimizer.zero_grad()
 
             position = run.next_position(position, len(micro_batches), int(targets))
-            steps_since_line += 1
             if is_due(config.train.log_every, position.step, run):
-                mean_loss = float(accelerator.reduce(loss_since_line, "mean")) / steps_since_line
-                recorder.training(position.step, mean_loss, float(grad_norm), float(learning_rate), position.tokens)
-                loss_since_line.zero_()
-                steps_since_line = 0
+                loss_value = float(accelerator.reduce(step_loss, "mean"))
+                recorder.training(position.step, loss_value, float(grad_norm), float(learning_rate), position.tokens)
             if is_due(config.train.eval_every, position.step, run) and position.step < run.total_steps:
                 evaluate(run, recorder, position, limit=config.train.eval_rows)
             if is_checkpoint_due(position.step, run):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
@@ -70,7 +71,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + CHUNK_TOKENS)
             hidden_KC, targets_K = hidden_NC[chunk], targets_N[chunk]
             kept_K1 = (targets_K != IGNORE_INDEX).unsqueeze(1).float()
-            index_K1 = targets_K.clamp(min=0).unsqueeze(1)
+            index_K1 = targets_K.masked_fill(targets_K == IGNORE_INDEX, 0).unsqueeze(1)
             logits_KV = (hidden_KC @ weight_VC.t()).float()
             target_K1 = logits_KV.gather(1, index_K1)
             max_K1 = logits_KV.amax(dim=1, keepdim=True)
@@ -93,6 +94,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grad_outputs
         grad_hidden_NC, grad_weight_VC = ctx.saved_tensors

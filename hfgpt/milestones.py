@@ -1,6 +1,5 @@
 """What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints, and its end."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hfgpt.data import eval_loader
 from hfgpt.decoding import generate, stream_text
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
-from hfgpt.recorder import METRICS_FILE, Recorder
+from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids
 
@@ -89,6 +88,7 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int) -> di
         "val_loss": validation.loss,
         "val_perplexity": validation.perplexity,
     }
+    refuse_divergence("val_loss", validation.loss, position.step)
     if PartialState().is_main_process:
         recorder.evaluation(line, write_sample(run))
     PartialState().wait_for_everyone()
@@ -115,7 +115,14 @@ def write_sample(run: Run) -> str:
 
 
 def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: dict[str, Any]) -> None:
-    """Write a checkpoint that is also a model folder; every process calls it."""
+    """Write a checkpoint that is also a model folder; every process calls it.
+
+    Raises:
+        FloatingPointError: a weight is no number; the checkpoints before this one stay.
+    """
+    for name, parameter in run.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"`{name}` is not finite at step {position.step}: {DIVERGED}")
 
     def write(folder: Path) -> None:
         save_model(run, folder)
@@ -124,7 +131,8 @@ def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: di
         write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
-    checkpoint.save_checkpoint(run.folder, position, write, states, run.config.train.keep_last)
+    manifest = checkpoint.Manifest(position, run.identity)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last)
     recorder.resume()
 
 
@@ -133,7 +141,7 @@ def save_model(run: Run, folder: Path) -> None:
     run.model.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        os.chmod(path, 0o666 & ~checkpoint.current_umask())  # they come out readable by their owner only
+        checkpoint.make_readable(path)
 
 
 def finish_run(run: Run, recorder: Recorder, position: Position, started_at: float) -> dict[str, Any]:
@@ -151,10 +159,11 @@ def finish_run(run: Run, recorder: Recorder, position: Position, started_at: flo
     line = evaluate(run, recorder, position, limit=0)
     results: dict[str, Any] = {}
     if PartialState().is_main_process:
+        save_model(run, run.folder)
         baselines = ngram_perplexities(
             run.rows.train.with_format("numpy")["input_ids"][:],
             run.rows.validation.with_format("numpy")["input_ids"][:],
-            len(run.tokenizer),
+            run.model.config.vocab_size,
         )
         results = {
             **line,
@@ -167,13 +176,11 @@ def finish_run(run: Run, recorder: Recorder, position: Position, started_at: flo
             "elapsed_seconds": time.perf_counter() - started_at,
             "environment": environment(),
         }
-        save_model(run, run.folder)
         plot_losses(
             read_metrics(run.folder / METRICS_FILE),
             run.folder / PLOT_FILE,
             baselines={"unigram": baselines.unigram, "bigram": baselines.bigram},
         )
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
-    recorder.close()
     PartialState().wait_for_everyone()
     return results

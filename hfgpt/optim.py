@@ -49,6 +49,19 @@ def check_optim(config: OptimConfig) -> None:
     choose("optim.schedule", config.schedule, sorted(SCHEDULES))
 
 
+def check_warmup(config: OptimConfig, total_steps: int) -> None:
+    """Refuse a warmup that never ends.
+
+    Raises:
+        ValueError: it is longer than the run.
+    """
+    if config.warmup_steps > total_steps:
+        raise ValueError(
+            f"`optim.warmup_steps` ({config.warmup_steps}) is longer than the run ({total_steps} steps). "
+            "The learning rate would never reach its peak: lower it, or train longer."
+        )
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer that a recipe names."""
     return OPTIMIZERS[config.name](model, config)
@@ -65,9 +78,5 @@ def make_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -
     Raises:
         ValueError: the warmup is longer than the run.
     """
-    if config.warmup_steps > total_steps:
-        raise ValueError(
-            f"`optim.warmup_steps` ({config.warmup_steps}) is longer than the run ({total_steps} steps). "
-            "The learning rate would never reach its peak: lower it, or train longer."
-        )
+    check_warmup(config, total_steps)
     return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps, total_steps)

@@ -1,6 +1,6 @@
 """What a run says while it trains: lines of metrics.jsonl, samples.md, and progress on the terminal.
 
-Only the main process speaks and writes; on the others everything here does nothing.
+Only the main process speaks and writes.
 """
 
 import math
@@ -23,6 +23,9 @@ PLAIN_LINES = 40
 """About so many training lines are printed over a run where there is no terminal to draw a bar on."""
 
 
+DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
+
+
 def talk(text: str) -> None:
     """Say something to the person at the terminal: on stderr, from the main process."""
     if PartialState().is_main_process:
@@ -36,10 +39,7 @@ def refuse_divergence(name: str, loss: float, step: int) -> None:
         FloatingPointError: saying at which step, and what to do.
     """
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"`{name}` is {loss} at step {step}: training diverged. Lower `optim.learning_rate` or raise "
-            "`optim.warmup_steps`, in another `output_dir`."
-        )
+        raise FloatingPointError(f"`{name}` is {loss} at step {step}: {DIVERGED}")
 
 
 class Recorder:
@@ -64,10 +64,15 @@ class Recorder:
             return
         self.metrics = MetricsLog(folder / METRICS_FILE)
         self.samples = SamplesFile(folder / SAMPLES_FILE, prompt, settings)
-        # A run that starts at step 0 keeps nothing of one that was killed before its first checkpoint.
-        last_step = start.step if start.step else -1
+        # A run that starts at step 0 keeps nothing of one that was killed before its first checkpoint. The evaluation
+        # of the last step comes after that step's checkpoint, those of other steps before it.
+        is_trained = start.step == total_steps
+        last_lines = [line for line in self.metrics.read() if line["step"] == total_steps and "loss" in line]
+        last_step = start.step - is_trained if start.step else -1
         self.metrics.truncate_after(last_step)
         self.samples.truncate_after(last_step)
+        for line in last_lines if is_trained else []:
+            self.metrics.write(line)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self.bar = Progress(
             TextColumn("step"),
@@ -92,9 +97,9 @@ class Recorder:
 
         Args:
             step: optimizer steps done.
-            loss: nats per token, the mean of the steps since the last line.
-            grad_norm: norm of the last step's gradients before clipping; left out where fp16 overflowed.
-            learning_rate: of the last step.
+            loss: nats per token, the mean over the targets of this step.
+            grad_norm: norm of this step's gradients before clipping; left out where fp16 overflowed.
+            learning_rate: of this step.
             tokens: targets trained on so far, over all processes.
         """
         refuse_divergence("loss", loss, step)
@@ -119,8 +124,7 @@ class Recorder:
             self.say(f"step {step}/{self.total_steps}  {text}")
 
     def evaluation(self, line: dict[str, Any], sample: str) -> None:
-        """Write an evaluation line and its sample text."""
-        refuse_divergence("val_loss", line["val_loss"], line["step"])
+        """Write an evaluation line and its sample text; the main process calls it."""
         self.metrics.write(line)
         if sample:
             self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)

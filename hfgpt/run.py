@@ -1,8 +1,10 @@
 """A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
+import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
-from hfgpt.config import DROPOUT_FIELDS, RunConfig, load_config, save_config
+from hfgpt.config import DROPOUT_FIELDS, RunConfig, config_yaml, load_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data import Rows, check_ids, load_rows
 from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.optim import check_optim
+from hfgpt.optim import check_optim, check_warmup
 from hfgpt.recorder import talk
-from hfgpt.tokenizer import load_tokenizer, train_tokenizer
+from hfgpt.results import write_atomically
+from hfgpt.tokenizer import encode_ids, load_tokenizer, tokenizer_hash, train_tokenizer
 from hfgpt.weights import load
 
 RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
@@ -37,6 +40,7 @@ class Run:
         model: with its first weights, or those of the checkpoint to go on from.
         position: where training starts.
         resume_from: the checkpoint to go on from, or None.
+        identity: what must be the same to go on: tokenizer, rows, number of processes.
         micro_batches_per_epoch: on each process.
         steps_per_epoch: optimizer steps; the last one of an epoch may hold fewer micro-batches.
         total_steps: optimizer steps of the whole run.
@@ -49,6 +53,7 @@ class Run:
     model: HFGPTForCausalLM
     position: Position
     resume_from: Path | None
+    identity: dict[str, Any]
     micro_batches_per_epoch: int
     steps_per_epoch: int
     total_steps: int
@@ -82,12 +87,16 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     """
     check_optim(config.optim)
     join_processes()
+    if config.train.precision == "fp16" and PartialState().device.type == "cpu":
+        raise ValueError("`train.precision` is fp16, which a CPU does not compute in. Use fp32 or bf16.")
     folder = Path(config.output_dir)
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             check_folder(config, folder, resume)
     resume_from = find_checkpoint(folder, resume)
     if (folder / RESULTS_FILE).is_file():
+        if isinstance(resume, str):
+            raise ValueError(f"`output_dir` ({folder}) holds this run, finished: there is nothing to go on with.")
         return None
 
     with PartialState().main_process_first():
@@ -105,21 +114,52 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     micro_batches = -(-len(rows.train) // global_batch)
     steps_per_epoch = -(-micro_batches // config.train.gradient_accumulation_steps)
     total_steps = config.train.max_steps or (config.train.epochs or 0) * steps_per_epoch
-    if config.optim.warmup_steps > total_steps:
-        raise ValueError(
-            f"`optim.warmup_steps` ({config.optim.warmup_steps}) is longer than the run ({total_steps} steps). "
-            "The learning rate would never reach its peak: lower it, or train longer."
-        )
-    position = Position() if resume_from is None else checkpoint.verify_checkpoint(resume_from)
+    check_warmup(config.optim, total_steps)
+    identity = {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "training rows": rows_hash(rows.train),
+        "validation rows": rows_hash(rows.validation),
+        "number of processes": PartialState().num_processes,
+    }
+    position = Position()
     if resume_from is not None:
+        manifest = checkpoint.verify_checkpoint(resume_from)
+        for name, value in identity.items():
+            if manifest.identity.get(name) != value:
+                raise ValueError(
+                    f"{resume_from} was written with another {name}: {manifest.identity.get(name)}, now {value}. "
+                    "Go on with the same, or start in another `output_dir`."
+                )
+        position = manifest.position
         model.load_state_dict(load(resume_from).state_dict())
-    run = Run(
-        config, folder, tokenizer, rows, model, position, resume_from, micro_batches, steps_per_epoch, total_steps
-    )
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / RUN_FILE)
-    return run
+        write_atomically(folder / RUN_FILE, config_yaml(config).encode())
+        if resume_from is not None:
+            checkpoint.supersede(folder, position.step)
+    PartialState().wait_for_everyone()
+    return Run(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        rows=rows,
+        model=model,
+        position=position,
+        resume_from=resume_from,
+        identity=identity,
+        micro_batches_per_epoch=micro_batches,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+
+
+def rows_hash(rows: Dataset) -> str:
+    """SHA-256 of the ids of up to 100,000 rows, spread over all: a token more or less anywhere shifts what follows."""
+    digest = hashlib.sha256(f"{len(rows)}".encode())
+    spread = rows.with_format("numpy").select(range(0, len(rows), 1 + len(rows) // 100_000))
+    for batch in spread.iter(batch_size=1000):
+        digest.update(batch["input_ids"].tobytes())
+    return digest.hexdigest()
 
 
 def join_processes() -> None:
@@ -145,22 +185,39 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` ({folder}) is a file. Name a folder.")
-    if not folder.exists() or not any(folder.iterdir()):
+    # Hidden files are no content: the system makes them, and an interrupted write leaves one.
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"`output_dir` ({folder}) holds files of something else. Name an empty folder or a new one.")
     try:
-        is_same = load_config(folder / RUN_FILE) == config
-    except ValueError:
-        is_same = False  # not even a recipe of this version
-    if not is_same:
+        there = replace(load_config(folder / RUN_FILE), output_dir=config.output_dir)  # the folder may have been moved
+    except ValueError as error:
+        raise ValueError(f"`output_dir` ({folder}) holds another run, unreadable: {error}") from error
+    difference = first_difference(asdict(there), asdict(config))
+    if difference is not None:
+        name, old, new = difference
         raise ValueError(
-            f"`output_dir` ({folder}) holds another run: its {RUN_FILE} differs from this recipe. Name another folder."
+            f"`output_dir` ({folder}) holds another run: its `{name}` is {old!r}, this one's {new!r}. "
+            "Name another folder."
         )
     if not (folder / RESULTS_FILE).is_file() and not resume:
         raise ValueError(
             f"`output_dir` ({folder}) holds this run, unfinished. Add `--resume` to go on, or name another folder."
         )
+
+
+def first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first knob in which two runs differ, and its two values."""
+    for name in dict.fromkeys([*there, *here]):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = first_difference(old, new)
+            if inner is not None:
+                return f"{name}.{inner[0]}", inner[1], inner[2]
+        elif old != new:
+            return name, old, new
+    return None
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
@@ -216,7 +273,10 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> HFGPTFo
     if config.init_from is None:
         return HFGPTForCausalLM(HFGPTConfig(vocab_size=len(tokenizer), **token_ids, **config.model))
     dropouts = {name: value for name, value in config.model.items() if name in DROPOUT_FIELDS}
-    model = load(config.init_from, dtype=torch.float32, **dropouts)
+    try:
+        model = load(config.init_from, dtype=torch.float32, **dropouts)
+    except ValueError as error:
+        raise ValueError(f"`init_from`: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, `init_from` ({config.init_from}) a `vocab_size` of "
@@ -232,8 +292,8 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> HFGPTFo
 
 def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """(1, T) ids of the sample's prompt; an empty one is a document's start."""
-    ids = tokenizer(config.sample.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    return torch.tensor([ids])
+    (ids,) = encode_ids(tokenizer, [config.sample.prompt])
+    return torch.tensor([ids or [tokenizer.eos_token_id]])
 
 
 def check_prompt(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: HFGPTForCausalLM) -> None:

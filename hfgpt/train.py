@@ -20,6 +20,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
 
     Raises:
         ValueError: the run cannot be made ready, see `prepare_run`.
+        FloatingPointError: training diverged.
     """
     started_at = time.perf_counter()
     run = prepare_run(config, resume)
@@ -30,7 +31,10 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     else:
         from hfgpt.loop import run_loop as train_loop
     recorder = make_recorder(run)
-    if run.position.step == 0:
-        evaluate(run, recorder, run.position, limit=config.train.eval_rows)  # of a new model, near ln(vocab_size)
-    position = train_loop(run, recorder)
-    return finish_run(run, recorder, position, started_at)
+    try:
+        if run.position.step == 0:
+            evaluate(run, recorder, run.position, limit=config.train.eval_rows)  # a new model: near ln(vocab_size)
+        position = train_loop(run, recorder)
+        return finish_run(run, recorder, position, started_at)
+    finally:
+        recorder.close()

@@ -37,6 +37,9 @@ def run_trainer(run: Run, recorder: Recorder) -> Position:
     trainer = HFGPTTrainer(run, recorder)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
+    if run.position.step >= run.total_steps:  # Trainer would train one step before it looks
+        trainer.accelerator.prepare(run.model)  # the evaluation runs under the run's precision
+        return run.position
     trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
     return trainer.position
 
@@ -122,7 +125,13 @@ class HFGPTTrainer(Trainer):
         # The position after the step that these batches make; it is read once the step is done.
         assert targets is not None
         self.position = self.run.next_position(self.position, len(batches), int(targets))
+        self.step_loss = torch.zeros((), device=device)
         return batches, targets
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss += loss
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
@@ -130,8 +139,10 @@ class HFGPTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "loss" in logs:
+            # Trainer's own "loss" is a mean since the last line, which a resumed run cannot know.
+            loss = float(self.accelerator.reduce(self.step_loss, "mean"))
             self.recorder.training(
-                self.position.step, logs["loss"], logs["grad_norm"], logs["learning_rate"], self.position.tokens
+                self.position.step, loss, logs["grad_norm"], logs["learning_rate"], self.position.tokens
             )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hfgpt.checkpoint import (
+    Manifest,
     Position,
     checkpoints,
     load_states,
@@ -31,9 +32,8 @@ def save(folder, step, optimizer, keep_last=5):
     def write_model(place):
         (place / "weights.bin").write_bytes(bytes(range(200)))
 
-    return save_checkpoint(
-        folder, Position(step=step, tokens=step * 10), write_model, {"optimizer": optimizer}, keep_last
-    )
+    manifest = Manifest(Position(step=step, tokens=step * 10), {"tokenizer": "abc"})
+    return save_checkpoint(folder, manifest, write_model, {"optimizer": optimizer}, keep_last)
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path, optimizer):
@@ -42,7 +42,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path, optimizer):
 
     load_states(checkpoint, {"optimizer": fresh})
 
-    assert verify_checkpoint(checkpoint) == Position(step=3, tokens=30)
+    assert verify_checkpoint(checkpoint) == Manifest(Position(step=3, tokens=30), {"tokenizer": "abc"})
     assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     assert fresh.param_groups[0]["lr"] == 0.1
 
@@ -131,6 +131,6 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, optimizer):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, Position(step=2), fill_the_disk, {"optimizer": optimizer}, keep_last=1)
+        save_checkpoint(tmp_path, Manifest(Position(step=2), {}), fill_the_disk, {"optimizer": optimizer}, keep_last=1)
 
     assert newest_checkpoint(tmp_path, warn=pytest.fail) == tmp_path / "checkpoint-1"

@@ -145,7 +145,7 @@ def test_both_loops_say_the_same_losses(finished):
     losses = [re.findall(r"step \d/6 .*?loss [\d.]+", finished.said[loop].err) for loop in LOOPS]
 
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 6 + 2
+    assert len(losses[0]) == 6 + 3  # a line a step, and evaluations before, within and after
 
 
 def test_the_second_call_says_that_the_run_is_finished_and_changes_nothing(world):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hfgpt.config import RunConfig, check, config_yaml, find_recipe, load_config, save_config
+from hfgpt.config import RunConfig, check, config_yaml, find_recipe, load_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 BASE = """\
@@ -165,7 +165,7 @@ def test_any_text_survives_override_saving_and_loading(folder, prompt, column, n
     path = folder / "run.yaml"
 
     config = load_config("demo", [f"sample.prompt={prompt}", f"data.text_column={column}", f"output_dir={name}"])
-    save_config(config, path)
+    path.write_text(config_yaml(config), encoding="utf-8")
 
     assert (config.sample.prompt, config.data.text_column, config.output_dir) == (prompt, column, name)
     assert load_config(path) == config
@@ -185,7 +185,7 @@ def test_any_value_survives_saving_and_loading(folder, files, rate, activation):
         )
     )
 
-    save_config(config, folder / "run.yaml")
+    (folder / "run.yaml").write_text(config_yaml(config), encoding="utf-8")
 
     assert load_config(folder / "run.yaml") == config
 
@@ -382,7 +382,7 @@ def test_a_hub_data_set_may_name_its_configuration_and_splits(recipe):
 def test_a_saved_recipe_loads_equal(path, tmp_path):
     config = load_config(path)
 
-    save_config(config, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(config_yaml(config), encoding="utf-8")
 
     assert load_config(tmp_path / "run.yaml") == config
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.checkpoint import checkpoints
+from hfgpt.checkpoint import checkpoints, seal, unseal
 from hfgpt.config import load_config
 from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run
 from hfgpt.train import train
 
 LOOPS = ["accelerate", "trainer"]
+TEXT_LENGTH = 4900  # leaves a micro-batch of fewer rows, and a last step of fewer micro-batches
 TIMINGS = {"tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -45,9 +46,10 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def recipe(tmp_path, lines, cache):
-    """A recipe of about 20 steps: 33 rows make 9 micro-batches of 4, the last one of 1 row."""
-    (tmp_path / "text.txt").write_text("\n".join(lines)[:4800], encoding="utf-8")
+def recipe(tmp_path, cache):
+    """A recipe of 40 steps on a text that is the same on every machine."""
+    text = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text[:TEXT_LENGTH], encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(
             {
@@ -84,9 +86,9 @@ def training_lines(folder):
 
 def files(folder):
     """Relative path -> content of every file that holds no timing and no name of the run's own."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     own = {"metrics.jsonl", "results.json", "run.yaml"}
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name not in own}
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name not in own)
+    return {str(path): (folder / path).read_bytes() for path in paths if not path.parts[0].startswith("superseded")}
 
 
 def assert_same_run(one, other):
@@ -126,8 +128,8 @@ def test_micro_batches_of_the_tests_hold_unequal_numbers_of_targets(recipe):
     prepared = prepare_run(load_config(recipe))
 
     assert prepared is not None
-    assert len(prepared.rows.train) % 4  # a short last micro-batch
-    assert prepared.micro_batches_per_epoch % 4  # a short last step at accumulation 4
+    assert len(prepared.rows.train) % 4 > 0  # a short last micro-batch ...
+    assert prepared.micro_batches_per_epoch % 4 > 1  # ... in a step with others, of fewer than 4
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -151,6 +153,106 @@ def test_resuming_equals_never_stopping_with_dropout_in_the_middle_of_an_epoch(r
     stopped = run(recipe, "stopped", *overrides, resume=True)
 
     assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_resuming_a_run_that_was_stopped_after_its_last_step_equals_never_stopping(recipe, monkeypatch, loop):
+    overrides = [f"loop={loop}", "train.epochs=null", "train.max_steps=11", "train.log_every=3"]
+    overrides += ["optim.schedule=constant", *(f"model.{name}={value}" for name, value in DROPOUT.items())]
+    whole = run(recipe, "whole", *overrides)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hfgpt.milestones.ngram_perplexities", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "stopped", *overrides)
+    stopped = run(recipe, "stopped", *overrides, resume=True)
+
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_lines_are_the_same_after_a_stop_between_two_of_them(recipe, monkeypatch, loop):
+    overrides = [f"loop={loop}", "train.log_every=3", "train.save_every=4", "train.epochs=1"]
+    whole = run(recipe, "whole", *overrides)
+    training = Recorder.training
+
+    def stop(recorder, step, *rest):
+        if step == 6:
+            raise KeyboardInterrupt
+        training(recorder, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "stopped", *overrides)
+
+    assert_same_run(whole, run(recipe, "stopped", *overrides, resume=True))
+
+
+def test_going_on_from_an_older_checkpoint_puts_the_newer_ones_aside(recipe):
+    whole = run(recipe, "whole")
+    again = run(recipe, "again")
+    (again / "results.json").unlink()
+
+    run(recipe, "again", resume=str(again / "checkpoint-8"))
+
+    assert metrics(whole) == metrics(again)
+    assert (again / "superseded-checkpoint-12").is_dir()
+    assert (again / "checkpoint-12").is_dir()
+
+
+def test_going_on_with_another_text_is_refused(recipe):
+    folder = run(recipe, "out")
+    (folder / "results.json").unlink()
+    before = files(folder)
+    text = recipe.parent / "text.txt"
+    text.write_text(text.read_text().replace("License", "license"))
+
+    with pytest.raises(ValueError, match="was written with another"):
+        run(recipe, "out", resume=True)
+
+    assert files(folder) == before
+
+
+def test_going_on_with_another_number_of_processes_is_refused(recipe):
+    folder = run(recipe, "out")
+    (folder / "results.json").unlink()
+    for checkpoint in checkpoints(folder):
+        manifest = unseal((checkpoint / "manifest.json").read_text())
+        manifest["identity"]["number of processes"] = 2
+        (checkpoint / "manifest.json").write_text(seal(manifest))
+
+    with pytest.raises(ValueError, match="another number of processes: 2, now 1"):
+        run(recipe, "out", resume=True)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_that_diverges_keeps_its_good_checkpoints(recipe, loop):
+    overrides = [f"loop={loop}", "optim.learning_rate=1e30", "optim.warmup_steps=5", "optim.max_grad_norm=0"]
+
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        run(recipe, "out", *overrides, "train.save_every=1", "train.log_every=20", "train.keep_last=2")
+
+    for checkpoint in checkpoints(recipe.parent / "out"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_launcher_that_speaks_of_accumulation_changes_no_gradient(recipe, monkeypatch):
+    plain = run(recipe, "plain", "train.epochs=1")
+
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+    assert training_lines(run(recipe, "other", "train.epochs=1")) == training_lines(plain)
+
+
+def test_fp16_on_a_cpu_is_refused(recipe):
+    if torch.cuda.is_available():
+        pytest.skip("this machine computes in fp16")
+    with pytest.raises(ValueError, match="a CPU does not compute in"):
+        run(recipe, "out", "train.precision=fp16")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_and_repeats_no_line(recipe, monkeypatch):
