@@ -445,7 +445,7 @@ BAD_INPUT = [
     ("evaluate mixed --data text.txt", "the model's `vocab_size` is 300. They do not belong together."),
     ("generate mixed The", "the model's `vocab_size` is 300. They do not belong together."),
     # The folder.
-    ("train tiny.yaml seed=1", "`output_dir` (out/accelerate) holds another run: its run.yaml differs"),
+    ("train tiny.yaml seed=1", "`output_dir` (out/accelerate) holds another run: its `seed` is 0, this one's 1"),
     (f"{TRAIN} output_dir=notes", "`output_dir` (notes) holds files of something else."),
     (f"{TRAIN} output_dir=text.txt", "`output_dir` (text.txt) is a file. Name a folder."),
     ("train tiny.yaml output_dir=out/killed", "`output_dir` (out/killed) holds this run, unfinished. Add `--resume`"),
