@@ -451,6 +451,7 @@ def test_a_run_that_cannot_be_made_ready_writes_nothing(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.13, by its own compiler
 def test_a_compiled_model_takes_the_same_steps(recipe):
     eager = run(recipe, "eager", "train.epochs=1")
     compiled = run(recipe, "compiled", "train.epochs=1", "train.compile=true")
