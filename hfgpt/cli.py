@@ -188,13 +188,15 @@ def verify(
     if layers is not None and random is None:
         raise ValueError("`--layers` has no effect without `--random`.")
     from hfgpt.recorder import talk
-    from hfgpt.weights.verify import memory_needed, render, verify, verify_random
+    from hfgpt.weights.verify import SIZES, memory_needed, render, verify, verify_random
 
     if random is None:
         assert source is not None
         result = verify(source, bf16)
     else:
         talk(f"needs about {memory_needed(random, layers) / 1e9:.1f} GB of memory")
+        if layers is not None:
+            talk(f"at reduced depth: {layers} of the {SIZES[random]['n_layer']} blocks of {random}")
         result = verify_random(random, layers, bf16=bf16)
     if as_json:
         print_json(asdict(result))

@@ -321,7 +321,7 @@ def test_verify_exits_with_1_when_the_models_differ(world, monkeypatch):
     printed, as_json = hfgpt("verify", "out/accelerate"), hfgpt("verify", "out/accelerate", "--json")
 
     assert (printed.code, as_json.code) == (1, 1)
-    assert printed.out.endswith("FAILED: not the same model\n")
+    assert printed.out.endswith("FAILED: outside the bounds\n")
     assert json.loads(as_json.out)["passed"] is False
 
 

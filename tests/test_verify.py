@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import GPT2Config
 
 from hfgpt import HFGPTForCausalLM
+from hfgpt.cli import main
 from hfgpt.weights import verify as verify_module
 from hfgpt.weights.verify import SIZES, compare, memory_needed, random_gpt2, render, shape_of, verify, verify_random
 
@@ -90,7 +91,7 @@ def test_another_model_fails(make_twins, disturbance):
     result = compare(model, gpt2, bf16=False)
     assert not result.passed
     assert not result.max_abs_diff <= result.tolerance
-    assert render(result).endswith("FAILED: not the same model")
+    assert render(result).endswith("FAILED: outside the bounds")
 
 
 @pytest.mark.parametrize("spoilt", ["eager", "sdpa"])
@@ -232,3 +233,20 @@ def test_a_config_with_a_value_of_another_type_is_refused(gpt2_folder):
 
     with pytest.raises(ValueError, match=r"Field 'hidden_size' expected int, got str \(value: 'wide'\)"):
         verify(gpt2_folder)
+
+
+def test_a_difference_within_the_references_own_spread_still_fails_and_says_so(gpt2_folder):
+    result = replace(verify(gpt2_folder), max_abs_diff=2e-3, reference_spread=3e-3, passed=False)
+
+    assert "FAILED: outside the bounds, though nearer to the reference" in render(result)
+    assert render(replace(result, greedy_equal=False)).endswith("FAILED: outside the bounds")
+
+
+def test_a_reduced_depth_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hfgpt", "verify", "--random", "small", "--layers", "1"])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 0
+    assert "at reduced depth: 1 of the 12 blocks of small" in capsys.readouterr().err
