@@ -16,10 +16,22 @@ PUBLIC_NAMES = {
     "HFGPTConfig": "hfgpt.configuration_hfgpt",
     "HFGPTModel": "hfgpt.modeling_hfgpt",
     "HFGPTForCausalLM": "hfgpt.modeling_hfgpt",
+    "HFGPTForSequenceClassification": "hfgpt.modeling_hfgpt",
+    "HFGPTForTokenClassification": "hfgpt.modeling_hfgpt",
+    "HFGPTForQuestionAnswering": "hfgpt.modeling_hfgpt",
     "GPT": "hfgpt.gpt",
 }
 
-__all__ = ["GPT", "HFGPTConfig", "HFGPTForCausalLM", "HFGPTModel", "__version__"]
+__all__ = [
+    "GPT",
+    "HFGPTConfig",
+    "HFGPTForCausalLM",
+    "HFGPTForQuestionAnswering",
+    "HFGPTForSequenceClassification",
+    "HFGPTForTokenClassification",
+    "HFGPTModel",
+    "__version__",
+]
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # every Auto class imports it, AutoConfig nothing else
 
@@ -35,16 +47,16 @@ def __dir__() -> list[str]:
 
 
 def register_with_transformers() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know hfgpt, and hfgpt read GPT-2 files."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    """Make the Auto classes know hfgpt, and hfgpt read GPT-2 files."""
+    import transformers
 
     from hfgpt.configuration_hfgpt import HFGPTConfig
-    from hfgpt.modeling_hfgpt import HFGPTForCausalLM, HFGPTModel
+    from hfgpt.modeling_hfgpt import AUTO_CLASSES
     from hfgpt.weights import gpt2
 
-    AutoConfig.register(HFGPTConfig.model_type, HFGPTConfig, exist_ok=True)
-    AutoModel.register(HFGPTConfig, HFGPTModel, exist_ok=True)
-    AutoModelForCausalLM.register(HFGPTConfig, HFGPTForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register(HFGPTConfig.model_type, HFGPTConfig, exist_ok=True)
+    for auto_class, model_class in AUTO_CLASSES.items():
+        getattr(transformers, auto_class).register(HFGPTConfig, model_class, exist_ok=True)
     gpt2.register()
 
 

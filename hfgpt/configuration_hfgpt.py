@@ -58,6 +58,7 @@ class HFGPTConfig(PreTrainedConfig):
         resid_pdrop: dropout after each projection into the residual stream, in [0, 1].
         embd_pdrop: dropout on the sum of token and position embeddings, in [0, 1].
         attn_pdrop: dropout on the attention probabilities, in [0, 1].
+        classifier_dropout: dropout before the head of `HFGPTForTokenClassification`, in [0, 1].
         layer_norm_epsilon: added to the variance in every LayerNorm.
         initializer_range: standard deviation of the initial weights, see `hfgpt.gpt.init_std`.
         use_cache: whether a forward pass keeps keys and values for the next one.
@@ -102,6 +103,7 @@ class HFGPTConfig(PreTrainedConfig):
     resid_pdrop: float | int = 0.1
     embd_pdrop: float | int = 0.1
     attn_pdrop: float | int = 0.1
+    classifier_dropout: float | int = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -135,7 +137,7 @@ class HFGPTConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.intermediate_size is not None and self.intermediate_size < 1:
             raise ValueError(f"`intermediate_size` must be at least 1, got {self.intermediate_size}.")
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:

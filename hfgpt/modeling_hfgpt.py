@@ -1,30 +1,48 @@
 """What it takes to make a PyTorch GPT a transformers model; the GPT itself is in gpt.py.
 
 Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
-base class that says what the model can do, the model, its head, and the names under which tools look for it.
+base class that says what the model can do, the model, its heads, and the names under which tools look for it.
 
 This file, gpt.py, loss.py and configuration_hfgpt.py travel to the Hub with the weights and run where hfgpt is not
 installed, so they import one another by `from .x import y` only.
 
-Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary.
+Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary, L labels.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, packed_sequence_mask_function
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    flash_attention_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
@@ -103,8 +121,8 @@ class HFGPTPreTrainedModel(PreTrainedModel):
 def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
     """Check that every tensor of the file went into the model, and every tensor of the model came from the file.
 
-    A new head may be put on a base model, and a base model be taken out from under a head: the parameters of the head
-    then have no counterpart.
+    A new head may be put on a body, and a body be taken out from under another head: the parameters of a head may have
+    no counterpart. Only a missing `lm_head` is refused, which nothing would train before it is used.
 
     Raises:
         ValueError: naming the first tensor for which the two disagree, and how many more there are.
@@ -116,7 +134,8 @@ def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], sou
         for key in info["missing_keys"]
         if (is_base or key.startswith((prefix, "lm_head"))) and key not in model.all_tied_weights_keys
     ]
-    left_over = [key for key in info["unexpected_keys"] if not (is_base and key.startswith("lm_head"))]
+    heads_here = {name for name, _ in model.named_children()}
+    left_over = [key for key in info["unexpected_keys"] if key.partition(".")[0] not in HEADS - heads_here]
     faults = [
         f"{name}: in the file {tuple(there)}, in the model {tuple(here)}"
         for name, there, here in sorted(info["mismatched_keys"])
@@ -132,8 +151,18 @@ def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], sou
         raise ValueError(f"{source}: the weights do not fit the config. {faults[0]}{more}.")
 
 
+def without_cache_in_training(forward: Callable) -> Callable:
+    """Let `use_cache=None` mean False in training, where copies of all keys and values would stay, for nothing."""
+
+    @wraps(forward)
+    def wrapper(self, *args, use_cache: bool | None = None, **kwargs):
+        return forward(self, *args, use_cache=False if use_cache is None and self.training else use_cache, **kwargs)
+
+    return wrapper
+
+
 class HFGPTModel(HFGPTPreTrainedModel):
-    """The GPT without its head: token ids to hidden states."""
+    """The GPT without a head: token ids to hidden states."""
 
     def __init__(self, config: HFGPTConfig) -> None:
         super().__init__(config)
@@ -144,6 +173,7 @@ class HFGPTModel(HFGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -162,32 +192,32 @@ class HFGPTModel(HFGPTPreTrainedModel):
             input_ids: (B, T) token ids. Give these or `inputs_embeds`.
             attention_mask: (B, S), 1 for tokens and 0 for padding on either side; or (B, 1, T, S) as `attend` takes it.
             position_ids: (B, T) positions from 0. Where they do not go on by one, a new document begins that sees
-                nothing before it. None counts the unmasked tokens.
+                nothing before it, unless a (B, 1, T, S) mask says otherwise or the cache holds what came before. None
+                counts the unmasked tokens.
             past_key_values: keys and values of what came before.
             inputs_embeds: (B, T, C) token embeddings in place of `input_ids`.
-            use_cache: whether to return keys and values; None asks the config.
+            use_cache: whether to return keys and values; None asks the config, or in training returns none.
             **kwargs: handed on to the attention function.
 
         Returns:
             `last_hidden_state` (B, T, C) after the last norm, and `past_key_values`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than positions.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than positions; documents in one
+                row that the attention implementation cannot keep apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give `input_ids` or `inputs_embeds`, one of them.")
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         # Documents are told apart by the positions the caller gave, never by those derived from a padding mask.
-        documents_BT = None
-        if position_ids is not None and past_key_values is None:
-            documents_BT = find_packed_sequence_indices(position_ids.expand(x_BTC.shape[0], -1))
+        documents_BS = self.find_documents(x_BTC, attention_mask, position_ids, past_key_values, kwargs)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTC,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            and_mask_function=None if documents_BT is None else packed_sequence_mask_function(documents_BT),
+            and_mask_function=None if documents_BS is None else packed_sequence_mask_function(documents_BS),
         )
         if position_ids is None:
             position_ids = count_positions(x_BTC, attention_mask, past_key_values)
@@ -210,21 +240,74 @@ class HFGPTModel(HFGPTPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), past_key_values=past_key_values)
 
-    def refuse_missing_positions(self, position_ids: Tensor, past_key_values: Cache | None) -> None:
-        """Raise a ValueError where the embedding would raise an IndexError, or on a GPU end the process.
+    def find_documents(
+        self,
+        x_BTC: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """Number the documents that are packed into each row: (B, S), or None if every row is one document.
 
-        The positions themselves are read only if the sequence, padding included, is too long: reading them makes a GPU
-        wait.
+        Raises:
+            ValueError: there are several, and the attention implementation would let them see each other.
         """
+        if position_ids is None:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError("`cu_seq_lens_q` packs documents; give `position_ids` that start again with each.")
+            return None
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if not isinstance(past_length, int):
-            return  # a static cache counts on the device; its length was given by who made it
-        length, limit = past_length + position_ids.shape[-1], self.config.max_position_embeddings
-        if length > limit and position_ids.max() >= limit:
+        if not (isinstance(past_length, int) and past_length == 0):
+            return None
+        documents_BT = find_packed_sequence_indices(position_ids.expand(x_BTC.shape[0], -1))
+        if documents_BT is None or (attention_mask is not None and attention_mask.ndim == 4):
+            return None
+
+        implementation = self.config._attn_implementation
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        if make_mask is flash_attention_mask:
+            # It goes by the positions, but only those of a single row without padding.
+            is_kept_apart = x_BTC.shape[0] == 1 and (attention_mask is None or bool(attention_mask.all()))
+        else:
+            is_kept_apart = make_mask is not None
+        if not is_kept_apart and kwargs.get("cu_seq_lens_q") is None:
             raise ValueError(
-                f"the sequence has {length} tokens, the model `max_position_embeddings` ({limit}): there is no "
-                "position for the rest. Shorten the prompt, or generate fewer tokens."
+                f"`position_ids` start again within a row, and the attention implementation {implementation!r} would "
+                "let those documents see each other. Use 'sdpa', 'eager' or 'flex_attention', or flatten the batch to "
+                "one row without padding, as transformers' DataCollatorWithFlattening does."
             )
+        # A static cache has more places than there are tokens yet.
+        length = documents_BT.shape[1]
+        places = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+        return F.pad(documents_BT, (0, places - length), value=-1)
+
+    def refuse_missing_positions(self, position_ids: Tensor, past_key_values: Cache | None) -> None:
+        """Raise an error where the embedding would raise an IndexError, or on a GPU end the process.
+
+        On a GPU the positions themselves are read only if the sequence, padding included, may be too long: reading them
+        makes the GPU wait.
+        """
+        limit = self.config.max_position_embeddings
+        length = position_ids.shape[-1]
+        if past_key_values is not None:
+            past_length = past_key_values.get_seq_length()
+            # A static cache counts on the device; what is known of its length is how long it can become.
+            is_counted = isinstance(past_length, int)
+            length = past_length + length if is_counted else past_key_values.get_max_length()
+        may_be_too_long = length > limit
+        if is_tracing(position_ids):
+            if may_be_too_long:
+                torch._assert_async(
+                    position_ids.max() < limit, f"the sequence is longer than `max_position_embeddings` ({limit})."
+                )
+        elif may_be_too_long or position_ids.device.type == "cpu":
+            tokens = int(position_ids.max()) + 1
+            if tokens > limit:
+                raise ValueError(
+                    f"the sequence has {tokens} tokens, the model `max_position_embeddings` ({limit}): there is no "
+                    "position for the rest. Shorten the prompt, or generate fewer tokens."
+                )
 
 
 def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -237,7 +320,7 @@ def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_value
 
 
 class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
-    """The GPT with the head that scores every next token: training, `generate`, everything."""
+    """The GPT with the head that scores every next token: pretraining and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -283,8 +366,6 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
             `loss` in nats per token, `logits` (B, T, V), `past_key_values`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        if use_cache is None and self.training:
-            use_cache = False  # nothing comes after, and copies of all keys and values would stay in memory
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -319,18 +400,119 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
         )
 
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_hfgpt.HFGPTConfig",
-    "AutoModel": "modeling_hfgpt.HFGPTModel",
-    "AutoModelForCausalLM": "modeling_hfgpt.HFGPTForCausalLM",
+# The heads below make their body by `AutoModel.from_config`, where hfgpt is not installed too.
+AutoModel.register(HFGPTConfig, HFGPTModel, exist_ok=True)
+
+
+class HFGPTForSequenceClassification(GenericForSequenceClassification, HFGPTPreTrainedModel):
+    """The GPT with a classifier, or regressor, of whole texts: it reads the last token, which has seen all others."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Score every label of each row.
+
+        Args:
+            input_ids: see `HFGPTModel.forward`, as all that is not named here.
+            attention_mask: see there. It also says which token is a row's last; without it, every token but
+                `pad_token_id` counts.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: (B,) class ids, or numbers if `num_labels` is 1; (B, L) for several labels at once.
+            use_cache: see there.
+            **kwargs: handed on to the attention function.
+
+        Returns:
+            `loss` by `config.problem_type`, `logits` (B, L), `past_key_values`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BTC = outputs.last_hidden_state
+        last_B = find_last_tokens(hidden_BTC, input_ids, attention_mask, self.config.pad_token_id)
+        logits_BL = self.score(hidden_BTC[torch.arange(len(hidden_BTC), device=hidden_BTC.device), last_B])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BL, labels=labels, pooled_logits=logits_BL, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits_BL,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def find_last_tokens(
+    hidden_BTC: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_token_id: int | None
+) -> Tensor:
+    """Find the place of each row's last token that is not padding: (B,).
+
+    The mask knows best: a text may end with the very token that also pads. Without mask and pad token, rows are full.
+    """
+    rows, length, _ = hidden_BTC.shape
+    if attention_mask is not None and attention_mask.ndim == 2:
+        is_token_BT = attention_mask[:, -length:] != 0
+    elif input_ids is not None and pad_token_id is not None:
+        is_token_BT = input_ids != pad_token_id
+    else:
+        is_token_BT = hidden_BTC.new_ones((rows, length), dtype=torch.bool)
+    places_T = torch.arange(length, device=hidden_BTC.device)
+    return (places_T * is_token_BT.to(hidden_BTC.device)).argmax(dim=-1)
+
+
+class HFGPTForTokenClassification(GenericForTokenClassification, HFGPTPreTrainedModel):
+    """The GPT with a classifier of every token, which knows only the tokens before it."""
+
+
+class HFGPTForQuestionAnswering(GenericForQuestionAnswering, HFGPTPreTrainedModel):
+    """The GPT with two scores for every token: is it where the answer starts, and is it where it ends?"""
+
+
+HEADS = {"lm_head", "score", "qa_outputs"}
+"""The names of the heads' own modules, beside `model`."""
+
+AUTO_CLASSES = {
+    "AutoModel": HFGPTModel,
+    "AutoModelForCausalLM": HFGPTForCausalLM,
+    "AutoModelForSequenceClassification": HFGPTForSequenceClassification,
+    "AutoModelForTokenClassification": HFGPTForTokenClassification,
+    "AutoModelForQuestionAnswering": HFGPTForQuestionAnswering,
+}
+"""Which class each Auto class makes; `hfgpt/__init__.py` registers them where hfgpt is installed."""
+
+AUTO_MAP = {"AutoConfig": "configuration_hfgpt.HFGPTConfig"} | {
+    auto_class: f"modeling_hfgpt.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
 }
 """Where code that comes with the weights is found in the folder; written into config.json."""
 
 # `save_pretrained` copies the files of classes that are registered so.
 HFGPTConfig.register_for_auto_class("AutoConfig")
-HFGPTModel.register_for_auto_class("AutoModel")
-HFGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for auto_class, model_class in AUTO_CLASSES.items():
+    model_class.register_for_auto_class(auto_class)
 
-# Trainer's label smoothing, `transformers serve` and model cards look only here, not at `AutoModel.register`.
-MODEL_MAPPING_NAMES[HFGPTConfig.model_type] = "HFGPTModel"
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HFGPTConfig.model_type] = "HFGPTForCausalLM"
+# Trainer's label smoothing, pipelines, `transformers serve` and model cards look only here, not at what is registered.
+for names, model_class in (
+    (modeling_auto.MODEL_MAPPING_NAMES, HFGPTModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HFGPTForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, HFGPTForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, HFGPTForTokenClassification),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, HFGPTForQuestionAnswering),
+):
+    names[HFGPTConfig.model_type] = model_class.__name__

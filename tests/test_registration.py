@@ -111,11 +111,20 @@ def test_public_names_are_those_listed():
         hfgpt.HFGPTForCasualLM  # noqa: B018
 
 
-def test_tables_that_know_models_by_name_know_hfgpt():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("MODEL", "HFGPTModel"),
+        ("MODEL_FOR_CAUSAL_LM", "HFGPTForCausalLM"),
+        ("MODEL_FOR_SEQUENCE_CLASSIFICATION", "HFGPTForSequenceClassification"),
+        ("MODEL_FOR_TOKEN_CLASSIFICATION", "HFGPTForTokenClassification"),
+        ("MODEL_FOR_QUESTION_ANSWERING", "HFGPTForQuestionAnswering"),
+    ],
+)
+def test_tables_that_know_models_by_name_know_hfgpt(table, name):
+    from transformers.models.auto import modeling_auto
 
-    assert hfgpt.HFGPTForCausalLM.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hfgpt"]
-    assert hfgpt.HFGPTModel.__name__ == MODEL_MAPPING_NAMES["hfgpt"]
+    assert getattr(modeling_auto, f"{table}_MAPPING_NAMES")["hfgpt"] == getattr(hfgpt, name).__name__
 
 
 def test_exported_folder_loads_without_hfgpt_installed(make_twins, tmp_path):

@@ -84,6 +84,7 @@ def import_mapping() -> list[WeightRenaming | WeightConverter]:
     mapping: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(r"^transformer\.", r"^model\."),
         WeightRenaming(r"(?<!\w)h\.(\d+)\.", r"layers.\1."),
+        WeightRenaming(r"^classifier\.", r"score."),  # GPT2ForTokenClassification's head; the other heads' names agree
     ]
     for row in (*WHOLE_MODEL, *EACH_BLOCK):
         operations: list[ConversionOps] = [Transpose(0, 1)] if row.transposed else []
