@@ -251,8 +251,15 @@ class HFGPTModel(HFGPTPreTrainedModel):
         """Number the documents that are packed into each row: (B, S), or None if every row is one document.
 
         Raises:
-            ValueError: there are several, and the attention implementation would let them see each other.
+            ValueError: there are several, or padding, and the attention implementation would not know of it.
         """
+        implementation = self.config._attn_implementation
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        if make_mask is None and attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
+            raise ValueError(
+                f"the attention implementation {implementation!r} has no mask function, so it would not see the "
+                "padding. Register one with `AttentionMaskInterface.register`."
+            )
         if position_ids is None:
             if kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("`cu_seq_lens_q` packs documents; give `position_ids` that start again with each.")
@@ -264,8 +271,6 @@ class HFGPTModel(HFGPTPreTrainedModel):
         if documents_BT is None or (attention_mask is not None and attention_mask.ndim == 4):
             return None
 
-        implementation = self.config._attn_implementation
-        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
         if make_mask is flash_attention_mask:
             # It goes by the positions, but only those of a single row without padding.
             is_kept_apart = x_BTC.shape[0] == 1 and (attention_mask is None or bool(attention_mask.all()))

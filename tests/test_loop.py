@@ -451,9 +451,6 @@ def test_a_run_that_cannot_be_made_ready_writes_nothing(recipe):
 
 
 @pytest.mark.slow
-# torch 2.13's compiler itself does what torch deprecates.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_takes_the_same_steps(recipe):
     eager = run(recipe, "eager", "train.epochs=1")
     compiled = run(recipe, "compiled", "train.epochs=1", "train.compile=true")

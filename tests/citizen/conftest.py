@@ -1,6 +1,7 @@
 """Models of every class for the contract, beside transformers' own GPT-2 with the same weights."""
 
 import pytest
+import torch
 import transformers
 from contract import GPT2_CLASSES, draw_parameters
 
@@ -35,3 +36,10 @@ def make_pair(tiny, tmp_path):
         return gpt2, model
 
     return make_pair
+
+
+@pytest.fixture
+def uncompiled():
+    """Let torch.compile leave everything as it is: transformers compiles flex_attention, which takes a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

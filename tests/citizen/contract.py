@@ -1,5 +1,6 @@
 """The classes that the contract holds for, and how to look at their outputs alike."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,13 @@ GPT2_CLASSES = {
     hfgpt.HFGPTForTokenClassification: "GPT2ForTokenClassification",
     hfgpt.HFGPTForQuestionAnswering: "GPT2ForQuestionAnswering",
 }
+
+FLEX_WARNINGS = [
+    # transformers 5.23 passes the flag to torch 2.13 when it makes flex_attention's mask.
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
+    # On a machine without a C++ compiler, torch can run it uncompiled only; see the fixture `uncompiled`.
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+]
 
 SUM_ORDER = {"rtol": 0, "atol": 1e-5}
 """For what is the same mathematics added up in another order, at activations of size one to ten in fp32."""
