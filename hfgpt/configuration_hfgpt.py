@@ -92,6 +92,12 @@ class HFGPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
+    base_model_fsdp_plan = {  # noqa: RUF012
+        "embed_tokens": "free_full_weight",
+        "embed_positions": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
 
     vocab_size: int = 50257
     max_position_embeddings: int = 1024

@@ -144,7 +144,8 @@ def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], sou
     faults += [f"{name}: in the file, not in the model" for name in sorted(left_over)]
     faults += info["error_msgs"]
     head = model.get_output_embeddings()
-    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+    is_tied = model.config.tie_word_embeddings and isinstance(head, nn.Linear)  # a pipeline's first stage has no head
+    if is_tied and head.weight is not model.get_input_embeddings().weight:
         faults.append("lm_head.weight: in the file, and not the token embedding, though `tie_word_embeddings` is true")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -226,8 +227,10 @@ class HFGPTModel(HFGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        x_BTC = x_BTC + self.embed_positions(position_ids)
-        x_BTC = F.dropout(x_BTC, p=self.config.embd_pdrop, training=self.training)
+        # A later stage of a pipeline has no first block; its `inputs_embeds` are hidden states of the stage before.
+        if not isinstance(self.layers[0], nn.Identity):
+            x_BTC = x_BTC + self.embed_positions(position_ids)
+            x_BTC = F.dropout(x_BTC, p=self.config.embd_pdrop, training=self.training)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         for block in self.layers:
             x_BTC = block(
