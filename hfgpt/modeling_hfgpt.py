@@ -454,7 +454,8 @@ class HFGPTForSequenceClassification(GenericForSequenceClassification, HFGPTPreT
         )
         hidden_BTC = outputs.last_hidden_state
         last_B = find_last_tokens(hidden_BTC, input_ids, attention_mask, self.config.pad_token_id)
-        logits_BL = self.score(hidden_BTC[torch.arange(len(hidden_BTC), device=hidden_BTC.device), last_B])
+        rows_B = torch.arange(hidden_BTC.shape[0], device=hidden_BTC.device)
+        logits_BL = self.score(hidden_BTC[rows_B, last_B])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BL, labels=labels, pooled_logits=logits_BL, config=self.config)

@@ -19,12 +19,10 @@ GPT2_CLASSES = {
     hfgpt.HFGPTForQuestionAnswering: "GPT2ForQuestionAnswering",
 }
 
-FLEX_WARNINGS = [
-    # transformers 5.23 passes the flag to torch 2.13 when it makes flex_attention's mask.
-    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-    # On a machine without a C++ compiler, torch can run it uncompiled only; see the fixture `uncompiled`.
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-]
+# transformers 5.23 passes the flag to torch 2.13 when it makes flex_attention's mask.
+flex_mask_warning = pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+# On a machine without a C++ compiler, torch can run it uncompiled only; see the fixture `uncompiled`.
+flex_uncompiled_warning = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 SUM_ORDER = {"rtol": 0, "atol": 1e-5}
 """For what is the same mathematics added up in another order, at activations of size one to ten in fp32."""

@@ -1,13 +1,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import ALL_CLASSES, FLEX_WARNINGS, SUM_ORDER, TOKEN_CLASSES, pad, random_ids, scores
+from contract import (
+    ALL_CLASSES,
+    SUM_ORDER,
+    TOKEN_CLASSES,
+    flex_mask_warning,
+    flex_uncompiled_warning,
+    pad,
+    random_ids,
+    scores,
+)
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import hfgpt
 
-pytestmark = [pytest.mark.usefixtures("uncompiled"), *FLEX_WARNINGS]
+pytestmark = [pytest.mark.usefixtures("uncompiled"), flex_mask_warning, flex_uncompiled_warning]
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention", "a user's own"]
 LENGTHS = [20, 13, 5]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from contract import FLEX_WARNINGS, SUM_ORDER, TOKEN_CLASSES, pad, random_ids, scores
+from contract import SUM_ORDER, TOKEN_CLASSES, flex_mask_warning, flex_uncompiled_warning, pad, random_ids, scores
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 import hfgpt
 
-pytestmark = [pytest.mark.usefixtures("uncompiled"), *FLEX_WARNINGS]
+pytestmark = [pytest.mark.usefixtures("uncompiled"), flex_mask_warning, flex_uncompiled_warning]
 
 LENGTHS = [9, 4, 7]
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
