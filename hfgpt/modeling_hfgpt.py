@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
 from transformers.masking_utils import (
@@ -28,7 +28,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
-    GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
@@ -408,12 +407,15 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
         )
 
 
-# The heads below make their body by `AutoModel.from_config`, where hfgpt is not installed too.
-AutoModel.register(HFGPTConfig, HFGPTModel, exist_ok=True)
-
-
-class HFGPTForSequenceClassification(GenericForSequenceClassification, HFGPTPreTrainedModel):
+class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
     """The GPT with a classifier, or regressor, of whole texts: it reads the last token, which has seen all others."""
+
+    def __init__(self, config: HFGPTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HFGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -489,9 +491,24 @@ def find_last_tokens(
 class HFGPTForTokenClassification(GenericForTokenClassification, HFGPTPreTrainedModel):
     """The GPT with a classifier of every token, which knows only the tokens before it."""
 
+    def __init__(self, config: HFGPTConfig) -> None:
+        # Not transformers' own constructor: it makes the body by AutoModel, which does not know remote code.
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HFGPTModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class HFGPTForQuestionAnswering(GenericForQuestionAnswering, HFGPTPreTrainedModel):
     """The GPT with two scores for every token: is it where the answer starts, and is it where it ends?"""
+
+    def __init__(self, config: HFGPTConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # as above
+        self.model = HFGPTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 HEADS = {"lm_head", "score", "qa_outputs"}

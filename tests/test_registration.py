@@ -1,4 +1,4 @@
-"""How transformers comes to know hfgpt: by `import hfgpt`, or by the code that travels with the weights.
+"""How transformers comes to know hfgpt by `import hfgpt`; by code beside the weights, see citizen/test_remote_code.py.
 
 What is imported first must not matter, so each case is a Python process of its own.
 """
@@ -38,38 +38,6 @@ assert type(model) is hfgpt.HFGPTForCausalLM
 assert type(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_head=2, n_layer=1))) is GPT2LMHeadModel
 import sys
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "hfgpt"]
-"""
-
-WITHOUT_HFGPT = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hfgpt":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Block())
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-exported, again, gpt2, answers = sys.argv[1:]
-expected = torch.load(answers)
-for folder in (exported, again):
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert config.model_type == "hfgpt", config
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"])
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
-    assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=False), expected["text"])
-    model.set_attn_implementation("eager")
-    assert torch.allclose(model(expected["ids"]).logits, expected["logits"], atol=2e-5)
-    model.save_pretrained(again)
-try:
-    type(model).from_pretrained(gpt2)
-except ValueError as error:
-    print(error)
 """
 
 
@@ -125,36 +93,6 @@ def test_tables_that_know_models_by_name_know_hfgpt(table, name):
     from transformers.models.auto import modeling_auto
 
     assert getattr(modeling_auto, f"{table}_MAPPING_NAMES")["hfgpt"] == getattr(hfgpt, name).__name__
-
-
-def test_exported_folder_loads_without_hfgpt_installed(make_twins, tmp_path):
-    _, model = make_twins()
-    ids = torch.arange(60).view(3, 20)
-    model.save_pretrained(tmp_path / "exported")
-    answers = {
-        "ids": ids,
-        "logits": model(ids).logits.detach(),
-        "hidden": model.model(ids).last_hidden_state.detach(),
-        "text": model.generate(ids, max_new_tokens=8, do_sample=False),
-    }
-    torch.save(answers, tmp_path / "answers.pt")
-
-    # -I: neither the current folder nor PYTHONPATH, so that nothing but the installed packages is found.
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_HFGPT]
-        + [str(tmp_path / name) for name in ("exported", "again", "gpt2", "answers.pt")],
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "pip install hfgpt" in done.stdout
-    assert {file.name for file in (tmp_path / "again").iterdir()} == {
-        file.name for file in (tmp_path / "exported").iterdir()
-    }
-    assert torch.equal(hfgpt.HFGPTForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, answers["logits"])
 
 
 def test_transformers_own_gpt2_is_as_it_was(random_gpt2, tmp_path):
