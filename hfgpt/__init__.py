@@ -63,16 +63,17 @@ def register_with_transformers() -> None:
 class RegisterAfterAutoClasses(MetaPathFinder):
     """Runs `register_with_transformers` once, as soon as transformers' Auto classes are imported.
 
-    The Auto classes are often imported from the middle of another module of transformers, or of hfgpt. Registering
-    there would meet half-imported modules, so this waits until the outermost import of either package is done.
+    The Auto classes are often imported from the middle of another module of transformers, of hfgpt, or of PEFT, which
+    is told of hfgpt too. Registering there would meet half-imported modules, so this waits until the outermost import
+    of any of them is done.
     """
 
     def __init__(self) -> None:
         self.depth = 0
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Step in for modules of transformers and hfgpt, to hear when they are done."""
-        if fullname.partition(".")[0] not in ("transformers", "hfgpt"):
+        """Step in for modules of transformers, hfgpt and PEFT, to hear when they are done."""
+        if fullname.partition(".")[0] not in ("transformers", "hfgpt", "peft"):
             return None
         spec = PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:

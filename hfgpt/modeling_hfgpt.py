@@ -39,7 +39,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -542,3 +542,11 @@ for names, model_class in (
     (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, HFGPTForQuestionAnswering),
 ):
     names[HFGPTConfig.model_type] = model_class.__name__
+
+# PEFT finds the layers to adapt by model type. Their names here are Llama's, so what it has for Llama fits.
+if is_peft_available():
+    from peft.utils import constants as peft_tables
+
+    for table_name, table in vars(peft_tables).items():
+        if table_name.endswith("_MODULES_MAPPING") and "llama" in table:
+            table[HFGPTConfig.model_type] = table["llama"]

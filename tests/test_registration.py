@@ -23,6 +23,8 @@ FIRST_IMPORTS = [
     "from transformers import AutoModelForCausalLM; import hfgpt",
     "from transformers import AutoConfig; import hfgpt",
     "from hfgpt.modeling_hfgpt import HFGPTForCausalLM",
+    "import hfgpt, peft",
+    "import peft, hfgpt",
 ]
 
 AUTO_CLASSES_KNOW_HFGPT = """
@@ -38,6 +40,8 @@ assert type(model) is hfgpt.HFGPTForCausalLM
 assert type(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_head=2, n_layer=1))) is GPT2LMHeadModel
 import sys
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "hfgpt"]
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+assert TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["hfgpt"] == ["q_proj", "v_proj"]
 """
 
 

@@ -15,6 +15,7 @@ sys.meta_path.insert(0, NoHFGPT())
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from peft.utils import constants as peft_tables  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 
 AUTO_CLASSES = [
@@ -77,6 +78,8 @@ for smoothing in (0.0, 0.1):
         said["smoothed loss"] = trainer.compute_loss(model.eval(), {"input_ids": batch, "labels": batch}).detach()
     trainer.train()
     said[f"trained with {smoothing}"] = dict(model.state_dict())
+
+assert peft_tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["hfgpt"] == ["q_proj", "v_proj"]
 
 gpt2 = Path(tempfile.mkdtemp())
 GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11)).save_pretrained(gpt2)
