@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint venv clean
+.PHONY: demo test test-all upstream lint venv clean
 
 demo: venv
 	$(BIN)/hfgpt train demo --resume
@@ -13,6 +13,11 @@ test: lint
 
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
+
+# transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt.
+upstream: venv
+	$(BIN)/python tests/upstream/fetch.py .upstream
+	PYTHONPATH=.upstream HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -o addopts= -o filterwarnings=ignore tests/upstream/test_mixins.py
 
 lint: venv
 	$(BIN)/ruff check
@@ -28,4 +33,4 @@ venv: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .upstream out build dist .mypy_cache .pytest_cache .ruff_cache

@@ -86,8 +86,9 @@ class HFGPTPreTrainedModel(PreTrainedModel):
         """Load hfgpt or GPT-2 weights, from a folder or the Hub; see transformers' `from_pretrained`.
 
         Raises:
-            ValueError: tensors are missing, left over or of another shape than the config says. Pass `state_dict`,
-                `output_loading_info=True` or `ignore_mismatched_sizes=True` to take them as transformers does.
+            WeightsDoNotFitError: tensors are missing, left over or of another shape than the config says. Pass
+                `state_dict`, `output_loading_info=True` or `ignore_mismatched_sizes=True` to take them as transformers
+                does.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         lenient = wants_info or kwargs.get("state_dict") is not None or kwargs.get("ignore_mismatched_sizes", False)
@@ -117,6 +118,10 @@ class HFGPTPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
+class WeightsDoNotFitError(ValueError, RuntimeError):
+    """A file and a config that do not belong together: hfgpt's ValueError, where transformers has a RuntimeError."""
+
+
 def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
     """Check that every tensor of the file went into the model, and every tensor of the model came from the file.
 
@@ -124,7 +129,7 @@ def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], sou
     no counterpart. Only a missing `lm_head` is refused, which nothing would train before it is used.
 
     Raises:
-        ValueError: naming the first tensor for which the two disagree, and how many more there are.
+        WeightsDoNotFitError: naming the first tensor for which the two disagree, and how many more there are.
     """
     prefix = model.base_model_prefix + "."
     is_base = not hasattr(model, model.base_model_prefix)
@@ -148,7 +153,7 @@ def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], sou
         faults.append("lm_head.weight: in the file, and not the token embedding, though `tie_word_embeddings` is true")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(f"{source}: the weights do not fit the config. {faults[0]}{more}.")
+        raise WeightsDoNotFitError(f"{source}: the weights do not fit the config. {faults[0]}{more}.")
 
 
 def without_cache_in_training(forward: Callable) -> Callable:
