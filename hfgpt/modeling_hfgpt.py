@@ -3,8 +3,8 @@
 Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
 base class that says what the model can do, the model, its heads, and the names under which tools look for it.
 
-This file, gpt.py, loss.py and configuration_hfgpt.py travel to the Hub with the weights and run where hfgpt is not
-installed, so they import one another by `from .x import y` only.
+This file, gpt.py, loss.py, positions.py and configuration_hfgpt.py travel to the Hub with the weights and run where
+hfgpt is not installed, so they import one another by `from .x import y` only.
 
 Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary, L labels.
 """
@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_causal_mask,
-    find_packed_sequence_indices,
-    flash_attention_mask,
-    packed_sequence_mask_function,
-)
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForTokenClassification,
@@ -41,12 +35,12 @@ from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
 from .loss import linear_cross_entropy, shift_left
+from .positions import count_positions, find_documents, refuse_missing_positions
 
 
 class HFGPTBlock(GradientCheckpointingLayer, Block):
@@ -216,7 +210,9 @@ class HFGPTModel(HFGPTPreTrainedModel):
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         # Documents are told apart by the positions the caller gave, never by those derived from a padding mask.
-        documents_BS = self.find_documents(x_BTC, attention_mask, position_ids, past_key_values, kwargs)
+        documents_BS = find_documents(
+            self.config._attn_implementation, x_BTC, attention_mask, position_ids, past_key_values, kwargs
+        )
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTC,
@@ -226,7 +222,7 @@ class HFGPTModel(HFGPTPreTrainedModel):
         )
         if position_ids is None:
             position_ids = count_positions(x_BTC, attention_mask, past_key_values)
-        self.refuse_missing_positions(position_ids, past_key_values)
+        refuse_missing_positions(position_ids, past_key_values, self.config.max_position_embeddings)
         # A cache made here comes after the mask: it would hide from transformers that this is one whole pass.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -246,89 +242,6 @@ class HFGPTModel(HFGPTPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), past_key_values=past_key_values)
-
-    def find_documents(
-        self,
-        x_BTC: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Tensor | None:
-        """Number the documents that are packed into each row: (B, S), or None if every row is one document.
-
-        Raises:
-            ValueError: there are several, or padding, and the attention implementation would not know of it.
-        """
-        implementation = self.config._attn_implementation
-        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        if make_mask is None and attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
-            raise ValueError(
-                f"the attention implementation {implementation!r} has no mask function, so it would not see the "
-                "padding. Register one with `AttentionMaskInterface.register`."
-            )
-        if position_ids is None:
-            if kwargs.get("cu_seq_lens_q") is not None:
-                raise ValueError("`cu_seq_lens_q` packs documents; give `position_ids` that start again with each.")
-            return None
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if not (isinstance(past_length, int) and past_length == 0):
-            return None
-        documents_BT = find_packed_sequence_indices(position_ids.expand(x_BTC.shape[0], -1))
-        if documents_BT is None or (attention_mask is not None and attention_mask.ndim == 4):
-            return None
-
-        if make_mask is flash_attention_mask:
-            # It goes by the positions, but only those of a single row without padding.
-            is_kept_apart = x_BTC.shape[0] == 1 and (attention_mask is None or bool(attention_mask.all()))
-        else:
-            is_kept_apart = make_mask is not None
-        if not is_kept_apart and kwargs.get("cu_seq_lens_q") is None:
-            raise ValueError(
-                f"`position_ids` start again within a row, and the attention implementation {implementation!r} would "
-                "let those documents see each other. Use 'sdpa', 'eager' or 'flex_attention', or flatten the batch to "
-                "one row without padding, as transformers' DataCollatorWithFlattening does."
-            )
-        # A static cache has more places than there are tokens yet.
-        length = documents_BT.shape[1]
-        places = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
-        return F.pad(documents_BT, (0, places - length), value=-1)
-
-    def refuse_missing_positions(self, position_ids: Tensor, past_key_values: Cache | None) -> None:
-        """Raise an error where the embedding would raise an IndexError, or on a GPU end the process.
-
-        On a GPU the positions themselves are read only if the sequence, padding included, may be too long: reading them
-        makes the GPU wait.
-        """
-        limit = self.config.max_position_embeddings
-        length = position_ids.shape[-1]
-        if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
-            # A static cache counts on the device; what is known of its length is how long it can become.
-            is_counted = isinstance(past_length, int)
-            length = past_length + length if is_counted else past_key_values.get_max_length()
-        may_be_too_long = length > limit
-        if is_tracing(position_ids):
-            if may_be_too_long:
-                torch._assert_async(
-                    position_ids.max() < limit, f"the sequence is longer than `max_position_embeddings` ({limit})."
-                )
-        elif may_be_too_long or position_ids.device.type == "cpu":
-            tokens = int(position_ids.max()) + 1
-            if tokens > limit:
-                raise ValueError(
-                    f"the sequence has {tokens} tokens, the model `max_position_embeddings` ({limit}): there is no "
-                    "position for the rest. Shorten the prompt, or generate fewer tokens."
-                )
-
-
-def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
-    """Number the tokens from 0, padding left out: (1, T), or (B, T) where a mask says what padding is."""
-    length = x_BTC.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-    return torch.arange(length, device=x_BTC.device)[None] + past_length
 
 
 class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):

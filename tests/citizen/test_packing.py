@@ -6,6 +6,7 @@ from contract import SUM_ORDER, TOKEN_CLASSES, flex_mask_warning, flex_uncompile
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 import hfgpt
+from hfgpt.positions import find_documents
 
 pytestmark = [pytest.mark.usefixtures("uncompiled"), flex_mask_warning, flex_uncompiled_warning]
 
@@ -94,6 +95,33 @@ def test_rows_may_end_in_padding_after_their_documents(make, ids):
     torch.testing.assert_close(packed[mask == 1], alone[mask == 1], **SUM_ORDER)
 
 
+@pytest.mark.parametrize("gap", [1, 3])
+def test_padding_may_lie_between_documents(make, ids, gap):
+    model = make(hfgpt.HFGPTForCausalLM)
+    padding = torch.zeros(2, gap, dtype=torch.long)
+    first, second = ids[:, :9], ids[:, 9:]
+    row = torch.cat([padding, first, padding, second, padding], dim=1)
+    nowhere = torch.ones(gap, dtype=torch.long)  # what transformers gives to padding
+    positions = torch.cat([nowhere, torch.arange(9), nowhere, torch.arange(11), nowhere])[None]
+
+    packed = model(row, attention_mask=(row != 0).long(), position_ids=positions).logits
+
+    torch.testing.assert_close(packed[:, gap : gap + 9], model(first).logits, **SUM_ORDER)
+    torch.testing.assert_close(packed[:, 2 * gap + 9 : -gap], model(second).logits, **SUM_ORDER)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("given_to_padding", [0, 1])
+def test_padding_is_not_taken_for_a_document(side, given_to_padding):
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, : 0 if side == "right" else 7] = 0
+    mask[2, 20 if side == "left" else 13 :] = 0
+    positions = (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, given_to_padding)
+
+    for implementation in ("sdpa", "flash_attention_2"):
+        assert find_documents(implementation, torch.zeros(3, 20, 32), mask, positions, DynamicCache(), {}) is None
+
+
 def test_positions_that_a_padding_mask_implies_are_not_taken_for_documents(make, ids):
     model = make(hfgpt.HFGPTForCausalLM)
     mask = torch.ones_like(ids)
@@ -130,22 +158,20 @@ def test_packed_documents_are_refused_by_an_attention_that_cannot_keep_them_apar
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("padded", [False, True])
-def test_flash_attention_is_given_only_what_it_keeps_apart(make, ids, rows, padded):
+def test_flash_attention_is_given_only_what_it_keeps_apart(rows, padded):
     """It goes by the positions of a single row without padding; see transformers' `_is_packed_sequence`."""
-    model = make(hfgpt.HFGPTForCausalLM)
-    model.config._attn_implementation_internal = "flash_attention_2"  # its kernels are not needed to ask
     mask = torch.ones(rows, 20, dtype=torch.long)
     mask[:, -2:] = 0 if padded else 1
     x_BTC = torch.zeros(rows, 20, 32)
 
-    def find_documents():
-        return model.model.find_documents(x_BTC, mask, POSITIONS, None, {})
+    def documents():
+        return find_documents("flash_attention_2", x_BTC, mask, POSITIONS, None, {})
 
     if rows == 1 and not padded:
-        assert torch.equal(find_documents(), DOCUMENTS)
+        assert torch.equal(documents(), DOCUMENTS)
     else:
         with pytest.raises(ValueError, match="'flash_attention_2' would let those documents see each other"):
-            find_documents()
+            documents()
 
 
 def test_document_borders_without_positions_are_refused(make, ids):

@@ -66,7 +66,7 @@ def test_what_was_loaded_by_its_files_saves_them_again(by_hfgpt, by_its_files, f
     assert torch.equal(by_its_files[f"{auto_class}_again"], by_hfgpt[auto_class])
     files = {file.name for file in (folder / auto_class).iterdir()}
     assert {file.name for file in (folder / f"{auto_class}_again").iterdir()} == files
-    assert {"gpt.py", "loss.py", "configuration_hfgpt.py", "modeling_hfgpt.py"} <= files
+    assert {"gpt.py", "loss.py", "positions.py", "configuration_hfgpt.py", "modeling_hfgpt.py"} <= files
 
 
 def test_the_same_text_is_written(by_hfgpt, by_its_files):
