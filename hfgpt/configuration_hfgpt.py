@@ -75,8 +75,8 @@ class HFGPTConfig(PreTrainedConfig):
     """
 
     model_type = "hfgpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
@@ -84,7 +84,7 @@ class HFGPTConfig(PreTrainedConfig):
         "n_positions": "max_position_embeddings",
         "n_ctx": "max_position_embeddings",
     }
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -92,7 +92,7 @@ class HFGPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_fsdp_plan = {  # noqa: RUF012
+    base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "embed_positions": "free_full_weight",
         "layers.*": "free_full_weight",

@@ -53,16 +53,16 @@ class HFGPTPreTrainedModel(PreTrainedModel):
     config: HFGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HFGPTBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["HFGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HFGPTBlock, "attentions": CausalSelfAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": HFGPTBlock, "attentions": CausalSelfAttention}
     # The causal masks that old GPT-2 files hold as buffers. The dot before `attn` spares `c_attn.bias`.
-    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -247,9 +247,9 @@ class HFGPTModel(HFGPTPreTrainedModel):
 class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
     """The GPT with the head that scores every next token: pretraining and `generate`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HFGPTConfig) -> None:
         super().__init__(config)

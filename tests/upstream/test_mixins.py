@@ -57,8 +57,8 @@ class TinyModel:
 
 class UpstreamTests(ModelTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixin):
     all_generative_model_classes = ()
-    pipeline_model_mapping = {}  # noqa: RUF012
-    model_split_percents = [0.5, 0.7, 0.8]  # noqa: RUF012
+    pipeline_model_mapping = {}
+    model_split_percents = [0.5, 0.7, 0.8]
 
     def setUp(self):
         self.model_tester = TinyModel(self.config_class, self.all_model_classes[1])
