@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-ORDER_OF_THE_JOB = ("config", "tokenizer", "train", "evaluate", "generate", "verify")
+ORDER_OF_THE_JOB = ("config", "tokenizer", "train", "evaluate", "generate", "verify", "convert")
 
 
 class JobOrder(TyperGroup):
@@ -204,6 +204,28 @@ def verify(
         print(render(result))
     if not result.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="File, folder or Hub id.")],
+    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2) or file (the other formats).")],
+    to: Annotated[str, typer.Option(help="hfgpt, gpt2, nanogpt, llms-from-scratch or llm.c.")],
+    source_format: Annotated[str, typer.Option("--from", help="The same words, or auto to find out.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut or drop anything.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else the source's.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not say it.")] = None,
+    activation: Annotated[str | None, typer.Option(help="The MLP's, if the file does not say it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, and say what was done to each tensor."""
+    from hfgpt.weights.convert import convert, render
+
+    result = convert(source, dest, to, source_format, strict, dtype, heads, activation)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print(render(result))
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ transformers' GPT-2 keeps its matrices as (in, out), hfgpt as `nn.Linear` does, 
 value in one tensor, hfgpt in three. Everything else is a change of name.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,22 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of GPT-2 and what it is in hfgpt.
-
-    Attributes:
-        gpt2: name within GPT-2's block, or within the whole model.
-        hfgpt: names of the tensors that it is split into along the output axis; usually one.
-        transposed: whether the two layouts are each other's transpose.
-    """
-
-    gpt2: str
-    hfgpt: tuple[str, ...]
-    transposed: bool = False
-
+from hfgpt.weights.tables import QKV, Entry, expand, own_tensors, walk_out
 
 WHOLE_MODEL = (
     Entry("wte.weight", ("embed_tokens.weight",)),
@@ -38,8 +22,6 @@ WHOLE_MODEL = (
     Entry("ln_f.weight", ("norm.weight",)),
     Entry("ln_f.bias", ("norm.bias",)),
 )
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 EACH_BLOCK = (
     Entry("ln_1.weight", ("input_layernorm.weight",)),
@@ -56,8 +38,6 @@ EACH_BLOCK = (
     Entry("mlp.c_proj.bias", ("mlp.down_proj.bias",)),
 )
 
-GPT2_PREFIX, HFGPT_PREFIX = "transformer.", "model."
-
 
 def entries(num_layers: int, tied: bool) -> list[Entry]:
     """The table for a whole `ForCausalLM` model, with full names.
@@ -66,16 +46,9 @@ def entries(num_layers: int, tied: bool) -> list[Entry]:
         num_layers: number of blocks.
         tied: whether the output layer is the token embedding; if not, it is an entry of its own.
     """
-    rows = list(WHOLE_MODEL)
-    for layer in range(num_layers):
-        rows += [
-            Entry(f"h.{layer}.{row.gpt2}", tuple(f"layers.{layer}.{name}" for name in row.hfgpt), row.transposed)
-            for row in EACH_BLOCK
-        ]
-    full = [
-        Entry(GPT2_PREFIX + row.gpt2, tuple(HFGPT_PREFIX + name for name in row.hfgpt), row.transposed) for row in rows
-    ]
-    return full if tied else [*full, Entry("lm_head.weight", ("lm_head.weight",))]
+    whole = [Entry("transformer." + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
+    rows = expand(whole, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
+    return rows if tied else [*rows, Entry("lm_head.weight", ("lm_head.weight",))]
 
 
 def import_mapping() -> list[WeightRenaming | WeightConverter]:
@@ -90,9 +63,9 @@ def import_mapping() -> list[WeightRenaming | WeightConverter]:
         operations: list[ConversionOps] = [Transpose(0, 1)] if row.transposed else []
         if len(row.hfgpt) > 1:
             operations.append(Chunk(dim=0))
-        source = r"(?<!\w)" + row.gpt2.replace(".", r"\.")
+        source = r"(?<!\w)" + row.foreign.replace(".", r"\.")
         if operations:
-            mapping.append(WeightConverter(row.gpt2, list(row.hfgpt), operations))
+            mapping.append(WeightConverter(row.foreign, list(row.hfgpt), operations))
         else:
             mapping.append(WeightRenaming(source, row.hfgpt[0]))
     return mapping
@@ -107,43 +80,13 @@ def register() -> None:
     register_checkpoint_conversion_mapping(GPT2_SOURCE, import_mapping(), overwrite=True)
 
 
-def from_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
-    """Walk the table from GPT-2's state dict to hfgpt's.
-
-    Raises:
-        ValueError: a tensor is missing or left over.
-    """
-    table = entries(num_layers, tied)
-    account_for(set(tensors), {row.gpt2 for row in table})
-    result = {}
-    for row in table:
-        tensor = tensors[row.gpt2].T if row.transposed else tensors[row.gpt2]
-        for name, part in zip(row.hfgpt, tensor.chunk(len(row.hfgpt)), strict=True):
-            result[name] = part.contiguous()
-    return result
-
-
 def to_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
     """Walk the table from hfgpt's state dict to GPT-2's; the tensors are copies.
 
     Raises:
         ValueError: a tensor is missing or left over.
     """
-    table = entries(num_layers, tied)
-    account_for(set(tensors), {name for row in table for name in row.hfgpt})
-    result = {}
-    for row in table:
-        joined = torch.cat([tensors[name] for name in row.hfgpt])  # of one tensor, a copy of it
-        result[row.gpt2] = joined.T.contiguous() if row.transposed else joined
-    return result
-
-
-def account_for(given: set[str], wanted: set[str]) -> None:
-    missing, left_over = sorted(wanted - given), sorted(given - wanted)
-    if missing:
-        raise ValueError(f"{missing[0]}: missing ({len(missing)} tensors in all). Is this a GPT-2?")
-    if left_over:
-        raise ValueError(f"{left_over[0]}: left over ({len(left_over)} tensors in all). Is this a GPT-2?")
+    return walk_out(entries(num_layers, tied), tensors)[0]
 
 
 def to_gpt2_config(config: HFGPTConfig) -> GPT2Config:
@@ -180,8 +123,7 @@ def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
     tied = config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(config)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    converted = to_gpt2_tensors(tensors, model.config.num_hidden_layers, tied)
+    converted = to_gpt2_tensors(own_tensors(model), model.config.num_hidden_layers, tied)
     if tied:
         converted["lm_head.weight"] = converted["transformer.wte.weight"]
     gpt2.load_state_dict(converted, assign=True)

@@ -1,0 +1,249 @@
+"""From any format to any other, with word of what was done to each tensor; nothing is overwritten."""
+
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights import WRITERS, gpt2, llmc, llms_from_scratch, load, nanogpt
+from hfgpt.weights.tables import Checkpoint, Step, build, own_tensors, walk_out
+
+FILE_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
+    "nanogpt": nanogpt.write,
+    "llms-from-scratch": llms_from_scratch.write,
+    "llm.c": llmc.write,
+}
+"""Format -> what writes a model into a file of that format; those of `WRITERS` fill a folder."""
+
+FORMATS = (*WRITERS, *FILE_WRITERS)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        source_format: what the source was found to be.
+        steps_in: what was done to each tensor of the source.
+        steps_out: what was done to each tensor of the destination, by its name there.
+        notes: what else a user should know.
+        parameters: of the model.
+    """
+
+    source_format: str
+    steps_in: list[Step]
+    steps_out: list[Step]
+    notes: list[str]
+    parameters: int
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    to: str,
+    source_format: str = "auto",
+    strict: bool = False,
+    dtype: str | None = None,
+    heads: int | None = None,
+    activation: str | None = None,
+) -> Conversion:
+    """Write a model in another format.
+
+    Args:
+        source: file, folder or Hub id.
+        dest: folder for "hfgpt" and "gpt2", file for the others; it must not exist.
+        to: one of `FORMATS`.
+        source_format: one of `FORMATS`, or "auto" to find out.
+        strict: whether to refuse a conversion that fills, cuts or drops anything.
+        dtype: a key of `DTYPES`; None keeps the source's.
+        heads: attention heads, for sources that do not say it.
+        activation: of the MLP, for sources that do not say it.
+
+    Raises:
+        ValueError: the source is damaged or of another kind, or the destination's format cannot hold the model.
+        FileExistsError: the destination exists.
+        FileNotFoundError: its folder does not exist.
+    """
+    dest = Path(dest)
+    if to not in FORMATS:
+        raise ValueError(f"`--to` must be one of {sorted(FORMATS)}, got {to!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {sorted(DTYPES)}, got {dtype!r}.")
+    if dest.exists():
+        raise FileExistsError(f"{dest} exists. Name a new one.")
+    if not dest.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{dest.absolute().parent} is no folder. Make it first.")
+
+    model, found, steps_in, notes = read(source, source_format, heads, activation)
+    if dtype is not None:
+        model = model.to(DTYPES[dtype])
+    refuse_losses(steps_in, strict)
+    with tempfile.TemporaryDirectory(dir=dest.absolute().parent, prefix=f".{dest.name}.") as folder:
+        staged = Path(folder) / dest.name
+        if to in WRITERS:
+            WRITERS[to](model, staged)
+            steps_out = steps_of(model, to)
+        else:
+            steps_out = FILE_WRITERS[to](model, staged)
+        refuse_losses(steps_out, strict)
+        shutil.copymode(folder, staged) if staged.is_dir() else os.chmod(staged, 0o644)
+        os.rename(staged, dest)
+    return Conversion(found, steps_in, steps_out, notes, model.num_parameters())
+
+
+def refuse_losses(steps: list[Step], strict: bool) -> None:
+    lossy = [step for step in steps if not step.is_exact]
+    if strict and lossy:
+        raise ValueError(f"--strict: {lossy[0].name} would be {lossy[0].action} ({len(lossy)} such tensors in all).")
+
+
+def read(
+    source: str | Path, source_format: str = "auto", heads: int | None = None, activation: str | None = None
+) -> tuple[HFGPTForCausalLM, str, list[Step], list[str]]:
+    """Load a model of any format.
+
+    Args:
+        source: file, folder or Hub id.
+        source_format: see `convert`, as for the others.
+        heads: see there.
+        activation: see there.
+
+    Returns:
+        The model in eval mode, its format, what was done to each tensor, and notes.
+
+    Raises:
+        ValueError: see `convert`.
+    """
+    if source_format not in ("auto", *FORMATS):
+        raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
+    if Path(source).is_file():
+        found, checkpoint = read_file(Path(source), heads, activation)
+        try:
+            model, steps = build(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        notes = checkpoint.notes
+    else:
+        if heads is not None or activation is not None:
+            raise ValueError(
+                "`--heads` and `--activation` are for files that do not say them; this source has a config."
+            )
+        model = load(source)
+        found = "gpt2" if HFGPTConfig.from_pretrained(source).model_type == GPT2_SOURCE else "hfgpt"
+        steps, notes = steps_of(model, found) + dropped_masks(Path(source)), []
+    if source_format not in ("auto", found):
+        raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
+    return model, found, steps, notes
+
+
+def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
+    """Find out what a file is, and read it.
+
+    Raises:
+        ValueError: it is damaged, or of no format that is known.
+    """
+    if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+        if heads is not None or activation is not None:
+            raise ValueError("`--heads` and `--activation` are for files that do not say them; llm.c's do.")
+        return "llm.c", llmc.read(file)
+    content = load_file(file) if file.suffix == ".safetensors" and is_safe(file) else unpickle(file)
+    if nanogpt.recognises(content):
+        return "nanogpt", nanogpt.read(content, heads, activation)
+    if llms_from_scratch.recognises(content):
+        return "llms-from-scratch", llms_from_scratch.read(content, heads, activation)
+    some = ", ".join(sorted(map(str, content))[:3])
+    raise ValueError(f"{file}: no format that hfgpt knows; it holds {some}, ...")
+
+
+def is_safe(file: Path) -> bool:
+    """Check a safetensors file's header.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}.") from error
+
+
+def unpickle(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, with nothing in it executed; tensors stay on the disk until they are used.
+
+    Raises:
+        ValueError: it is damaged, or wants to run something.
+    """
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        with zipfile.ZipFile(file) as archive:
+            try:
+                damaged = archive.testzip()
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{file}: {error}.") from error
+        if damaged is not None:
+            raise ValueError(f"{file}: {damaged} does not match its checksum.")
+    try:
+        with torch.serialization.safe_globals(nanogpt.allowed_classes()):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to run {wanted.group(1)}" if wanted else "it is no file of torch.save's"
+        raise ValueError(f"{file}: not opened, {reason}.") from error
+    except (EOFError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0] or "it ends too soon"
+        raise ValueError(f"{file}: damaged or no file of torch.save's: {reason}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors.")
+    return content
+
+
+def steps_of(model: HFGPTForCausalLM, folder_format: str) -> list[Step]:
+    """What reading or writing a folder of transformers does to each tensor."""
+    tensors = own_tensors(model)
+    if folder_format == "hfgpt":
+        return [Step(name, tuple(tensor.shape), "copied") for name, tensor in tensors.items()]
+    table = gpt2.entries(model.config.num_hidden_layers, tied="lm_head.weight" not in tensors)
+    return walk_out(table, {name: tensor.to("meta") for name, tensor in tensors.items()})[1]
+
+
+def dropped_masks(folder: Path) -> list[Step]:
+    """The causal masks that old GPT-2 files hold, and that transformers leaves out as it reads them."""
+    steps = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():
+                if re.search(r"\.attn\.(masked_)?bias$", name):
+                    steps.append(Step(name, tuple(content.get_slice(name).get_shape()), "dropped", is_exact=False))
+    return steps
+
+
+def render(result: Conversion) -> str:
+    """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
+    width = max(len(step.name) for step in [*result.steps_in, *result.steps_out])
+
+    def lines(steps: list[Step]) -> list[str]:
+        return [f"  {step.name:<{width}}  {'x'.join(map(str, step.shape)):>12}  {step.action}" for step in steps]
+
+    lossy = [step for step in [*result.steps_in, *result.steps_out] if not step.is_exact]
+    summary = (
+        f"{result.parameters:,} parameters from {len(result.steps_in)} tensors ({result.source_format}) to "
+        f"{len(result.steps_out)}; "
+        + (f"{len(lossy)} filled, cut or dropped" if lossy else "nothing filled, cut or dropped")
+    )
+    notes = [f"note: {note}" for note in result.notes]
+    return "\n".join(["in:", *lines(result.steps_in), "out:", *lines(result.steps_out), *notes, summary])

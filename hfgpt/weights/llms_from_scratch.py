@@ -1,0 +1,135 @@
+"""LLMs-from-scratch, the code of "Build a Large Language Model (From Scratch)": `GPTModel` and `GPTModelFast`.
+
+A state dict in a .pth or .safetensors file, by itself or as `model_state_dict`; no config beside it. The attention
+layers have no biases when they were trained from scratch, and the output layer is a parameter of its own.
+https://github.com/rasbt/LLMs-from-scratch
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights.tables import (
+    QKV,
+    Checkpoint,
+    Entry,
+    Step,
+    drop_tied_head,
+    expand,
+    heads_of,
+    own_tensors,
+    settings_of,
+    walk_out,
+)
+
+EMBEDDINGS = (
+    Entry("tok_emb.weight", ("embed_tokens.weight",)),
+    Entry("pos_emb.weight", ("embed_positions.weight",)),
+)
+
+MLP = (
+    Entry("ff.layers.0.weight", ("mlp.up_proj.weight",)),
+    Entry("ff.layers.0.bias", ("mlp.up_proj.bias",)),
+    Entry("ff.layers.2.weight", ("mlp.down_proj.weight",)),
+    Entry("ff.layers.2.bias", ("mlp.down_proj.bias",)),
+)
+
+HEAD = Entry("out_head.weight", ("lm_head.weight",))
+
+
+def norm(name: str, hfgpt: str, gain: str, shift: str) -> tuple[Entry, Entry]:
+    return Entry(f"{name}.{gain}", (f"{hfgpt}.weight",)), Entry(f"{name}.{shift}", (f"{hfgpt}.bias",))
+
+
+def table(num_layers: int, tied: bool, fast: bool) -> list[Entry]:
+    """The table of `GPTModel`, or of `GPTModelFast`, which joins q, k and v and has torch's own LayerNorm."""
+    gain, shift = ("weight", "bias") if fast else ("scale", "shift")
+    if fast:
+        attention = [
+            Entry("att.qkv.weight", tuple(f"{name}.weight" for name in QKV)),
+            Entry("att.qkv.bias", tuple(f"{name}.bias" for name in QKV), is_optional=True),
+        ]
+    else:
+        attention = [
+            Entry(f"att.{theirs}.{kind}", (f"{ours}.{kind}",), is_optional=kind == "bias")
+            for theirs, ours in zip(("W_query", "W_key", "W_value"), QKV, strict=True)
+            for kind in ("weight", "bias")
+        ]
+    out = "att.proj" if fast else "att.out_proj"
+    block = [
+        *norm("norm1", "input_layernorm", gain, shift),
+        *attention,
+        Entry(f"{out}.weight", ("self_attn.o_proj.weight",)),
+        Entry(f"{out}.bias", ("self_attn.o_proj.bias",)),
+        *norm("norm2", "post_attention_layernorm", gain, shift),
+        *MLP,
+    ]
+    whole = [*EMBEDDINGS, *norm("final_norm", "norm", gain, shift)]
+    rows = expand(whole, block, "trf_blocks.{layer}.", num_layers)
+    return rows if tied else [*rows, HEAD]
+
+
+def recognises(content: Any) -> bool:
+    """Whether what `torch.load` or safetensors gave is of this family."""
+    return "tok_emb.weight" in content.get("model_state_dict", content)
+
+
+def read(content: dict[str, Any], heads: int | None, activation: str | None) -> Checkpoint:
+    """Understand a file's content.
+
+    Args:
+        content: the state dict, or a dictionary that holds it as `model_state_dict`.
+        heads: number of attention heads; None takes heads of width 64, as GPT-2 has.
+        activation: of the MLP; None takes the book's, tanh GELU.
+
+    Raises:
+        ValueError: the number of heads is not to be known.
+    """
+    tensors = dict(content.get("model_state_dict", content))
+    is_tied, steps = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
+    (vocab_size, width), positions = tensors["tok_emb.weight"].shape, len(tensors["pos_emb.weight"])
+    is_fast = "final_norm.weight" in tensors
+    num_layers = len([name for name in tensors if name.endswith(".ff.layers.0.weight")])
+    heads, notes = heads_of(width, heads)
+    config = HFGPTConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=positions,
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        activation_function=activation or "gelu_new",
+        tie_word_embeddings=is_tied,
+    )
+    return Checkpoint(tensors, config, table(num_layers, is_tied, is_fast), r"\.att\.mask$", steps, notes)
+
+
+def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+    """Write the state dict of a `GPTModel` with `qkv_bias=True`, as .safetensors if the file is called so.
+
+    Raises:
+        ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
+    """
+    config = model.config
+    settings_of(model, activation_function="gelu_new")
+    if config.intermediate_size not in (None, 4 * config.hidden_size):
+        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    tensors = own_tensors(model)
+    is_tied = "lm_head.weight" not in tensors
+    converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), tensors)
+    if is_tied:
+        converted["out_head.weight"] = converted["tok_emb.weight"].clone()
+        steps.append(Step("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))
+    positions = config.max_position_embeddings
+    for layer in range(config.num_hidden_layers):
+        name = f"trf_blocks.{layer}.att.mask"
+        converted[name] = torch.ones(positions, positions).triu(diagonal=1)
+        steps.append(Step(name, (positions, positions), "made: the causal mask, a buffer there"))
+    if file.suffix == ".safetensors":
+        save_file(converted, file, metadata={"format": "pt"})
+    else:
+        torch.save(converted, file)
+    return steps

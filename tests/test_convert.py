@@ -1,0 +1,439 @@
+"""Other formats in and out. The oracle is transformers' GPT-2, whose tensors are put into each format here by hand."""
+
+import json
+import pickle
+import sys
+from dataclasses import make_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hfgpt import HFGPTConfig, HFGPTForCausalLM
+from hfgpt.cli import app
+from hfgpt.weights.convert import FILE_WRITERS, convert, read
+
+MATRICES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+LLMC_ORDER = (
+    "wte wpe ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias "
+    "ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias ln_f.weight ln_f.bias"
+).split()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def as_linear(gpt2):
+    """GPT-2's state dict with every matrix as `nn.Linear` has it."""
+    return {name: each.T.contiguous() if name.endswith(MATRICES) else each for name, each in gpt2.state_dict().items()}
+
+
+def save_nanogpt(gpt2, file, prefix="", leave_out=()):
+    config = gpt2.config
+    arguments = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": not leave_out}
+    arguments |= {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": 0.2}
+    tensors = {prefix + name: each for name, each in as_linear(gpt2).items() if not name.endswith(tuple(leave_out))}
+    torch.save({"model": tensors, "model_args": arguments, "iter_num": 7, "best_val_loss": torch.tensor(3.0)}, file)
+
+
+def from_scratch(gpt2, fast=False):
+    """GPT-2's tensors under the names of LLMs-from-scratch."""
+    theirs = {name.removeprefix("transformer."): each for name, each in as_linear(gpt2).items()}
+    result = {"tok_emb.weight": theirs["wte.weight"], "pos_emb.weight": theirs["wpe.weight"]}
+    gain, shift = ("weight", "bias") if fast else ("scale", "shift")
+    result |= {f"final_norm.{gain}": theirs["ln_f.weight"], f"final_norm.{shift}": theirs["ln_f.bias"]}
+    result["out_head.weight"] = theirs["lm_head.weight"].clone()
+    for layer in range(gpt2.config.n_layer):
+        old, new = f"h.{layer}.", f"trf_blocks.{layer}."
+        for number in (1, 2):
+            result[f"{new}norm{number}.{gain}"] = theirs[f"{old}ln_{number}.weight"]
+            result[f"{new}norm{number}.{shift}"] = theirs[f"{old}ln_{number}.bias"]
+        for kind in ("weight", "bias"):
+            joined = theirs[f"{old}attn.c_attn.{kind}"]
+            if fast:
+                result[f"{new}att.qkv.{kind}"] = joined
+            else:
+                for name, part in zip(("query", "key", "value"), joined.chunk(3), strict=True):
+                    result[f"{new}att.W_{name}.{kind}"] = part.contiguous()
+            result[f"{new}att.{'proj' if fast else 'out_proj'}.{kind}"] = theirs[f"{old}attn.c_proj.{kind}"]
+            result[f"{new}ff.layers.0.{kind}"] = theirs[f"{old}mlp.c_fc.{kind}"]
+            result[f"{new}ff.layers.2.{kind}"] = theirs[f"{old}mlp.c_proj.{kind}"]
+        if not fast:
+            result[f"{new}att.mask"] = torch.ones(64, 64).triu(1)
+    return result
+
+
+def llmc_bytes(gpt2, dtype=torch.float32):
+    """GPT-2 as llm.c's own exporter writes it."""
+    config, tensors = gpt2.config, as_linear(gpt2)
+    header = np.zeros(256, dtype="<i4")
+    version = {torch.float32: 3, torch.bfloat16: 5}[dtype]
+    padded = (config.vocab_size + 127) // 128 * 128
+    header[:8] = [20240326, version, config.n_positions, config.vocab_size, config.n_layer, config.n_head, 32, padded]
+    result = header.tobytes()
+    for name in LLMC_ORDER:
+        if name in ("wte", "wpe"):
+            name += ".weight"
+        blocks = [f"transformer.h.{layer}.{name}" for layer in range(config.n_layer)]
+        for key in blocks if blocks[0] in tensors else [f"transformer.{name}"]:
+            tensor = tensors[key]
+            if name == "wte.weight":
+                tensor = torch.cat([tensor, torch.zeros(padded - len(tensor), 32)])
+            result += tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return result
+
+
+def save_in(kind, gpt2, folder):
+    """Put a GPT-2 into a file of any kind that hfgpt reads."""
+    file = folder / {"llm.c": "model.bin", "safetensors": "model.safetensors"}.get(kind, "model.pth")
+    if kind == "nanogpt":
+        save_nanogpt(gpt2, file)
+    elif kind == "compiled nanogpt":
+        save_nanogpt(gpt2, file, prefix="module._orig_mod.")
+    elif kind == "mingpt":
+        masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(2)}
+        torch.save(as_linear(gpt2) | masks, file)
+    elif kind == "safetensors":
+        save_file(from_scratch(gpt2), file)
+    elif kind in ("llms-from-scratch", "GPTModelFast"):
+        torch.save(from_scratch(gpt2, fast=kind == "GPTModelFast"), file)
+    elif kind == "with its optimizer":
+        torch.save({"model_state_dict": from_scratch(gpt2), "optimizer_state_dict": {"state": {}}}, file)
+    else:
+        file.write_bytes(llmc_bytes(gpt2))
+    return file
+
+
+KINDS = {  # kind -> format, and the activation that its code computes
+    "nanogpt": ("nanogpt", "gelu"),
+    "compiled nanogpt": ("nanogpt", "gelu"),
+    "mingpt": ("nanogpt", "gelu_new"),
+    "llms-from-scratch": ("llms-from-scratch", "gelu_new"),
+    "GPTModelFast": ("llms-from-scratch", "gelu_new"),
+    "with its optimizer": ("llms-from-scratch", "gelu_new"),
+    "safetensors": ("llms-from-scratch", "gelu_new"),
+    "llm.c": ("llm.c", "gelu_new"),
+}
+HEADS_UNKNOWN = [kind for kind, (form, _) in KINDS.items() if form == "llms-from-scratch" or kind == "mingpt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_each_kind_gives_gpt2s_logits(make_gpt2, tmp_path, ids, kind):
+    expected_format, activation = KINDS[kind]
+    gpt2 = make_gpt2(activation_function=activation)
+    file = save_in(kind, gpt2, tmp_path)
+
+    model, found, steps, _ = read(file, heads=4 if kind in HEADS_UNKNOWN else None)
+
+    assert found == expected_format
+    expected = gpt2(ids).logits
+    bound = 2e-5 * max(1.0, expected.abs().max().item() / 3)  # as in test_weights: sums in another order
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=bound)
+    assert model.config.tie_word_embeddings
+    assert len({step.name for step in steps}) >= 28  # every tensor of a two-layer GPT-2 is accounted for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_the_file_is_in_the_report(make_gpt2, tmp_path, kind):
+    file = save_in(kind, make_gpt2(), tmp_path)
+
+    _, _, steps, _ = read(file, heads=4 if kind in HEADS_UNKNOWN else None)
+
+    if kind == "llm.c":
+        assert [step for step in steps if not step.is_exact] == [steps[0]]
+        assert (steps[0].name, steps[0].shape, steps[0].action) == ("wte", (384, 32), "cut: 64 rows of padding")
+        return
+    content = load_file(file) if kind == "safetensors" else torch.load(file)
+    tensors = content.get("model", content.get("model_state_dict", content))
+    names = {name.removeprefix("module._orig_mod."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert {step.name: step.shape for step in steps} == names
+
+
+@pytest.mark.parametrize("to", FILE_WRITERS)
+def test_each_file_format_is_written_as_its_own_code_reads_it(make_gpt2, tmp_path, to):
+    gpt2 = make_gpt2(activation_function="gelu" if to == "nanogpt" else "gelu_new")
+    gpt2.save_pretrained(tmp_path / "gpt2")
+
+    convert(tmp_path / "gpt2", tmp_path / "written.bin", to)
+
+    if to == "llm.c":
+        assert (tmp_path / "written.bin").read_bytes() == llmc_bytes(gpt2)
+        return
+    content = torch.load(tmp_path / "written.bin")
+    expected = as_linear(gpt2) if to == "nanogpt" else from_scratch(gpt2)
+    written = content["model"] if to == "nanogpt" else content
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    if to == "nanogpt":
+        assert content["model_args"] == {
+            "n_layer": 2,
+            "n_head": 4,
+            "n_embd": 32,
+            "block_size": 64,
+            "bias": True,
+            "vocab_size": 320,
+            "dropout": 0.1,
+        }
+
+
+@pytest.mark.parametrize("to", [*FILE_WRITERS, "gpt2", "hfgpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_identity(make_gpt2, tmp_path, to, dtype):
+    gpt2 = make_gpt2(activation_function="gelu" if to == "nanogpt" else "gelu_new").to(dtype)
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    heads = 4 if to == "llms-from-scratch" else None
+
+    for folder in ("there", "again"):
+        (tmp_path / folder).mkdir()
+    there, again = tmp_path / "there/model.bin", tmp_path / "again/model.bin"  # torch.save keeps the name in the file
+
+    convert(tmp_path / "gpt2", there, to)
+    convert(there, tmp_path / "hfgpt", "hfgpt", heads=heads)
+    convert(tmp_path / "hfgpt", again, to)
+    convert(again, tmp_path / "gpt2 again", "gpt2", heads=heads)
+
+    first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("gpt2", "gpt2 again"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(last[name], tensor) and tensor.dtype == dtype for name, tensor in first.items())
+    if there.is_file():
+        assert there.read_bytes() == again.read_bytes()
+
+
+def test_a_nanogpt_without_biases_gets_zeros_and_says_so(make_gpt2, tmp_path, ids):
+    gpt2 = make_gpt2(activation_function="gelu")
+    for name, parameter in gpt2.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    save_nanogpt(gpt2, tmp_path / "ckpt.pt", leave_out=["bias"])
+
+    model, _, steps, notes = read(tmp_path / "ckpt.pt")
+
+    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
+    assert len([step for step in steps if step.action == "filled with zeros"]) == 2 * 6 + 1
+    assert model.config.resid_pdrop == 0.2
+    assert "`--activation gelu_new`" in notes[0]
+    with pytest.raises(ValueError, match=r"--strict: .*bias would be filled with zeros \(13 such tensors"):
+        convert(tmp_path / "ckpt.pt", tmp_path / "out", "hfgpt", strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_older_nanogpt_is_read_with_its_own_activation(make_gpt2, tmp_path, ids):
+    gpt2 = make_gpt2(activation_function="gelu_new")
+    save_nanogpt(gpt2, tmp_path / "ckpt.pt")
+
+    model, _, _, notes = read(tmp_path / "ckpt.pt", activation="gelu_new")
+
+    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
+    assert notes == []
+
+
+def test_a_build_nanogpt_checkpoint_is_read_with_its_config_object(make_gpt2, tmp_path, ids, monkeypatch):
+    fields = {"block_size": 64, "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    gpt_config = make_dataclass("GPTConfig", [(name, int, value) for name, value in fields.items()])
+    gpt_config.__module__ = "__main__"
+    gpt2 = make_gpt2()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["__main__"], "GPTConfig", gpt_config, raising=False)
+        torch.save({"model": as_linear(gpt2), "config": gpt_config(), "step": 3}, tmp_path / "model.pt")
+
+    model, found, _, _ = read(tmp_path / "model.pt")
+
+    assert found == "nanogpt"
+    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
+
+
+def test_a_book_model_trained_from_scratch_keeps_its_own_output_layer(make_gpt2, tmp_path, ids):
+    gpt2 = make_gpt2(tie_word_embeddings=False)
+    for layer in gpt2.transformer.h:
+        layer.attn.c_attn.bias.data.zero_()
+    tensors = {name: each for name, each in from_scratch(gpt2).items() if ".W_" not in name or "bias" not in name}
+    torch.save(tensors, tmp_path / "model.pth")
+
+    model, _, steps, _ = read(tmp_path / "model.pth", heads=4)
+
+    assert not model.config.tie_word_embeddings
+    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
+    assert len([step for step in steps if step.action == "filled with zeros"]) == 6
+
+
+def test_heads_that_a_file_does_not_say_are_those_of_gpt2_or_asked_for(make_gpt2, tmp_path):
+    torch.save(from_scratch(make_gpt2(hidden_size=128, num_attention_heads=2)), tmp_path / "wide.pth")
+    torch.save(from_scratch(make_gpt2()), tmp_path / "narrow.pth")
+
+    model, _, _, notes = read(tmp_path / "wide.pth")
+
+    assert model.config.num_attention_heads == 2
+    assert notes == ["2 heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
+    with pytest.raises(ValueError, match=r"how many heads share its width of 32\. Give `--heads`"):
+        read(tmp_path / "narrow.pth")
+
+
+def test_the_masks_of_old_gpt2_files_are_in_the_report(make_gpt2, tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2/model.safetensors"
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(2)}
+    save_file(load_file(file) | masks, file, metadata={"format": "pt"})
+
+    result = convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+    assert [step.name for step in result.steps_in if step.action == "dropped"] == sorted(masks)
+    assert HFGPTForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "hfgpt"
+
+
+class Canary:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("by", ["torch", "pickle"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, by):
+    content, file = {"model": Canary(tmp_path / "sang")}, tmp_path / "model.pt"
+    if by == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=2))
+
+    with pytest.raises(ValueError, match=r"model\.pt: not opened"):
+        read(file)
+
+    assert not (tmp_path / "sang").exists()
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "llms-from-scratch", "safetensors", "llm.c"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused_by_name(make_gpt2, tmp_path, kind, share):
+    file = save_in(kind, make_gpt2(), tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+    with pytest.raises(ValueError, match=rf"{file.name}: "):
+        read(file, heads=4 if kind in HEADS_UNKNOWN else None)
+
+
+def test_a_flipped_bit_is_found_by_the_checksum_of_torch_save(make_gpt2, tmp_path):
+    file = save_in("nanogpt", make_gpt2(), tmp_path)
+    content = bytearray(file.read_bytes())
+    middle = content.index(bytes(as_linear(make_gpt2())["transformer.wte.weight"].view(torch.uint8).numpy()[3][:16]))
+    content[middle] ^= 1
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"model\.pth: .*(checksum|CRC)"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, 20240520, r"begins with 20240520; a model of llm\.c begins with 20240326"),
+        (0, int.from_bytes((20240326).to_bytes(4, "little"), "big", signed=True), "big-endian"),
+        (1, 1, r"version 1; hfgpt reads \[3, 5\]"),
+        (1, 5, "bytes, by its header it should have"),
+        (4, 0, "the header has an impossible shape"),
+        (4, 3, "bytes, by its header it should have"),
+        (7, 100, "the header has an impossible shape"),
+    ],
+)
+def test_a_wrong_header_of_llmc_is_refused(make_gpt2, tmp_path, place, value, message):
+    file = save_in("llm.c", make_gpt2(), tmp_path)
+    content = bytearray(file.read_bytes())
+    content[place * 4 : place * 4 + 4] = value.to_bytes(4, "little", signed=True)
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match=message):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.h.1.mlp.c_fc.weight": None}, r"h\.1\.mlp\.c_fc\.weight: not in the file"),
+        ({"transformer.h.1.gate": torch.ones(3)}, r"h\.1\.gate: left over"),
+        ({"transformer.ln_f.weight": torch.ones(31)}, r"ln_f\.weight: expected shape \(32,\), got \(31,\)"),
+        ({"transformer.ln_f.weight": torch.full((32,), torch.nan)}, r"ln_f\.weight: holds NaN or infinity"),
+    ],
+    ids=["missing", "left over", "of another shape", "NaN"],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(make_gpt2, tmp_path, change, message):
+    file = save_in("nanogpt", make_gpt2(), tmp_path)
+    content = torch.load(file)
+    content["model"] = {name: each for name, each in (content["model"] | change).items() if each is not None}
+    torch.save(content, file)
+
+    with pytest.raises(ValueError, match=rf"model\.pth: .*{message}"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not a dictionary"),
+        ({"weight": torch.ones(2)}, "no format that hfgpt knows; it holds weight"),
+    ],
+)
+def test_what_is_no_gpt_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pt")
+
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "message"),
+    [
+        ("nanogpt", {}, "needs `activation_function` = 'gelu', the model has 'gelu_new'"),
+        ("llm.c", {"activation_function": "gelu"}, "needs `activation_function` = 'gelu_new', the model has 'gelu'"),
+        ("llm.c", {"tie_word_embeddings": False}, "needs `tie_word_embeddings` = True, the model has False"),
+        ("llms-from-scratch", {"intermediate_size": 100}, "needs `intermediate_size` = 128, the model has another"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(tiny, tmp_path, to, changes, message):
+    HFGPTForCausalLM(HFGPTConfig(**tiny, **changes)).save_pretrained(tmp_path / "model")
+
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "model", tmp_path / "out", to)
+
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_is_overwritten_and_what_is_asked_must_exist(make_gpt2, tmp_path):
+    file = save_in("llm.c", make_gpt2(), tmp_path)
+    (tmp_path / "there").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="there exists"):
+        convert(file, tmp_path / "there", "hfgpt")
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        convert(file, tmp_path / "nowhere/out", "hfgpt")
+    with pytest.raises(ValueError, match="`--to` must be one of"):
+        convert(file, tmp_path / "out", "gguff")
+    with pytest.raises(ValueError, match=r"is not 'nanogpt' but 'llm\.c'"):
+        convert(file, tmp_path / "out", "hfgpt", source_format="nanogpt")
+    with pytest.raises(ValueError, match="`--heads` and `--activation` are for files that do not say them"):
+        convert(file, tmp_path / "out", "hfgpt", heads=2)
+
+    assert (tmp_path / "there").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_every_tensor_and_the_sum(make_gpt2, tmp_path, capsys):
+    file = save_in("llm.c", make_gpt2(), tmp_path)
+
+    app(["convert", str(file), str(tmp_path / "gpt2"), "--to", "gpt2", "--dtype", "bf16"], standalone_mode=False)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["wte", "384x32", "cut:", "64", "rows", "of", "padding"]
+    assert any(line.split()[:3] == ["1.qkvw", "96x32", "split"] for line in lines)
+    assert any(line.split()[1:] == ["32x96", "transposed,", "joined"] for line in lines)
+    assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 1 filled, cut or dropped"
+    assert {each.dtype for each in load_file(tmp_path / "gpt2/model.safetensors").values()} == {torch.bfloat16}
+
+    app(["convert", str(file), str(tmp_path / "own"), "--to", "hfgpt", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["source_format"] == "llm.c"
