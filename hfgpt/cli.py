@@ -213,6 +213,7 @@ def convert(
     to: Annotated[str, typer.Option(help="hfgpt, gpt2, nanogpt, llms-from-scratch or llm.c.")],
     source_format: Annotated[str, typer.Option("--from", help="The same words, or auto to find out.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut or drop anything.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read it again and compare the logits.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else the source's.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not say it.")] = None,
     activation: Annotated[str | None, typer.Option(help="The MLP's, if the file does not say it.")] = None,
@@ -221,7 +222,7 @@ def convert(
     """Write a model in another format, and say what was done to each tensor."""
     from hfgpt.weights.convert import convert, render
 
-    result = convert(source, dest, to, source_format, strict, dtype, heads, activation)
+    result = convert(source, dest, to, source_format, strict, verify, dtype, heads, activation)
     if as_json:
         print_json(asdict(result))
     else:

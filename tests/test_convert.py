@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.cli import app
-from hfgpt.weights.convert import FILE_WRITERS, convert, read
+from hfgpt.weights import FILE_WRITERS, load, save
+from hfgpt.weights.convert import compare, convert, read
 
 MATRICES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 LLMC_ORDER = (
@@ -201,6 +202,19 @@ def test_there_and_back_is_identity(make_gpt2, tmp_path, to, dtype):
     assert all(torch.equal(last[name], tensor) and tensor.dtype == dtype for name, tensor in first.items())
     if there.is_file():
         assert there.read_bytes() == again.read_bytes()
+
+
+def test_python_loads_and_saves_files_too(make_gpt2, tmp_path, ids):
+    gpt2 = make_gpt2()
+    model = load(save_in("llms-from-scratch", gpt2, tmp_path), heads=4, resid_pdrop=0.25)
+
+    save(model, tmp_path / "model.bin", "llm.c")
+
+    assert (tmp_path / "model.bin").read_bytes() == llmc_bytes(gpt2)
+    assert model.config.resid_pdrop == 0.25
+    assert load(tmp_path / "model.bin", dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`heads` and `activation` are for files"):
+        load("openai-community/gpt2", heads=4)
 
 
 def test_a_nanogpt_without_biases_gets_zeros_and_says_so(make_gpt2, tmp_path, ids):
@@ -423,15 +437,43 @@ def test_nothing_is_overwritten_and_what_is_asked_must_exist(make_gpt2, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", [*FILE_WRITERS, "gpt2", "hfgpt"])
+def test_what_was_written_can_be_verified(make_gpt2, tmp_path, to):
+    make_gpt2(activation_function="gelu" if to == "nanogpt" else "gelu_new").save_pretrained(tmp_path / "gpt2")
+
+    comparison = convert(tmp_path / "gpt2", tmp_path / "out.bin", to, verify=True).comparison
+
+    assert comparison.by == ("transformers' GPT-2" if to == "gpt2" else "hfgpt, which read it again")
+    assert comparison.max_abs_diff <= (2e-5 if to == "gpt2" else 0)  # the very same sums, but in GPT-2
+    assert abs(comparison.kl) < 1e-6
+    assert comparison.argmax_agreement == 1
+
+
+def test_a_destination_that_says_something_else_is_seen(make_gpt2, tmp_path):
+    gpt2 = make_gpt2()
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    model = load(tmp_path / "gpt2")
+    model.model.layers[1].mlp.up_proj.bias.data[3] += 0.5
+
+    comparison = compare(model, tmp_path / "gpt2", "gpt2")
+
+    assert comparison.max_abs_diff > 1e-3
+    assert comparison.kl > 1e-6
+
+
 def test_the_command_prints_every_tensor_and_the_sum(make_gpt2, tmp_path, capsys):
     file = save_in("llm.c", make_gpt2(), tmp_path)
 
-    app(["convert", str(file), str(tmp_path / "gpt2"), "--to", "gpt2", "--dtype", "bf16"], standalone_mode=False)
+    app(
+        ["convert", str(file), str(tmp_path / "gpt2"), "--to", "gpt2", "--dtype", "bf16", "--verify"],
+        standalone_mode=False,
+    )
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["wte", "384x32", "cut:", "64", "rows", "of", "padding"]
     assert any(line.split()[:3] == ["1.qkvw", "96x32", "split"] for line in lines)
     assert any(line.split()[1:] == ["32x96", "transposed,", "joined"] for line in lines)
+    assert lines[-2].startswith("verified: transformers' GPT-2, gives logits within ")
     assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 1 filled, cut or dropped"
     assert {each.dtype for each in load_file(tmp_path / "gpt2/model.safetensors").values()} == {torch.bfloat16}
 

@@ -356,8 +356,8 @@ def test_what_is_saved_in_a_format_is_loaded_again(make_twins, tmp_path, format)
 
 
 def test_no_such_model_or_format_is_refused(make_twins, tmp_path):
-    with pytest.raises(ValueError, match=r"`format` must be one of \['gpt2', 'hfgpt'\], got 'gguf'"):
-        save(make_twins()[1], tmp_path / "saved", "gguf")
+    with pytest.raises(ValueError, match=r"`format` must be one of \['gpt2', 'hfgpt', .*\], got 'onyx'"):
+        save(make_twins()[1], tmp_path / "saved", "onyx")
     assert not (tmp_path / "saved").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is no model folder: it has no config\.json"):

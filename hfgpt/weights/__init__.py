@@ -8,11 +8,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import gpt2
+from hfgpt.weights import gpt2, llmc, llms_from_scratch, nanogpt
+from hfgpt.weights.files import read_file
 from hfgpt.weights.gpt2 import to_gpt2
+from hfgpt.weights.tables import Step, build_from
 
-__all__ = ["WRITERS", "load", "save", "to_gpt2"]
+__all__ = ["FILE_WRITERS", "WRITERS", "load", "save", "to_gpt2"]
 
 
 def save_hfgpt(model: HFGPTForCausalLM, folder: str | Path) -> None:
@@ -23,18 +26,44 @@ def save_hfgpt(model: HFGPTForCausalLM, folder: str | Path) -> None:
 WRITERS: dict[str, Callable[[HFGPTForCausalLM, str | Path], None]] = {"hfgpt": save_hfgpt, "gpt2": gpt2.save}
 """Format -> what writes a model into a folder."""
 
+FILE_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
+    "nanogpt": nanogpt.write,
+    "llms-from-scratch": llms_from_scratch.write,
+    "llm.c": llmc.write,
+}
+"""Format -> what writes a model into a file, and says what it did to each tensor."""
 
-def load(source: str | Path, dtype: torch.dtype | str = "auto", **config: Any) -> HFGPTForCausalLM:
-    """Load an hfgpt or GPT-2 model, in eval mode.
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype | str = "auto",
+    heads: int | None = None,
+    activation: str | None = None,
+    **config: Any,
+) -> HFGPTForCausalLM:
+    """Load a model of any format that hfgpt reads, in eval mode.
 
     Args:
-        source: folder or Hub id.
+        source: folder or Hub id of an hfgpt or GPT-2 model; file of nanoGPT, minGPT, build-nanogpt, LLMs-from-scratch
+            or llm.c.
         dtype: of the weights in memory; "auto" keeps that of the file.
-        **config: fields of the config that shall differ, such as `resid_pdrop`.
+        heads: number of attention heads, for a file that does not say it.
+        activation: the MLP's, for a file that does not say it.
+        **config: fields of a folder's config that shall differ, such as `resid_pdrop`.
 
     Raises:
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
     """
+    if Path(source).is_file():
+        _, checkpoint = read_file(Path(source), heads, activation)
+        for name, value in canonical_fields(config).items():
+            if name not in HFGPTConfig.__dataclass_fields__:
+                raise ValueError(unknown_field_message(name))
+            setattr(checkpoint.config, name, value)
+        model, _ = build_from(source, checkpoint)
+        return model if dtype == "auto" else model.to(dtype)
+    if heads is not None or activation is not None:
+        raise ValueError("`heads` and `activation` are for files that do not say them; a folder's config does.")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json.")
     try:
@@ -44,17 +73,20 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto", **config: Any) -
         raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error
 
 
-def save(model: HFGPTForCausalLM, folder: str | Path, format: str = "hfgpt") -> None:
-    """Write a model into a folder.
+def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> None:
+    """Write a model in any format.
 
     Args:
         model: any hfgpt model with a language-modelling head.
-        folder: made if it is not there.
-        format: a key of `WRITERS`.
+        dest: a folder, made if it is not there, for the formats of `WRITERS`; a file for those of `FILE_WRITERS`.
+        format: a key of either.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: there is no such format, or it cannot hold this model.
     """
-    if format not in WRITERS:
-        raise ValueError(f"`format` must be one of {sorted(WRITERS)}, got {format!r}.")
-    WRITERS[format](model, folder)
+    if format in WRITERS:
+        WRITERS[format](model, dest)
+    elif format in FILE_WRITERS:
+        FILE_WRITERS[format](model, Path(dest))
+    else:
+        raise ValueError(f"`format` must be one of {sorted([*WRITERS, *FILE_WRITERS])}, got {format!r}.")

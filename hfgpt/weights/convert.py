@@ -1,35 +1,42 @@
 """From any format to any other, with word of what was done to each tensor; nothing is overwritten."""
 
 import os
-import pickle
 import re
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
+from transformers import GPT2LMHeadModel
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import WRITERS, gpt2, llmc, llms_from_scratch, load, nanogpt
-from hfgpt.weights.tables import Checkpoint, Step, build, own_tensors, walk_out
-
-FILE_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
-    "nanogpt": nanogpt.write,
-    "llms-from-scratch": llms_from_scratch.write,
-    "llm.c": llmc.write,
-}
-"""Format -> what writes a model into a file of that format; those of `WRITERS` fill a folder."""
+from hfgpt.weights import FILE_WRITERS, WRITERS, gpt2, load
+from hfgpt.weights.files import read_file
+from hfgpt.weights.tables import Step, build_from, own_tensors, walk_out
 
 FORMATS = (*WRITERS, *FILE_WRITERS)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the destination says, beside what the source said, on the same random tokens in fp32.
+
+    Attributes:
+        by: what ran the destination: transformers' own GPT-2, or hfgpt after reading the file again.
+        max_abs_diff: largest |Δlogit|.
+        kl: mean divergence of the next-token distributions, in nats.
+        argmax_agreement: share of positions with the same likeliest token, in [0, 1].
+    """
+
+    by: str
+    max_abs_diff: float
+    kl: float
+    argmax_agreement: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Conversion:
         steps_out: what was done to each tensor of the destination, by its name there.
         notes: what else a user should know.
         parameters: of the model.
+        comparison: of the destination with the source, if it was asked for.
     """
 
     source_format: str
@@ -49,6 +57,7 @@ class Conversion:
     steps_out: list[Step]
     notes: list[str]
     parameters: int
+    comparison: Comparison | None
 
 
 def convert(
@@ -57,6 +66,7 @@ def convert(
     to: str,
     source_format: str = "auto",
     strict: bool = False,
+    verify: bool = False,
     dtype: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
@@ -69,6 +79,7 @@ def convert(
         to: one of `FORMATS`.
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that fills, cuts or drops anything.
+        verify: whether to read the destination again and compare its logits.
         dtype: a key of `DTYPES`; None keeps the source's.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
@@ -102,7 +113,29 @@ def convert(
         refuse_losses(steps_out, strict)
         shutil.copymode(folder, staged) if staged.is_dir() else os.chmod(staged, 0o644)
         os.rename(staged, dest)
-    return Conversion(found, steps_in, steps_out, notes, model.num_parameters())
+    comparison = compare(model, dest, to) if verify else None
+    return Conversion(found, steps_in, steps_out, notes, model.num_parameters(), comparison)
+
+
+@torch.no_grad()
+def compare(model: HFGPTForCausalLM, dest: Path, to: str) -> Comparison:
+    """Run what was written beside what it was written from."""
+    if to == "gpt2":
+        written, by = GPT2LMHeadModel.from_pretrained(dest), "transformers' GPT-2"
+    else:
+        says_no_heads = to == "llms-from-scratch"
+        written = load(dest, heads=model.config.num_attention_heads if says_no_heads else None)
+        by = "hfgpt, which read it again"
+    length = min(256, model.config.max_position_embeddings)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (each.float().eval()(ids).logits for each in (model, written))
+    log_ours, log_theirs = ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
+    return Comparison(
+        by=by,
+        max_abs_diff=float((ours - theirs).abs().max()),
+        kl=float((log_ours.exp() * (log_ours - log_theirs)).sum(dim=-1).mean()),
+        argmax_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    )
 
 
 def refuse_losses(steps: list[Step], strict: bool) -> None:
@@ -132,10 +165,7 @@ def read(
         raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
     if Path(source).is_file():
         found, checkpoint = read_file(Path(source), heads, activation)
-        try:
-            model, steps = build(checkpoint)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        model, steps = build_from(source, checkpoint)
         notes = checkpoint.notes
     else:
         if heads is not None or activation is not None:
@@ -148,68 +178,6 @@ def read(
     if source_format not in ("auto", found):
         raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
     return model, found, steps, notes
-
-
-def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
-    """Find out what a file is, and read it.
-
-    Raises:
-        ValueError: it is damaged, or of no format that is known.
-    """
-    if file.suffix == ".bin" and not zipfile.is_zipfile(file):
-        if heads is not None or activation is not None:
-            raise ValueError("`--heads` and `--activation` are for files that do not say them; llm.c's do.")
-        return "llm.c", llmc.read(file)
-    content = load_file(file) if file.suffix == ".safetensors" and is_safe(file) else unpickle(file)
-    if nanogpt.recognises(content):
-        return "nanogpt", nanogpt.read(content, heads, activation)
-    if llms_from_scratch.recognises(content):
-        return "llms-from-scratch", llms_from_scratch.read(content, heads, activation)
-    some = ", ".join(sorted(map(str, content))[:3])
-    raise ValueError(f"{file}: no format that hfgpt knows; it holds {some}, ...")
-
-
-def is_safe(file: Path) -> bool:
-    """Check a safetensors file's header.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {error}.") from error
-
-
-def unpickle(file: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, with nothing in it executed; tensors stay on the disk until they are used.
-
-    Raises:
-        ValueError: it is damaged, or wants to run something.
-    """
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip:
-        with zipfile.ZipFile(file) as archive:
-            try:
-                damaged = archive.testzip()
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{file}: {error}.") from error
-        if damaged is not None:
-            raise ValueError(f"{file}: {damaged} does not match its checksum.")
-    try:
-        with torch.serialization.safe_globals(nanogpt.allowed_classes()):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to run {wanted.group(1)}" if wanted else "it is no file of torch.save's"
-        raise ValueError(f"{file}: not opened, {reason}.") from error
-    except (EOFError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too soon"
-        raise ValueError(f"{file}: damaged or no file of torch.save's: {reason}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors.")
-    return content
 
 
 def steps_of(model: HFGPTForCausalLM, folder_format: str) -> list[Step]:
@@ -246,4 +214,10 @@ def render(result: Conversion) -> str:
         + (f"{len(lossy)} filled, cut or dropped" if lossy else "nothing filled, cut or dropped")
     )
     notes = [f"note: {note}" for note in result.notes]
+    if result.comparison is not None:
+        found = result.comparison
+        notes.append(
+            f"verified: {found.by}, gives logits within {found.max_abs_diff:.2e} of the source's, KL {found.kl:.1e} "
+            f"nats, the same likeliest token at {found.argmax_agreement:.2%} of the positions"
+        )
     return "\n".join(["in:", *lines(result.steps_in), "out:", *lines(result.steps_out), *notes, summary])

@@ -179,6 +179,14 @@ def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
     return model.eval(), steps
 
 
+def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
+    """`build`, with the source named in what it refuses."""
+    try:
+        return build(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def own_tensors(model: HFGPTForCausalLM) -> dict[str, Tensor]:
     """The model's tensors, without the output layer if it is the token embedding."""
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
