@@ -209,8 +209,8 @@ def verify(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id.")],
-    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2) or file (the other formats).")],
-    to: Annotated[str, typer.Option(help="hfgpt, gpt2, nanogpt, llms-from-scratch or llm.c.")],
+    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).")],
+    to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch or llm.c.")],
     source_format: Annotated[str, typer.Option("--from", help="The same words, or auto to find out.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut or drop anything.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read it again and compare the logits.")] = False,

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import gpt2, llmc, llms_from_scratch, nanogpt
-from hfgpt.weights.files import read_file
+from hfgpt.weights import gpt2, llmc, llms_from_scratch, nanogpt, openai
+from hfgpt.weights.files import is_foreign, read_foreign
 from hfgpt.weights.gpt2 import to_gpt2
 from hfgpt.weights.tables import Step, build_from
 
-__all__ = ["FILE_WRITERS", "WRITERS", "load", "save", "to_gpt2"]
+__all__ = ["OTHER_WRITERS", "WRITERS", "load", "save", "to_gpt2"]
 
 
 def save_hfgpt(model: HFGPTForCausalLM, folder: str | Path) -> None:
@@ -26,12 +26,13 @@ def save_hfgpt(model: HFGPTForCausalLM, folder: str | Path) -> None:
 WRITERS: dict[str, Callable[[HFGPTForCausalLM, str | Path], None]] = {"hfgpt": save_hfgpt, "gpt2": gpt2.save}
 """Format -> what writes a model into a folder."""
 
-FILE_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
+OTHER_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
     "nanogpt": nanogpt.write,
     "llms-from-scratch": llms_from_scratch.write,
     "llm.c": llmc.write,
+    "openai": openai.write,
 }
-"""Format -> what writes a model into a file, and says what it did to each tensor."""
+"""Format -> what writes a model into a file, or for "openai" a folder, and says what it did to each tensor."""
 
 
 def load(
@@ -44,8 +45,8 @@ def load(
     """Load a model of any format that hfgpt reads, in eval mode.
 
     Args:
-        source: folder or Hub id of an hfgpt or GPT-2 model; file of nanoGPT, minGPT, build-nanogpt, LLMs-from-scratch
-            or llm.c.
+        source: folder or Hub id of an hfgpt or GPT-2 model; folder of OpenAI's original GPT-2; file of nanoGPT, minGPT,
+            build-nanogpt, LLMs-from-scratch or llm.c.
         dtype: of the weights in memory; "auto" keeps that of the file.
         heads: number of attention heads, for a file that does not say it.
         activation: the MLP's, for a file that does not say it.
@@ -54,8 +55,8 @@ def load(
     Raises:
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
     """
-    if Path(source).is_file():
-        _, checkpoint = read_file(Path(source), heads, activation)
+    if is_foreign(Path(source)):
+        _, checkpoint = read_foreign(Path(source), heads, activation)
         for name, value in canonical_fields(config).items():
             if name not in HFGPTConfig.__dataclass_fields__:
                 raise ValueError(unknown_field_message(name))
@@ -78,7 +79,7 @@ def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> No
 
     Args:
         model: any hfgpt model with a language-modelling head.
-        dest: a folder, made if it is not there, for the formats of `WRITERS`; a file for those of `FILE_WRITERS`.
+        dest: a folder, made if it is not there, for the formats of `WRITERS`; a new file (or folder) for the others.
         format: a key of either.
 
     Raises:
@@ -86,7 +87,7 @@ def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> No
     """
     if format in WRITERS:
         WRITERS[format](model, dest)
-    elif format in FILE_WRITERS:
-        FILE_WRITERS[format](model, Path(dest))
+    elif format in OTHER_WRITERS:
+        OTHER_WRITERS[format](model, Path(dest))
     else:
-        raise ValueError(f"`format` must be one of {sorted([*WRITERS, *FILE_WRITERS])}, got {format!r}.")
+        raise ValueError(f"`format` must be one of {sorted([*WRITERS, *OTHER_WRITERS])}, got {format!r}.")

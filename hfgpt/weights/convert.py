@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import FILE_WRITERS, WRITERS, gpt2, load
-from hfgpt.weights.files import read_file
+from hfgpt.tokenizer import load_tokenizer
+from hfgpt.weights import OTHER_WRITERS, WRITERS, gpt2, load, openai
+from hfgpt.weights.files import is_foreign, read_foreign, refuse_settings
 from hfgpt.weights.tables import Step, build_from, own_tensors, walk_out
 
-FORMATS = (*WRITERS, *FILE_WRITERS)
+FORMATS = (*WRITERS, *OTHER_WRITERS)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,8 +75,8 @@ def convert(
     """Write a model in another format.
 
     Args:
-        source: file, folder or Hub id.
-        dest: folder for "hfgpt" and "gpt2", file for the others; it must not exist.
+        source: file, folder or Hub id. The tokenizer in a folder goes along into a folder of transformers.
+        dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`.
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that fills, cuts or drops anything.
@@ -107,14 +108,24 @@ def convert(
         staged = Path(folder) / dest.name
         if to in WRITERS:
             WRITERS[to](model, staged)
+            tokenizer = tokenizer_of(Path(source))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
             steps_out = steps_of(model, to)
         else:
-            steps_out = FILE_WRITERS[to](model, staged)
+            steps_out = OTHER_WRITERS[to](model, staged)
         refuse_losses(steps_out, strict)
         shutil.copymode(folder, staged) if staged.is_dir() else os.chmod(staged, 0o644)
         os.rename(staged, dest)
     comparison = compare(model, dest, to) if verify else None
     return Conversion(found, steps_in, steps_out, notes, model.num_parameters(), comparison)
+
+
+def tokenizer_of(source: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that lies beside the weights of a folder, if there is one."""
+    if openai.recognises(source):
+        return openai.read_tokenizer(source)
+    return load_tokenizer(str(source)) if (source / "tokenizer.json").is_file() else None
 
 
 @torch.no_grad()
@@ -163,15 +174,12 @@ def read(
     """
     if source_format not in ("auto", *FORMATS):
         raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
-    if Path(source).is_file():
-        found, checkpoint = read_file(Path(source), heads, activation)
+    if is_foreign(Path(source)):
+        found, checkpoint = read_foreign(Path(source), heads, activation)
         model, steps = build_from(source, checkpoint)
         notes = checkpoint.notes
     else:
-        if heads is not None or activation is not None:
-            raise ValueError(
-                "`--heads` and `--activation` are for files that do not say them; this source has a config."
-            )
+        refuse_settings("a folder's config does", heads, activation)
         model = load(source)
         found = "gpt2" if HFGPTConfig.from_pretrained(source).model_type == GPT2_SOURCE else "hfgpt"
         steps, notes = steps_of(model, found) + dropped_masks(Path(source)), []

@@ -10,8 +10,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from hfgpt.weights import llmc, llms_from_scratch, nanogpt
+from hfgpt.weights import llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.tables import Checkpoint
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether a source is read here, and not by transformers."""
+    return source.is_file() or openai.recognises(source)
+
+
+def read_foreign(source: Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
+    """Find out what a file or folder is, and read it.
+
+    Args:
+        source: file, or folder of OpenAI's.
+        heads: number of attention heads, where the source does not say it.
+        activation: the MLP's, where the source does not say it.
+
+    Raises:
+        ValueError: it is damaged, or of no format that is known.
+    """
+    if source.is_file():
+        return read_file(source, heads, activation)
+    refuse_settings("OpenAI's do", heads, activation)
+    return "openai", openai.read(source)
+
+
+def refuse_settings(who_says: str, heads: int | None, activation: str | None) -> None:
+    if heads is not None or activation is not None:
+        raise ValueError(f"`--heads` and `--activation` are for files that do not say them; {who_says}.")
 
 
 def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
@@ -21,8 +48,7 @@ def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[st
         ValueError: it is damaged, or of no format that is known.
     """
     if file.suffix == ".bin" and not zipfile.is_zipfile(file):
-        if heads is not None or activation is not None:
-            raise ValueError("`--heads` and `--activation` are for files that do not say them; llm.c's do.")
+        refuse_settings("llm.c's do", heads, activation)
         return "llm.c", llmc.read(file)
     content = load_file(file) if file.suffix == ".safetensors" and is_safe(file) else unpickle(file)
     if nanogpt.recognises(content):

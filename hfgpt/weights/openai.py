@@ -1,0 +1,296 @@
+"""OpenAI's original checkpoints of GPT-2: a folder that TensorFlow wrote, read and written without TensorFlow.
+
+`hparams.json` has the shape, `model.ckpt.index` is a sorted table (LevelDB's format) from names to places, and
+`model.ckpt.data-00000-of-00001` holds the numbers. Both carry CRC-32C checksums, and all of them are checked.
+https://github.com/openai/gpt-2, tensorflow/core/protobuf/tensor_bundle.proto
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights.tables import QKV, Checkpoint, Entry, Step, expand, own_tensors, settings_of, walk_out
+
+HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+TABLE_MAGIC = 0xDB4775248B80FB57
+FOOTER_BYTES = 48
+FLOAT32 = 1  # TensorFlow's number for it
+
+WHOLE_MODEL = (
+    Entry("model/wte", ("embed_tokens.weight",)),
+    Entry("model/wpe", ("embed_positions.weight",)),
+    Entry("model/ln_f/g", ("norm.weight",)),
+    Entry("model/ln_f/b", ("norm.bias",)),
+)
+
+EACH_BLOCK = (
+    Entry("ln_1/g", ("input_layernorm.weight",)),
+    Entry("ln_1/b", ("input_layernorm.bias",)),
+    Entry("attn/c_attn/w", tuple(f"{name}.weight" for name in QKV), transposed=True),
+    Entry("attn/c_attn/b", tuple(f"{name}.bias" for name in QKV)),
+    Entry("attn/c_proj/w", ("self_attn.o_proj.weight",), transposed=True),
+    Entry("attn/c_proj/b", ("self_attn.o_proj.bias",)),
+    Entry("ln_2/g", ("post_attention_layernorm.weight",)),
+    Entry("ln_2/b", ("post_attention_layernorm.bias",)),
+    Entry("mlp/c_fc/w", ("mlp.up_proj.weight",), transposed=True),
+    Entry("mlp/c_fc/b", ("mlp.up_proj.bias",)),
+    Entry("mlp/c_proj/w", ("mlp.down_proj.weight",), transposed=True),
+    Entry("mlp/c_proj/b", ("mlp.down_proj.bias",)),
+)
+
+
+def table(num_layers: int) -> list[Entry]:
+    return expand(WHOLE_MODEL, EACH_BLOCK, "model/h{layer}/", num_layers)
+
+
+def recognises(folder: Path) -> bool:
+    """Whether a folder is one of OpenAI's."""
+    return (folder / HPARAMS).is_file() and (folder / INDEX).is_file()
+
+
+def checksum(content: bytes | memoryview) -> int:
+    """CRC-32C as TensorFlow stores it: rotated, plus a constant.
+
+    Raises:
+        ValueError: the library for it is not installed.
+    """
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise ValueError("OpenAI's checkpoints need CRC-32C: `pip install google-crc32c`.") from error
+    crc = google_crc32c.value(bytes(content))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder; the data stays on the disk until it is used.
+
+    Raises:
+        ValueError: a file is missing, damaged or does not fit the others; naming it and the tensor.
+    """
+    for name in (INDEX, DATA):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing.")
+    try:
+        shape = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
+        config = HFGPTConfig(
+            vocab_size=shape["n_vocab"],
+            max_position_embeddings=shape["n_ctx"],
+            hidden_size=shape["n_embd"],
+            num_hidden_layers=shape["n_layer"],
+            num_attention_heads=shape["n_head"],
+            **{name: value for name, value in GPT2_TOKEN_IDS.items() if value < shape["n_vocab"]},
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / HPARAMS}: not OpenAI's shape of a GPT-2: {error!r}.") from error
+
+    file = folder / DATA
+    size = file.stat().st_size
+    data = np.memmap(file, dtype=np.uint8, mode="c") if size else np.zeros(0, dtype=np.uint8)
+    tensors: dict[str, Tensor] = {}
+    for key, value in table_entries(folder / INDEX):
+        if not key:
+            continue  # the header of the whole
+        name, place = key.decode(), parse(value)
+        if place.get(1) != FLOAT32:
+            raise ValueError(f"{folder / INDEX}: {name} is of TensorFlow's type {place.get(1)}, not fp32.")
+        dims = [parse(dim).get(1, 0) for dim in repeated(place.get(2, b""), 2)]
+        start, length = place.get(4, 0), place.get(5, 0)
+        if start + length > size or length != 4 * int(np.prod(dims)):
+            raise ValueError(f"{file}: too short, or of another shape, for {name} {tuple(dims)}.")
+        content = data[start : start + length]
+        if checksum(content.data) != place.get(6):
+            raise ValueError(f"{file}: {name} does not match its checksum.")
+        tensor = torch.from_numpy(content.view("<f4").reshape(dims))
+        # Matrices are kernels of a convolution of width 1.
+        tensors[name] = tensor[0] if name.endswith("/w") and tensor.ndim == 3 and len(tensor) == 1 else tensor
+    return Checkpoint(tensors, config, table(config.num_hidden_layers))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The byte-level BPE of `encoder.json` and `vocab.bpe`, or None if they are not there."""
+    vocabulary, merges = folder / "encoder.json", folder / "vocab.bpe"
+    if not (vocabulary.is_file() and merges.is_file()):
+        return None
+    bpe = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    length = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"]
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, model_max_length=length)
+
+
+def table_entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
+    """The entries of a sorted table, in order.
+
+    Raises:
+        ValueError: it is no such table, or damaged.
+    """
+    content = file.read_bytes()
+    if len(content) < FOOTER_BYTES or int.from_bytes(content[-8:], "little") != TABLE_MAGIC:
+        raise ValueError(f"{file}: no TensorFlow index, or cut short.")
+    footer = content[-FOOTER_BYTES:]
+    _, at = handle(footer, 0)
+    index, _ = handle(footer, at)
+    try:
+        for _, value in block_entries(block(content, *index)):
+            yield from block_entries(block(content, *handle(value, 0)[0]))
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{file}: damaged: {error}") from error
+
+
+def block(content: bytes, start: int, size: int) -> bytes:
+    """One block of a table, once its checksum fits."""
+    stored = int.from_bytes(content[start + size + 1 : start + size + 5], "little")
+    if checksum(content[start : start + size + 1]) != stored:
+        raise ValueError(f"the block at byte {start} does not match its checksum.")
+    if content[start + size] != 0:
+        raise ValueError(f"the block at byte {start} is compressed; TensorFlow writes checkpoints uncompressed.")
+    return content[start : start + size]
+
+
+def block_entries(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a block; each key is stored as what it shares with the one before, and the rest."""
+    end = len(content) - 4 - 4 * int.from_bytes(content[-4:], "little")
+    at, key = 0, b""
+    while at < end:
+        shared, at = varint(content, at)
+        rest, at = varint(content, at)
+        length, at = varint(content, at)
+        key = key[:shared] + content[at : at + rest]
+        yield key, content[at + rest : at + rest + length]
+        at += rest + length
+
+
+def handle(content: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """Where a block starts and how long it is, and where the next word begins."""
+    start, at = varint(content, at)
+    size, at = varint(content, at)
+    return (start, size), at
+
+
+def varint(content: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where the next one begins."""
+    value = shift = 0
+    while True:
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of the fields of a protocol buffer message."""
+    at = 0
+    while at < len(message):
+        tag, at = varint(message, at)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            value, at = varint(message, at)
+            yield number, value
+        elif kind == 5:
+            yield number, int.from_bytes(message[at : at + 4], "little")
+            at += 4
+        elif kind == 2:
+            length, at = varint(message, at)
+            yield number, message[at : at + length]
+            at += length
+        else:
+            raise ValueError(f"a field of kind {kind} in a message of the index.")
+
+
+def parse(message: bytes) -> dict[int, Any]:
+    """The last value of each field."""
+    return dict(fields(message))
+
+
+def repeated(message: bytes, number: int) -> list[bytes]:
+    """Every value of one field."""
+    return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
+
+
+def write(model: HFGPTForCausalLM, folder: Path) -> list[Step]:
+    """Write a checkpoint folder that TensorFlow and OpenAI's code read.
+
+    Raises:
+        ValueError: another activation, inner width or dtype than OpenAI's, or an untied output layer.
+    """
+    config = model.config
+    settings_of(model, activation_function="gelu_new", tie_word_embeddings=True)
+    if model.dtype != torch.float32:
+        raise ValueError(f"the format needs fp32, the model is {model.dtype}. Give `--dtype fp32`.")
+    if config.intermediate_size not in (None, 4 * config.hidden_size):
+        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    tensors, steps = walk_out(table(config.num_hidden_layers), own_tensors(model))
+    folder.mkdir()
+    hparams = {
+        "n_vocab": config.vocab_size,
+        "n_ctx": config.max_position_embeddings,
+        "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads,
+        "n_layer": config.num_hidden_layers,
+    }
+    (folder / HPARAMS).write_text(json.dumps(hparams), encoding="utf-8")
+    (folder / "checkpoint").write_text(
+        'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n', encoding="utf-8"
+    )
+    header = field_of(1, 1) + field_of(3, field_of(1, 1))  # one file of data, little-endian, version 1
+    entries = [(b"", header)]
+    start = 0
+    with (folder / DATA).open("wb") as stream:
+        for name in sorted(tensors, key=str.encode):
+            tensor = tensors[name][None] if name.endswith("/w") else tensors[name]
+            content = tensor.contiguous().numpy().astype("<f4", copy=False).tobytes()
+            stream.write(content)
+            shape = b"".join(field_of(2, field_of(1, size)) for size in tensor.shape)
+            place = field_of(1, FLOAT32) + field_of(2, shape) + (field_of(4, start) if start else b"")
+            place += field_of(5, len(content)) + bytes([6 << 3 | 5]) + checksum(content).to_bytes(4, "little")
+            entries.append((name.encode(), place))
+            start += len(content)
+    (folder / INDEX).write_bytes(sorted_table(entries))
+    return steps
+
+
+def as_varint(value: int) -> bytes:
+    result = b""
+    while value >= 0x80:
+        result += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return result + bytes([value])
+
+
+def field_of(number: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer message."""
+    if isinstance(value, bytes):
+        return as_varint(number << 3 | 2) + as_varint(len(value)) + value
+    return as_varint(number << 3) + as_varint(value)
+
+
+def sorted_table(entries: list[tuple[bytes, bytes]]) -> bytes:
+    """A table of one block, whose keys share nothing: as valid as TensorFlow's own, and shorter to write."""
+    result = b""
+
+    def add(pairs: list[tuple[bytes, bytes]]) -> bytes:
+        nonlocal result
+        content = b"".join(
+            as_varint(0) + as_varint(len(key)) + as_varint(len(value)) + key + value for key, value in pairs
+        )
+        content += (0).to_bytes(4, "little") + (1).to_bytes(4, "little")  # one place to start reading: the beginning
+        where = as_varint(len(result)) + as_varint(len(content))
+        result += content + b"\0" + checksum(content + b"\0").to_bytes(4, "little")
+        return where
+
+    data = add(entries)
+    meta = add([])
+    index = add([(entries[-1][0], data)])
+    return result + (meta + index).ljust(40, b"\0") + TABLE_MAGIC.to_bytes(8, "little")
