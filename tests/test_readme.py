@@ -45,12 +45,17 @@ def folder(tmp_path_factory, lines, tokenizer):
     """A folder with what the README's reader has: a text, the recipes, and in place of the Hub a small GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from hfgpt import HFGPTConfig, HFGPTForCausalLM
+    from hfgpt.weights import save
+
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text("\n".join(lines), encoding="utf-8")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "tiny-gpt2")
     tokenizer.save_pretrained(folder / "tiny-gpt2")
+    shape = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    save(HFGPTForCausalLM(HFGPTConfig(**shape, activation_function="gelu")), folder / "ckpt.pt", "nanogpt")
     return folder
 
 
@@ -91,9 +96,18 @@ def test_every_target_of_make_that_the_readme_names_exists():
 def test_the_map_names_every_file_of_the_library():
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", README.partition("## The map")[2].partition("## Verified")[0]))
     there = {path.name for path in (ROOT / "hfgpt").glob("*.py")} - {"__init__.py", "__main__.py"}
+    in_weights = {path.name for path in (ROOT / "hfgpt/weights").glob("*.py")}
 
-    assert there | {"weights/"} <= named | {"verify.py", "gpt2.py"}
-    assert named - {"verify.py", "gpt2.py", "hfgpt/"} <= there | {"weights/"}
+    assert there | {"weights/"} <= named
+    assert named <= there | in_weights | {"weights/", "hfgpt/"}
+
+
+def test_the_table_of_formats_names_all_that_can_be_written():
+    from hfgpt.weights import OTHER_WRITERS, WRITERS
+
+    rows = re.findall(r"^\| `([\w.-]+)`: .*\| ✔ \| ✔ \| bit for bit \|$", README, flags=re.MULTILINE)
+
+    assert {*rows} == {*WRITERS, *OTHER_WRITERS}  # test_convert.py takes each there and back
 
 
 def test_numbers_in_the_readme_are_those_that_were_measured():
