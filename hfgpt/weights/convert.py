@@ -14,11 +14,13 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.tokenizer import load_tokenizer
-from hfgpt.weights import OTHER_WRITERS, WRITERS, gpt2, load, openai
+from hfgpt.weights import OTHER_WRITERS, WRITERS, gguf_file, gpt2, load, openai
 from hfgpt.weights.files import is_foreign, read_foreign, refuse_settings
 from hfgpt.weights.tables import Step, build_from, own_tensors, walk_out
 
 FORMATS = (*WRITERS, *OTHER_WRITERS)
+
+"""What can be read, and written too."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,11 +79,11 @@ def convert(
     Args:
         source: file, folder or Hub id. The tokenizer in a folder goes along into a folder of transformers.
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
-        to: one of `FORMATS`.
+        to: one of `FORMATS`, or "gguf".
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that fills, cuts or drops anything.
         verify: whether to read the destination again and compare its logits.
-        dtype: a key of `DTYPES`; None keeps the source's.
+        dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf_file.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
 
@@ -91,9 +93,11 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
-    if to not in FORMATS:
-        raise ValueError(f"`--to` must be one of {sorted(FORMATS)}, got {to!r}.")
-    if dtype is not None and dtype not in DTYPES:
+    if to not in (*FORMATS, "gguf"):
+        raise ValueError(f"`--to` must be one of {sorted([*FORMATS, 'gguf'])}, got {to!r}.")
+    if to == "gguf" and verify:
+        raise ValueError("`--verify` cannot read GGUF again: llama.cpp does.")
+    if to != "gguf" and dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {sorted(DTYPES)}, got {dtype!r}.")
     if dest.exists():
         raise FileExistsError(f"{dest} exists. Name a new one.")
@@ -101,7 +105,7 @@ def convert(
         raise FileNotFoundError(f"{dest.absolute().parent} is no folder. Make it first.")
 
     model, found, steps_in, notes = read(source, source_format, heads, activation)
-    if dtype is not None:
+    if to != "gguf" and dtype is not None:
         model = model.to(DTYPES[dtype])
     refuse_losses(steps_in, strict)
     with tempfile.TemporaryDirectory(dir=dest.absolute().parent, prefix=f".{dest.name}.") as folder:
@@ -112,6 +116,11 @@ def convert(
             if tokenizer is not None:
                 tokenizer.save_pretrained(staged)
             steps_out = steps_of(model, to)
+        elif to == "gguf":
+            tokenizer = tokenizer_of(Path(source))
+            if tokenizer is None:
+                raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}.")
+            steps_out = gguf_file.write(model, staged, tokenizer, dtype or "fp32")
         else:
             steps_out = OTHER_WRITERS[to](model, staged)
         refuse_losses(steps_out, strict)
