@@ -210,8 +210,8 @@ def verify(
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id.")],
     dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).")],
-    to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c or gguf.")],
-    source_format: Annotated[str, typer.Option("--from", help="The same but gguf, or auto: find out.")] = "auto",
+    to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, gguf or onnx.")],
+    source_format: Annotated[str, typer.Option("--from", help="One of the first six, or auto: find out.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut or drop anything.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read it again and compare the logits.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, for gguf q8_0; else the source's.")] = None,

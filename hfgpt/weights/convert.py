@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.tokenizer import load_tokenizer
-from hfgpt.weights import OTHER_WRITERS, WRITERS, gguf_file, gpt2, load, openai
+from hfgpt.weights import OTHER_WRITERS, WRITERS, gguf_file, gpt2, load, onnx_file, openai
 from hfgpt.weights.files import is_foreign, read_foreign, refuse_settings
 from hfgpt.weights.tables import Step, build_from, own_tensors, walk_out
 
@@ -30,7 +30,7 @@ class Comparison:
     """What the destination says, beside what the source said, on the same random tokens in fp32.
 
     Attributes:
-        by: what ran the destination: transformers' own GPT-2, or hfgpt after reading the file again.
+        by: what ran the destination: transformers' own GPT-2, onnxruntime, or hfgpt after reading it again.
         max_abs_diff: largest |Δlogit|.
         kl: mean divergence of the next-token distributions, in nats.
         argmax_agreement: share of positions with the same likeliest token, in [0, 1].
@@ -79,7 +79,7 @@ def convert(
     Args:
         source: file, folder or Hub id. The tokenizer in a folder goes along into a folder of transformers.
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
-        to: one of `FORMATS`, or "gguf".
+        to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that fills, cuts or drops anything.
         verify: whether to read the destination again and compare its logits.
@@ -93,8 +93,8 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
-    if to not in (*FORMATS, "gguf"):
-        raise ValueError(f"`--to` must be one of {sorted([*FORMATS, 'gguf'])}, got {to!r}.")
+    if to not in (*FORMATS, "gguf", "onnx"):
+        raise ValueError(f"`--to` must be one of {sorted([*FORMATS, 'gguf', 'onnx'])}, got {to!r}.")
     if to == "gguf" and verify:
         raise ValueError("`--verify` cannot read GGUF again: llama.cpp does.")
     if to != "gguf" and dtype is not None and dtype not in DTYPES:
@@ -121,6 +121,8 @@ def convert(
             if tokenizer is None:
                 raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}.")
             steps_out = gguf_file.write(model, staged, tokenizer, dtype or "fp32")
+        elif to == "onnx":
+            steps_out = onnx_file.write(model, staged)
         else:
             steps_out = OTHER_WRITERS[to](model, staged)
         refuse_losses(steps_out, strict)
@@ -140,15 +142,17 @@ def tokenizer_of(source: Path) -> PreTrainedTokenizerFast | None:
 @torch.no_grad()
 def compare(model: HFGPTForCausalLM, dest: Path, to: str) -> Comparison:
     """Run what was written beside what it was written from."""
-    if to == "gpt2":
-        written, by = GPT2LMHeadModel.from_pretrained(dest), "transformers' GPT-2"
+    length = min(256, model.config.max_position_embeddings)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    if to == "onnx":
+        theirs, by = onnx_file.run(dest, ids), "onnxruntime"
+    elif to == "gpt2":
+        theirs, by = GPT2LMHeadModel.from_pretrained(dest).float().eval()(ids).logits, "transformers' GPT-2"
     else:
         says_no_heads = to == "llms-from-scratch"
         written = load(dest, heads=model.config.num_attention_heads if says_no_heads else None)
-        by = "hfgpt, which read it again"
-    length = min(256, model.config.max_position_embeddings)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ours, theirs = (each.float().eval()(ids).logits for each in (model, written))
+        theirs, by = written.float().eval()(ids).logits, "hfgpt, which read it again"
+    ours = model.float().eval()(ids).logits
     log_ours, log_theirs = ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
     return Comparison(
         by=by,

@@ -1,0 +1,81 @@
+"""ONNX: the whole forward pass as a graph, for runtimes without PyTorch. Written by torch's exporter; not read.
+
+Inputs `input_ids` and `attention_mask`, both (B, T) int64, any batch and length; output `logits` (B, T, V). There is no
+cache: each call is a whole pass.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights.tables import Step, own_tensors
+
+LARGEST_FILE = 2**31
+"""Bytes that a protocol buffer, which an .onnx file is, can have."""
+
+
+class LogitsOnly(nn.Module):
+    """The model without its cache and its output class, which a graph has no place for."""
+
+    def __init__(self, model: HFGPTForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every next token: (B, T, V)."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+    """Export a model.
+
+    Raises:
+        ValueError: the packages for it are not installed, or the model is too large for one file.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("ONNX needs two packages: `pip install onnx onnxscript`.") from error
+    tensors = own_tensors(model)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > 0.95 * LARGEST_FILE:
+        raise ValueError(f"the weights take {size / 1e9:.1f} GB, an .onnx file at most 2. Try `--dtype fp16`.")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
+        logging.ERROR
+    )  # torchvision is not needed
+    ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch 2.13 copies its own tree
+        torch.onnx.export(
+            LogitsOnly(model).eval(),
+            (ids, torch.ones_like(ids)),
+            str(file),
+            dynamo=True,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": any_size, "attention_mask": any_size},
+            external_data=False,
+            verbose=False,
+        )
+    return [Step(name, tuple(tensor.shape), "copied into the graph") for name, tensor in tensors.items()]
+
+
+def run(file: Path, ids: Tensor) -> Tensor:
+    """The logits that onnxruntime gives, in fp32.
+
+    Raises:
+        ValueError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("`--verify` of ONNX needs its runtime: `pip install onnxruntime`.") from error
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    return torch.from_numpy(session.run(None, inputs)[0]).float()
