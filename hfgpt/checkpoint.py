@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from hfgpt.permissions import make_readable
+
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
 
@@ -234,14 +236,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def make_readable(path: Path) -> None:
-    """Give a file the mode that new files have: safetensors writes files that only their owner can read."""
-    os.chmod(path, 0o666 & ~current_umask())
-
-
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

@@ -16,6 +16,7 @@ from hfgpt.data import eval_loader
 from hfgpt.decoding import generate, stream_text
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
+from hfgpt.permissions import make_readable
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids
@@ -141,7 +142,7 @@ def save_model(run: Run, folder: Path) -> None:
     run.model.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        checkpoint.make_readable(path)
+        make_readable(path)
 
 
 def finish_run(run: Run, recorder: Recorder, position: Position, started_at: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Other formats in and out. The oracle is transformers' GPT-2, whose tensors are put into each format here by hand."""
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import make_dataclass
@@ -452,6 +453,22 @@ def test_what_was_written_can_be_verified(make_gpt2, tmp_path, to):
     assert comparison.max_abs_diff <= (2e-5 if to == "gpt2" else 0)  # the very same sums, but in GPT-2
     assert abs(comparison.kl) < 1e-6
     assert comparison.argmax_agreement == 1
+
+
+@pytest.mark.parametrize("to", ["hfgpt", "llm.c", "openai"])
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(make_gpt2, tmp_path, to):
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    umask = os.umask(0o027)
+
+    try:
+        convert(tmp_path / "gpt2", tmp_path / "out", to)
+    finally:
+        os.umask(umask)
+
+    written = tmp_path / "out"
+    files = [each for each in (written, *written.rglob("*")) if each.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+    assert written.is_file() or written.stat().st_mode & 0o777 == 0o750
 
 
 def test_a_destination_that_says_something_else_is_seen(make_gpt2, tmp_path):

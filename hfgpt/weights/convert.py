@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.permissions import make_readable
 from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import OTHER_WRITERS, WRITERS, gguf_file, gpt2, load, onnx_file, openai
 from hfgpt.weights.files import is_foreign, read_foreign, refuse_settings
@@ -126,7 +126,7 @@ def convert(
         else:
             steps_out = OTHER_WRITERS[to](model, staged)
         refuse_losses(steps_out, strict)
-        shutil.copymode(folder, staged) if staged.is_dir() else os.chmod(staged, 0o644)
+        make_readable(staged)
         os.rename(staged, dest)
     comparison = compare(model, dest, to) if verify else None
     return Conversion(found, steps_in, steps_out, notes, model.num_parameters(), comparison)
