@@ -412,7 +412,7 @@ def test_what_is_no_gpt_is_refused(tmp_path, content, message):
         ("nanogpt", {}, "needs `activation_function` = 'gelu', the model has 'gelu_new'"),
         ("llm.c", {"activation_function": "gelu"}, "needs `activation_function` = 'gelu_new', the model has 'gelu'"),
         ("llm.c", {"tie_word_embeddings": False}, "needs `tie_word_embeddings` = True, the model has False"),
-        ("llms-from-scratch", {"intermediate_size": 100}, "needs `intermediate_size` = 128, the model has another"),
+        ("llms-from-scratch", {"intermediate_size": 100}, "needs `intermediate_size` = 128, the model has 100"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(tiny, tmp_path, to, changes, message):

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import QKV, Checkpoint, Entry, Step, expand, own_tensors, settings_of, walk_out
+from hfgpt.weights.tables import (
+    QKV,
+    Checkpoint,
+    Entry,
+    Step,
+    expand,
+    own_tensors,
+    refuse_other_inner_width,
+    settings_of,
+    walk_out,
+)
 
 MAGIC = 20240326
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
@@ -134,8 +144,7 @@ def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
     """
     config = model.config
     settings_of(model, activation_function="gelu_new", tie_word_embeddings=True)
-    if config.intermediate_size not in (None, 4 * config.hidden_size):
-        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    refuse_other_inner_width(model)
     versions = {dtype: version for version, dtype in DTYPES.items()}
     if model.dtype not in versions:
         raise ValueError(f"the format needs fp32 or bf16, the model is {model.dtype}. Give `--dtype`.")

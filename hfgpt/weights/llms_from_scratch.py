@@ -22,6 +22,7 @@ from hfgpt.weights.tables import (
     expand,
     heads_of,
     own_tensors,
+    refuse_other_inner_width,
     settings_of,
     walk_out,
 )
@@ -115,8 +116,7 @@ def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
     """
     config = model.config
     settings_of(model, activation_function="gelu_new")
-    if config.intermediate_size not in (None, 4 * config.hidden_size):
-        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    refuse_other_inner_width(model)
     tensors = own_tensors(model)
     is_tied = "lm_head.weight" not in tensors
     converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), tensors)

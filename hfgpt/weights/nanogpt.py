@@ -22,6 +22,7 @@ from hfgpt.weights.tables import (
     expand,
     heads_of,
     own_tensors,
+    refuse_other_inner_width,
     settings_of,
     walk_out,
 )
@@ -122,8 +123,7 @@ def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
     """
     config = model.config
     settings_of(model, activation_function="gelu", tie_word_embeddings=True)
-    if config.intermediate_size not in (None, 4 * config.hidden_size):
-        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    refuse_other_inner_width(model)
     settings_of(model, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
     tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), own_tensors(model))
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]

@@ -18,7 +18,17 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import QKV, Checkpoint, Entry, Step, expand, own_tensors, settings_of, walk_out
+from hfgpt.weights.tables import (
+    QKV,
+    Checkpoint,
+    Entry,
+    Step,
+    expand,
+    own_tensors,
+    refuse_other_inner_width,
+    settings_of,
+    walk_out,
+)
 
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 TABLE_MAGIC = 0xDB4775248B80FB57
@@ -229,8 +239,7 @@ def write(model: HFGPTForCausalLM, folder: Path) -> list[Step]:
     settings_of(model, activation_function="gelu_new", tie_word_embeddings=True)
     if model.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {model.dtype}. Give `--dtype fp32`.")
-    if config.intermediate_size not in (None, 4 * config.hidden_size):
-        raise ValueError(f"the format needs `intermediate_size` = {4 * config.hidden_size}, the model has another.")
+    refuse_other_inner_width(model)
     tensors, steps = walk_out(table(config.num_hidden_layers), own_tensors(model))
     folder.mkdir()
     hparams = {

@@ -224,3 +224,14 @@ def settings_of(model: HFGPTForCausalLM, **needed: Any) -> None:
     for name, value in needed.items():
         if getattr(model.config, name) != value:
             raise ValueError(f"the format needs `{name}` = {value!r}, the model has {getattr(model.config, name)!r}.")
+
+
+def refuse_other_inner_width(model: HFGPTForCausalLM) -> None:
+    """Refuse a model whose MLP is not four times as wide as its residual stream, where a format knows no other.
+
+    Raises:
+        ValueError: naming both widths.
+    """
+    needed, has = 4 * model.config.hidden_size, model.config.intermediate_size
+    if has not in (None, needed):
+        raise ValueError(f"the format needs `intermediate_size` = {needed}, the model has {has}.")
