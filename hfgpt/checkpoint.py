@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from hfgpt.permissions import make_readable
+from hfgpt.disk import make_readable, sync
 
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
@@ -227,12 +227,3 @@ def write_text(path: Path, text: str) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hfgpt.config import DataConfig
 from hfgpt.documents import is_plain_text, read_source
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.tokenizer import encode_ids, load_tokenizer
+from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text
 from hfgpt.weights import load
 
 
@@ -93,6 +93,8 @@ def evaluate_files(source: str, files: list[str], text_column: str = "text", bat
         raise ValueError(f"`--text-column` ({text_column!r}) has no effect: plain text has no columns.")
     model, tokenizer = load(source), load_tokenizer(source)
     documents = read_source(data, files, None)
+    if len(documents) > 1:
+        require_end_of_text(tokenizer, source)
     encoded = encode_ids(tokenizer, documents["text"][:])
     stream = [token_id for ids in encoded for token_id in (tokenizer.eos_token_id, *ids)][1:]
     if len(stream) < 2:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from hfgpt.decoding import stream, stream_text
-from hfgpt.tokenizer import encode_ids, load_tokenizer
+from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text
 from hfgpt.weights import load
 
 
@@ -40,7 +40,9 @@ def continue_text(
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     model.to(device)
     (ids,) = encode_ids(tokenizer, [prompt])
-    ids = ids or [tokenizer.eos_token_id]
+    if not ids:
+        require_end_of_text(tokenizer, source)
+        ids = [tokenizer.eos_token_id]
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} makes the id {max(ids)}, the model's `vocab_size` is "

@@ -14,9 +14,9 @@ from hfgpt.checkpoint import Position
 from hfgpt.config import RunConfig
 from hfgpt.data import eval_loader
 from hfgpt.decoding import generate, stream_text
+from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
-from hfgpt.permissions import make_readable
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids

@@ -27,6 +27,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from hfgpt.disk import write_atomically
+
 PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 FIGURE_SIZE = (9.0, 5.5)
@@ -116,24 +118,6 @@ def non_finite_numbers(obj: Any, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(obj, Mapping | list | tuple):
         for key, value in obj.items() if isinstance(obj, Mapping) else enumerate(obj):
             yield from non_finite_numbers(value, f"{name}.{key}" if name else str(key))
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace the file by `data` in one step; its mode follows the umask, as that of any new file.
-
-    A failure, such as a full disk, leaves the old file and nothing else.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a kill leaves behind is overwritten next time
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave the new name without its data
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def environment() -> dict[str, Any]:

@@ -17,12 +17,12 @@ from hfgpt.checkpoint import Position
 from hfgpt.config import DROPOUT_FIELDS, RunConfig, config_yaml, load_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data import Rows, check_ids, load_rows
+from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.recorder import talk
-from hfgpt.results import write_atomically
-from hfgpt.tokenizer import encode_ids, load_tokenizer, tokenizer_hash, train_tokenizer
+from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.weights import load
 
 RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
@@ -244,7 +244,9 @@ def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTok
     """The tokenizer that the recipe names, that of the model to go on from, or one trained on the training split."""
     name = config.tokenizer.name or config.init_from
     if name is not None:
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
+        require_end_of_text(tokenizer, name)
+        return tokenizer
     longest = HFGPTConfig(**config.model).max_position_embeddings
     texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])
     return train_tokenizer(texts, config.tokenizer.vocab_size, model_max_length=longest)

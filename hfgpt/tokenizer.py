@@ -68,7 +68,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from the Hub or from a folder.
 
     Raises:
-        ValueError: there is none, it cannot be read, or it cannot end a document.
+        ValueError: there is none, or it cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
@@ -79,9 +79,17 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer {name_or_folder!r} is a {type(tokenizer).__name__}, without a tokenizer.json.")
     if tokenizer.vocab_size == 0:  # transformers 5.23 makes an empty one for a config.json of a known model alone.
         raise ValueError(f"no tokenizer {name_or_folder!r}: there is a model's config.json, but no tokenizer.json.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {name_or_folder!r} has no eos token, which goes between documents.")
     return tokenizer
+
+
+def require_end_of_text(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Refuse a tokenizer that cannot separate documents.
+
+    Raises:
+        ValueError: it has no eos token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name!r} has no eos token, which goes between documents.")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -103,11 +103,11 @@ def test_the_map_names_every_file_of_the_library():
 
 
 def test_the_table_of_formats_names_all_that_can_be_written():
-    from hfgpt.weights import OTHER_WRITERS, WRITERS
+    from hfgpt.weights import WRITERS
 
     rows = re.findall(r"^\| `([\w.-]+)`: .*\| ✔ \| ✔ \| bit for bit \|$", README, flags=re.MULTILINE)
 
-    assert {*rows} == {*WRITERS, *OTHER_WRITERS}  # test_convert.py takes each there and back
+    assert {*rows} == {*WRITERS}  # test_convert.py takes each there and back
 
 
 def test_numbers_in_the_readme_are_those_that_were_measured():

@@ -9,30 +9,25 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
+from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import gpt2, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.files import is_foreign, read_foreign
+from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
+from hfgpt.weights.files import is_foreign, read_any, refuse_settings
 from hfgpt.weights.gpt2 import to_gpt2
-from hfgpt.weights.tables import Step, build_from
+from hfgpt.weights.tables import Parts, Step, build_from, take_apart
 
-__all__ = ["OTHER_WRITERS", "WRITERS", "load", "save", "to_gpt2"]
+__all__ = ["WRITERS", "load", "save", "to_gpt2"]
 
-
-def save_hfgpt(model: HFGPTForCausalLM, folder: str | Path) -> None:
-    """Save in hfgpt's own layout, with the code that runs it."""
-    model.save_pretrained(folder)
-
-
-WRITERS: dict[str, Callable[[HFGPTForCausalLM, str | Path], None]] = {"hfgpt": save_hfgpt, "gpt2": gpt2.save}
-"""Format -> what writes a model into a folder."""
-
-OTHER_WRITERS: dict[str, Callable[[HFGPTForCausalLM, Path], list[Step]]] = {
+WRITERS: dict[str, Callable[[Parts, Path], list[Step]]] = {
+    "hfgpt": folders.write,
+    "gpt2": gpt2.write,
     "nanogpt": nanogpt.write,
     "llms-from-scratch": llms_from_scratch.write,
     "llm.c": llmc.write,
     "openai": openai.write,
 }
-"""Format -> what writes a model into a file, or for "openai" a folder, and says what it did to each tensor."""
+"""Format -> what writes a model's parts, which are used up, and says what it did to each tensor. A new file, or for
+"hfgpt", "gpt2" and "openai" a new folder."""
 
 
 def load(
@@ -56,15 +51,14 @@ def load(
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
     """
     if is_foreign(Path(source)):
-        _, checkpoint = read_foreign(Path(source), heads, activation)
+        _, checkpoint = read_any(source, heads, activation)
         for name, value in canonical_fields(config).items():
             if name not in HFGPTConfig.__dataclass_fields__:
                 raise ValueError(unknown_field_message(name))
             setattr(checkpoint.config, name, value)
         model, _ = build_from(source, checkpoint)
         return model if dtype == "auto" else model.to(dtype)
-    if heads is not None or activation is not None:
-        raise ValueError("`heads` and `activation` are for files that do not say them; a folder's config does.")
+    refuse_settings("a folder's config does", heads, activation)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json.")
     try:
@@ -79,15 +73,15 @@ def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> No
 
     Args:
         model: any hfgpt model with a language-modelling head.
-        dest: a folder, made if it is not there, for the formats of `WRITERS`; a new file (or folder) for the others.
-        format: a key of either.
+        dest: of the new folder, for "hfgpt", "gpt2" and "openai", or of the new file for the others.
+        format: a key of `WRITERS`.
 
     Raises:
         ValueError: there is no such format, or it cannot hold this model.
+        FileExistsError: the destination exists.
+        FileNotFoundError: its folder does not exist.
     """
-    if format in WRITERS:
-        WRITERS[format](model, dest)
-    elif format in OTHER_WRITERS:
-        OTHER_WRITERS[format](model, Path(dest))
-    else:
-        raise ValueError(f"`format` must be one of {sorted([*WRITERS, *OTHER_WRITERS])}, got {format!r}.")
+    if format not in WRITERS:
+        raise ValueError(f"`format` must be one of {sorted(WRITERS)}, got {format!r}.")
+    with new_path(Path(dest)) as staged:
+        WRITERS[format](take_apart(model), staged)

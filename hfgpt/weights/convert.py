@@ -1,45 +1,31 @@
-"""From any format to any other, with word of what was done to each tensor; nothing is overwritten."""
+"""From any format to any other, with word of what was done to each tensor; nothing is overwritten.
 
-import os
-import re
-import tempfile
+The source's tensors are read one by one into one model, and leave it one by one: a conversion needs little more memory
+than the model itself.
+"""
+
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.permissions import make_readable
 from hfgpt.tokenizer import load_tokenizer
-from hfgpt.weights import OTHER_WRITERS, WRITERS, gguf_file, gpt2, load, onnx_file, openai
-from hfgpt.weights.files import is_foreign, read_foreign, refuse_settings
-from hfgpt.weights.tables import Step, build_from, own_tensors, walk_out
+from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai
+from hfgpt.weights.files import read_any
+from hfgpt.weights.tables import Checkpoint, Step, build_from, take_apart
 
-FORMATS = (*WRITERS, *OTHER_WRITERS)
-
+FORMATS = tuple(WRITERS)
 """What can be read, and written too."""
 
+FOLDERS = ("hfgpt", "gpt2")
+"""What has its tokenizer beside it."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What the destination says, beside what the source said, on the same random tokens in fp32.
-
-    Attributes:
-        by: what ran the destination: transformers' own GPT-2, onnxruntime, or hfgpt after reading it again.
-        max_abs_diff: largest |Δlogit|.
-        kl: mean divergence of the next-token distributions, in nats.
-        argmax_agreement: share of positions with the same likeliest token, in [0, 1].
-    """
-
-    by: str
-    max_abs_diff: float
-    kl: float
-    argmax_agreement: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,7 @@ class Conversion:
     Attributes:
         source_format: what the source was found to be.
         steps_in: what was done to each tensor of the source.
+        steps_between: what `dtype` and `vocab_size` changed, by hfgpt's names.
         steps_out: what was done to each tensor of the destination, by its name there.
         notes: what else a user should know.
         parameters: of the model.
@@ -57,10 +44,16 @@ class Conversion:
 
     source_format: str
     steps_in: list[Step]
+    steps_between: list[Step]
     steps_out: list[Step]
     notes: list[str]
     parameters: int
-    comparison: Comparison | None
+    comparison: compare.Comparison | None
+
+    @property
+    def lossy(self) -> list[Step]:
+        """The steps that filled, cut, dropped or rounded something."""
+        return [step for step in [*self.steps_in, *self.steps_between, *self.steps_out] if not step.is_exact]
 
 
 def convert(
@@ -73,19 +66,23 @@ def convert(
     dtype: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
 ) -> Conversion:
     """Write a model in another format.
 
     Args:
-        source: file, folder or Hub id. The tokenizer in a folder goes along into a folder of transformers.
+        source: file, folder or Hub id.
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
-        strict: whether to refuse a conversion that fills, cuts or drops anything.
-        verify: whether to read the destination again and compare its logits.
+        strict: whether to refuse a conversion that fills, cuts, drops or rounds anything.
+        verify: whether to run the source and the destination, and compare their logits.
         dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf_file.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
+        vocab_size: keep so many tokens and cut the rest, which is padding.
+        tokenizer: folder, Hub id or nanoGPT's meta.pkl, to go along; None takes the one beside the source.
 
     Raises:
         ValueError: the source is damaged or of another kind, or the destination's format cannot hold the model.
@@ -93,152 +90,190 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
+    refuse_settings(to, verify, dtype)
+    with new_path(dest) as staged:  # first of all, so that a destination that exists costs nobody a wait
+        found, checkpoint = open_source(source, source_format, heads, activation)
+        model, steps_in = build_from(source, checkpoint)
+        steps_between = cut_vocabulary(model, vocab_size)
+        if to != "gguf":
+            steps_between += change_dtype(model, dtype)
+        notes = list(checkpoint.notes)
+        if verify and found == "llm.c":
+            notes += check_debug_state(model, Path(source))
+        parameters, config = model.num_parameters(), model.config
+        parts = take_apart(model)
+        del model  # so that the writers can let each tensor go
+        goes_along = tokenizer_for(source, found, tokenizer) if to in (*FOLDERS, "gguf") else None
+        if to == "gguf":
+            if goes_along is None:
+                raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}. Give `--tokenizer`.")
+            steps_out = gguf_file.write(parts, staged, goes_along, dtype or "fp32")
+        elif to == "onnx":
+            steps_out = onnx_file.write(parts, staged)
+        else:
+            steps_out = WRITERS[to](parts, staged)
+            if goes_along is not None:
+                goes_along.save_pretrained(staged)
+        result = Conversion(found, steps_in, steps_between, steps_out, notes, parameters, None)
+        if strict and result.lossy:
+            first = result.lossy[0]
+            raise ValueError(
+                f"--strict: {first.name} would be {first.action} ({len(result.lossy)} such tensors in all)."
+            )
+    if not verify:
+        return result
+    comparison = compare.compare(checkpoint.logits, found, dest, to, config, is_exact=not steps_between)
+    return Conversion(found, steps_in, steps_between, steps_out, notes, parameters, comparison)
+
+
+def give_freed_tensors_back() -> None:
+    """Let glibc return every freed tensor to the system, for the rest of the process.
+
+    After the first large ones it would keep what is below 32 MB in its heap, where holes between the tensors of a model
+    add up: GPT-2 xl then takes 1.6 times its size instead of 1.1.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            m_mmap_threshold = -3  # in malloc.h
+            mallopt(m_mmap_threshold, 2**20)
+
+
+def refuse_settings(to: str, verify: bool, dtype: str | None) -> None:
+    """Refuse what cannot be asked for.
+
+    Raises:
+        ValueError: there is no such format or dtype, or the format cannot be verified.
+    """
     if to not in (*FORMATS, "gguf", "onnx"):
         raise ValueError(f"`--to` must be one of {sorted([*FORMATS, 'gguf', 'onnx'])}, got {to!r}.")
     if to == "gguf" and verify:
         raise ValueError("`--verify` cannot read GGUF again: llama.cpp does.")
     if to != "gguf" and dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {sorted(DTYPES)}, got {dtype!r}.")
-    if dest.exists():
-        raise FileExistsError(f"{dest} exists. Name a new one.")
-    if not dest.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{dest.absolute().parent} is no folder. Make it first.")
-
-    model, found, steps_in, notes = read(source, source_format, heads, activation)
-    if to != "gguf" and dtype is not None:
-        model = model.to(DTYPES[dtype])
-    refuse_losses(steps_in, strict)
-    with tempfile.TemporaryDirectory(dir=dest.absolute().parent, prefix=f".{dest.name}.") as folder:
-        staged = Path(folder) / dest.name
-        if to in WRITERS:
-            WRITERS[to](model, staged)
-            tokenizer = tokenizer_of(Path(source))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staged)
-            steps_out = steps_of(model, to)
-        elif to == "gguf":
-            tokenizer = tokenizer_of(Path(source))
-            if tokenizer is None:
-                raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}.")
-            steps_out = gguf_file.write(model, staged, tokenizer, dtype or "fp32")
-        elif to == "onnx":
-            steps_out = onnx_file.write(model, staged)
-        else:
-            steps_out = OTHER_WRITERS[to](model, staged)
-        refuse_losses(steps_out, strict)
-        make_readable(staged)
-        os.rename(staged, dest)
-    comparison = compare(model, dest, to) if verify else None
-    return Conversion(found, steps_in, steps_out, notes, model.num_parameters(), comparison)
 
 
-def tokenizer_of(source: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that lies beside the weights of a folder, if there is one."""
-    if openai.recognises(source):
-        return openai.read_tokenizer(source)
-    return load_tokenizer(str(source)) if (source / "tokenizer.json").is_file() else None
-
-
-@torch.no_grad()
-def compare(model: HFGPTForCausalLM, dest: Path, to: str) -> Comparison:
-    """Run what was written beside what it was written from."""
-    length = min(256, model.config.max_position_embeddings)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    if to == "onnx":
-        theirs, by = onnx_file.run(dest, ids), "onnxruntime"
-    elif to == "gpt2":
-        theirs, by = GPT2LMHeadModel.from_pretrained(dest).float().eval()(ids).logits, "transformers' GPT-2"
-    else:
-        says_no_heads = to == "llms-from-scratch"
-        written = load(dest, heads=model.config.num_attention_heads if says_no_heads else None)
-        theirs, by = written.float().eval()(ids).logits, "hfgpt, which read it again"
-    ours = model.float().eval()(ids).logits
-    log_ours, log_theirs = ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
-    return Comparison(
-        by=by,
-        max_abs_diff=float((ours - theirs).abs().max()),
-        kl=float((log_ours.exp() * (log_ours - log_theirs)).sum(dim=-1).mean()),
-        argmax_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-    )
-
-
-def refuse_losses(steps: list[Step], strict: bool) -> None:
-    lossy = [step for step in steps if not step.is_exact]
-    if strict and lossy:
-        raise ValueError(f"--strict: {lossy[0].name} would be {lossy[0].action} ({len(lossy)} such tensors in all).")
-
-
-def read(
+def open_source(
     source: str | Path, source_format: str = "auto", heads: int | None = None, activation: str | None = None
-) -> tuple[HFGPTForCausalLM, str, list[Step], list[str]]:
-    """Load a model of any format.
-
-    Args:
-        source: file, folder or Hub id.
-        source_format: see `convert`, as for the others.
-        heads: see there.
-        activation: see there.
-
-    Returns:
-        The model in eval mode, its format, what was done to each tensor, and notes.
+) -> tuple[str, Checkpoint]:
+    """Find out what a source is, and read it; see `convert`.
 
     Raises:
-        ValueError: see `convert`.
+        ValueError: it is damaged, of no known format, or of another one than asked for.
     """
     if source_format not in ("auto", *FORMATS):
         raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
-    if is_foreign(Path(source)):
-        found, checkpoint = read_foreign(Path(source), heads, activation)
-        model, steps = build_from(source, checkpoint)
-        notes = checkpoint.notes
-    else:
-        refuse_settings("a folder's config does", heads, activation)
-        model = load(source)
-        found = "gpt2" if HFGPTConfig.from_pretrained(source).model_type == GPT2_SOURCE else "hfgpt"
-        steps, notes = steps_of(model, found) + dropped_masks(Path(source)), []
+    found, checkpoint = read_any(source, heads, activation)
     if source_format not in ("auto", found):
         raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
-    return model, found, steps, notes
+    return found, checkpoint
 
 
-def steps_of(model: HFGPTForCausalLM, folder_format: str) -> list[Step]:
-    """What reading or writing a folder of transformers does to each tensor."""
-    tensors = own_tensors(model)
-    if folder_format == "hfgpt":
-        return [Step(name, tuple(tensor.shape), "copied") for name, tensor in tensors.items()]
-    table = gpt2.entries(model.config.num_hidden_layers, tied="lm_head.weight" not in tensors)
-    return walk_out(table, {name: tensor.to("meta") for name, tensor in tensors.items()})[1]
+def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Step]:
+    """Keep the first `vocab_size` tokens, in place.
 
-
-def dropped_masks(folder: Path) -> list[Step]:
-    """The causal masks that old GPT-2 files hold, and that transformers leaves out as it reads them."""
-    steps = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
-            for name in content.keys():
-                if re.search(r"\.attn\.(masked_)?bias$", name):
-                    steps.append(Step(name, tuple(content.get_slice(name).get_shape()), "dropped", is_exact=False))
+    Raises:
+        ValueError: there are not so many, or a token that the model names would be gone.
+    """
+    config = model.config
+    if vocab_size in (None, config.vocab_size):
+        return []
+    if not 1 <= vocab_size <= config.vocab_size:
+        raise ValueError(f"`--vocab-size` must be between 1 and the model's {config.vocab_size}, got {vocab_size}.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name)
+        if max([ids] if isinstance(ids, int) else ids or [0]) >= vocab_size:
+            raise ValueError(f"`--vocab-size` is {vocab_size}, and the model's `{name}` is {ids}.")
+    matrices = [("model.embed_tokens.weight", model.model.embed_tokens.weight)]
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        matrices.append(("lm_head.weight", model.lm_head.weight))
+    action = f"cut: {config.vocab_size - vocab_size} rows after the first {vocab_size}"
+    steps = [Step(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return steps
+
+
+def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Step]:
+    """Store every parameter as `dtype`, one at a time; only those whose numbers change are listed.
+
+    Raises:
+        ValueError: a number is beyond the dtype, or the file has several and none is chosen.
+    """
+    if dtype is None:
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        if len(kinds) > 1:
+            raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
+        return []
+    steps = []
+    for name, parameter in model.named_parameters():
+        changed = parameter.detach().to(DTYPES[dtype])
+        if not changed.isfinite().all():
+            largest = float(parameter.detach().abs().max())
+            raise ValueError(f"{name}: holds {largest:.3g}, and {dtype} ends at {torch.finfo(DTYPES[dtype]).max:.3g}.")
+        if not torch.equal(changed.to(parameter.dtype), parameter.detach()):
+            steps.append(Step(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
+        parameter.data = changed
+    model.config.dtype = DTYPES[dtype]
+    return steps
+
+
+def check_debug_state(model: HFGPTForCausalLM, file: Path) -> list[str]:
+    """Compare a model of llm.c with the logits, loss and gradients that llm.c has left beside it, if it has."""
+    beside = llmc.debug_state_beside(file)
+    if not beside.is_file():
+        return []
+    theirs = llmc.read_debug_state(beside, model.config)
+    ours = llmc.make_debug_state(model, theirs.ids, theirs.targets)
+    logits = float((ours.logits - theirs.logits).abs().max())
+    # Beside the largest of all: that of the keys' biases is zero, since the softmax does not see them.
+    largest = max(float(each.abs().max()) for each in theirs.gradients.values())
+    gradient, name = max(
+        (float((ours.gradients[name] - each).abs().max()) / largest, name) for name, each in theirs.gradients.items()
+    )
+    return [
+        f"{beside.name}: max |Δlogit| {logits:.1e}, |Δloss| {abs(ours.loss - theirs.loss):.1e}, gradients within "
+        f"{gradient:.1e} of the largest (most in {name})"
+    ]
+
+
+def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that goes along: the one asked for, or the one that lies beside the weights.
+
+    Raises:
+        ValueError: the one asked for is not there.
+    """
+    if asked is not None:
+        return nanogpt.read_meta(Path(asked)) if Path(asked).is_file() else load_tokenizer(asked)
+    path = Path(source)
+    if found == "openai":
+        return openai.read_tokenizer(path)
+    if found == "nanogpt":
+        meta = path.with_name(nanogpt.META)
+        return nanogpt.read_meta(meta) if meta.is_file() else None
+    if found not in FOLDERS or (path.is_dir() and not (path / "tokenizer.json").is_file()):
+        return None
+    try:
+        return load_tokenizer(str(source))
+    except ValueError:
+        if path.is_dir():
+            raise
+        return None  # a repository on the Hub without one
 
 
 def render(result: Conversion) -> str:
     """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
-    width = max(len(step.name) for step in [*result.steps_in, *result.steps_out])
-
-    def lines(steps: list[Step]) -> list[str]:
-        return [f"  {step.name:<{width}}  {'x'.join(map(str, step.shape)):>12}  {step.action}" for step in steps]
-
-    lossy = [step for step in [*result.steps_in, *result.steps_out] if not step.is_exact]
-    summary = (
-        f"{result.parameters:,} parameters from {len(result.steps_in)} tensors ({result.source_format}) to "
-        f"{len(result.steps_out)}; "
-        + (f"{len(lossy)} filled, cut or dropped" if lossy else "nothing filled, cut or dropped")
-    )
-    notes = [f"note: {note}" for note in result.notes]
+    parts = {"in:": result.steps_in, "changed:": result.steps_between, "out:": result.steps_out}
+    width = max(len(step.name) for steps in parts.values() for step in steps)
+    lines = []
+    for title, steps in parts.items():
+        rows = [f"  {step.name:<{width}}  {'x'.join(map(str, step.shape)):>12}  {step.action}" for step in steps]
+        lines += [title, *rows] if rows else []
+    lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:
-        found = result.comparison
-        notes.append(
-            f"verified: {found.by}, gives logits within {found.max_abs_diff:.2e} of the source's, KL {found.kl:.1e} "
-            f"nats, the same likeliest token at {found.argmax_agreement:.2%} of the positions"
-        )
-    return "\n".join(["in:", *lines(result.steps_in), "out:", *lines(result.steps_out), *notes, summary])
+        lines.append(compare.render(result.comparison))
+    losses = f"{len(result.lossy)} filled, cut, dropped or rounded" if result.lossy else "nothing lost"
+    lines.append(
+        f"{result.parameters:,} parameters from {len(result.steps_in)} tensors ({result.source_format}) to "
+        f"{len(result.steps_out)}; {losses}"
+    )
+    return "\n".join(lines)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import QKV, Entry, Step, expand, own_tensors, settings_of, walk_out
+from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, settings_of, walk_out
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -47,11 +46,11 @@ def table(num_layers: int, tied: bool) -> list[Entry]:
     return rows if tied else [*rows, HEAD]
 
 
-def write(model: HFGPTForCausalLM, file: Path, tokenizer: PreTrainedTokenizerFast, quantization: str) -> list[Step]:
+def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantization: str) -> list[Step]:
     """Write a model with its tokenizer for llama.cpp.
 
     Args:
-        model: any with GPT-2's activation.
+        parts: of any model with GPT-2's activation.
         file: to be written.
         tokenizer: a byte-level BPE, as GPT-2's is.
         quantization: a key of `QUANTIZATIONS`.
@@ -63,14 +62,12 @@ def write(model: HFGPTForCausalLM, file: Path, tokenizer: PreTrainedTokenizerFas
         import gguf
     except ImportError as error:
         raise ValueError("GGUF needs the gguf package: `pip install gguf`.") from error
-    config = model.config
-    settings_of(model, activation_function="gelu_new")
+    config = parts.config
+    settings_of(config, activation_function="gelu_new")
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`--dtype` must be one of {list(QUANTIZATIONS)} for gguf, got {quantization!r}.")
     kind = gguf.GGMLQuantizationType[QUANTIZATIONS[quantization]]
-    tensors = own_tensors(model.float())
-    rows = table(config.num_hidden_layers, tied="lm_head.weight" not in tensors)
-    converted, steps = walk_out(rows, tensors)
+    converted, steps = walk_out(table(config.num_hidden_layers, parts.is_tied), parts.tensors)
 
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_name(file.stem)
@@ -82,23 +79,35 @@ def write(model: HFGPTForCausalLM, file: Path, tokenizer: PreTrainedTokenizerFas
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     add_tokenizer(writer, tokenizer, config.vocab_size)
-    for place, (name, tensor) in enumerate(converted.items()):
-        array = tensor.numpy()
-        is_matrix = array.ndim == 2 and name != "position_embd.weight"
-        if is_matrix and kind == gguf.GGMLQuantizationType.Q8_0:
-            if array.shape[1] % 32:
-                raise ValueError(f"{name}: q8_0 takes rows of a multiple of 32, this has {array.shape[1]}.")
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array.astype(np.float16 if is_matrix and quantization == "fp16" else np.float32))
-        if is_matrix and quantization != "fp32":
-            step = steps[place]
+    for place, step in enumerate(steps):
+        array = converted.pop(step.name).float().numpy()
+        is_rounded = array.ndim == 2 and step.name != "position_embd.weight" and quantization != "fp32"
+        if is_rounded:
+            array = rounded(step.name, array, quantization)
             steps[place] = Step(step.name, step.shape, f"{step.action}, rounded to {quantization}", is_exact=False)
+        writer.add_tensor(step.name, array, raw_dtype=kind if is_rounded else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return steps
+
+
+def rounded(name: str, array: np.ndarray, quantization: str) -> np.ndarray:
+    """A matrix in fp16 or in llama.cpp's blocks of 32 numbers.
+
+    Raises:
+        ValueError: it has rows that are no blocks, or numbers beyond fp16.
+    """
+    from gguf import GGMLQuantizationType, quants
+
+    if quantization == "q8_0":
+        if array.shape[1] % 32:
+            raise ValueError(f"{name}: q8_0 takes rows of a multiple of 32, this has {array.shape[1]}.")
+        return quants.quantize(array, GGMLQuantizationType.Q8_0)
+    if np.abs(array).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name}: holds {np.abs(array).max():.3g}, and fp16 ends at 65504.")
+    return array.astype(np.float16)
 
 
 def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:

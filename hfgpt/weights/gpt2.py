@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import QKV, Entry, expand, own_tensors, walk_out
+from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, take_apart, walk_out
 
 WHOLE_MODEL = (
     Entry("wte.weight", ("embed_tokens.weight",)),
@@ -39,15 +39,16 @@ EACH_BLOCK = (
 )
 
 
-def entries(num_layers: int, tied: bool) -> list[Entry]:
+def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[Entry]:
     """The table for a whole `ForCausalLM` model, with full names.
 
     Args:
         num_layers: number of blocks.
         tied: whether the output layer is the token embedding; if not, it is an entry of its own.
+        prefix: of every name; files of a model without a head have none.
     """
-    whole = [Entry("transformer." + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
-    rows = expand(whole, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
+    whole = [Entry(prefix + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
+    rows = expand(whole, EACH_BLOCK, prefix + "h.{layer}.", num_layers)
     return rows if tied else [*rows, Entry("lm_head.weight", ("lm_head.weight",))]
 
 
@@ -118,21 +119,29 @@ def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
 
     The tensors are copies: training the one does not change the other.
     """
-    config = to_gpt2_config(model.config)
-    # Who gave the model a head of its own without saying so in the config must not lose it.
-    tied = config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
-    with torch.device("meta"):
-        gpt2 = GPT2LMHeadModel(config)
-    converted = to_gpt2_tensors(own_tensors(model), model.config.num_hidden_layers, tied)
-    if tied:
-        converted["lm_head.weight"] = converted["transformer.wte.weight"]
-    gpt2.load_state_dict(converted, assign=True)
-    gpt2.tie_weights()
-    gpt2.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    gpt2, _ = from_parts(take_apart(model))
     gpt2.config._attn_implementation = model.config._attn_implementation
     return gpt2.train(model.training)
 
 
-def save(model: HFGPTForCausalLM, folder: str | Path) -> None:
+def from_parts(parts: Parts) -> tuple[GPT2LMHeadModel, list[Step]]:
+    """Make transformers' GPT-2 of a model's parts, which are used up, and say what was done to each tensor."""
+    config = to_gpt2_config(parts.config)
+    # Who gave the model a head of its own without saying so in the config must not lose it.
+    config.tie_word_embeddings = parts.is_tied
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(config)
+    tensors, steps = walk_out(entries(parts.config.num_hidden_layers, parts.is_tied), parts.tensors)
+    head = {"lm_head.weight": tensors["transformer.wte.weight"]} if config.tie_word_embeddings else {}
+    gpt2.load_state_dict(tensors | head, assign=True)
+    gpt2.tie_weights()
+    if parts.generation is not None:
+        gpt2.generation_config = GenerationConfig.from_dict(parts.generation.to_dict())
+    return gpt2, steps
+
+
+def write(parts: Parts, folder: Path) -> list[Step]:
     """Save as a plain GPT-2 folder, for tools that know GPT-2 and run no code from elsewhere."""
-    to_gpt2(model).save_pretrained(folder)
+    gpt2, steps = from_parts(parts)
+    gpt2.save_pretrained(folder)
+    return steps

@@ -1,30 +1,41 @@
 """llm.c: one .bin file, a header of 256 int32 and then every tensor of all blocks together, as `nn.Linear` has them.
 
-Version 3 is fp32, version 5 bf16; the vocabulary is padded to a multiple of 128. https://github.com/karpathy/llm.c
+Version 3 is fp32, version 5 bf16; the vocabulary is padded to a multiple of 128. Beside it llm.c may keep a debug
+state: the logits, the loss and the gradients of one batch. https://github.com/karpathy/llm.c
 """
 
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights import mathematics
+from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
     QKV,
     Checkpoint,
     Entry,
+    Parts,
     Step,
     expand,
-    own_tensors,
     refuse_other_inner_width,
     settings_of,
+    take_apart,
+    walk_in,
     walk_out,
 )
 
 MAGIC = 20240326
+DEBUG_MAGIC, DEBUG_VERSION = 20240327, 2
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
 HEADER_BYTES = 256 * 4
 PADDED_TO = 128  # the vocabulary, for the sake of llm.c's kernels
@@ -79,52 +90,25 @@ def shapes_in_order(width: int, positions: int, padded_vocab_size: int, layers: 
     }
 
 
-def recognises(file: Path) -> bool:
-    """Whether a file begins as llm.c's models do."""
-    with file.open("rb") as stream:
-        return stream.read(4) == MAGIC.to_bytes(4, "little")
-
-
 def read(file: Path) -> Checkpoint:
     """Read a model file; the tensors stay on the disk until they are used.
 
     Raises:
         ValueError: another kind of file, another byte order or version, or a size that its header does not imply.
     """
-    header = np.fromfile(file, dtype="<i4", count=256)
-    if header.size < 256:
-        raise ValueError(f"{file}: {header.size * 4} bytes, shorter than llm.c's header of {HEADER_BYTES}.")
-    magic, version, positions, vocab_size, layers, heads, width, padded = header[:8].tolist()
-    if magic == int.from_bytes(MAGIC.to_bytes(4, "little"), "big", signed=True):
-        raise ValueError(f"{file}: big-endian; llm.c writes little-endian.")
-    if magic != MAGIC:
-        raise ValueError(f"{file}: begins with {magic}; a model of llm.c begins with {MAGIC}.")
+    _, version, positions, vocab_size, layers, heads, width, padded = header_of(file, MAGIC, "a model")[:8]
     if version not in DTYPES:
         raise ValueError(f"{file}: version {version}; hfgpt reads {list(DTYPES)} (fp32, bf16).")
     if min(positions, vocab_size, layers, heads, width) < 1 or padded < vocab_size:
-        raise ValueError(f"{file}: the header has an impossible shape: {header[2:8].tolist()}.")
-
+        shape = [positions, vocab_size, layers, heads, width, padded]
+        raise ValueError(f"{file}: the header has an impossible shape: {shape}.")
     dtype = DTYPES[version]
     shapes = shapes_in_order(width, positions, padded, layers)
-    expected = HEADER_BYTES + dtype.itemsize * sum(int(np.prod(shape)) for shape in shapes.values())
-    if file.stat().st_size != expected:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, by its header it should have {expected}.")
-    data = torch.from_file(str(file), shared=False, size=expected, dtype=torch.uint8)[HEADER_BYTES:].view(dtype)
-
-    tensors: dict[str, Tensor] = {}
-    start = 0
-    for name, shape in shapes.items():
-        size = int(np.prod(shape))
-        tensor = data[start : start + size].view(shape)
-        start += size
-        if any(row.foreign == name for row in EACH_BLOCK):
-            tensors |= {f"{layer}.{name}": tensor[layer] for layer in range(layers)}
-        else:
-            tensors[name] = tensor
+    tensors = places(file, HEADER_BYTES, shapes, dtype)
     steps = []
     if padded > vocab_size:
         steps.append(Step("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
-        tensors["wte"] = tensors["wte"][:vocab_size]
+        tensors["wte"] = Stored(file, tensors["wte"].offset, (vocab_size, width), dtype)
     config = HFGPTConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -133,43 +117,199 @@ def read(file: Path) -> Checkpoint:
         num_attention_heads=heads,
         dtype=dtype,
     )
-    return Checkpoint(tensors, config, table(layers), steps=steps)
+    return Checkpoint(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), steps=steps)
 
 
-def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+def header_of(file: Path, magic: int, what: str) -> list[int]:
+    """The 256 numbers that a file begins with.
+
+    Raises:
+        ValueError: another kind of file, or another byte order.
+    """
+    header = np.fromfile(file, dtype="<i4", count=256).tolist()
+    if len(header) < 256:
+        raise ValueError(f"{file}: {len(header) * 4} bytes, shorter than llm.c's header of {HEADER_BYTES}.")
+    if header[0] == int.from_bytes(magic.to_bytes(4, "little"), "big", signed=True):
+        raise ValueError(f"{file}: big-endian; llm.c writes little-endian.")
+    if header[0] != magic:
+        raise ValueError(f"{file}: begins with {header[0]}; {what} of llm.c begins with {magic}.")
+    return header
+
+
+def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Stored]:
+    """Where every tensor lies from byte `start` to the end of the file, those of blocks one by one.
+
+    Raises:
+        ValueError: the file is shorter or longer than that.
+    """
+    in_blocks = {row.foreign for row in EACH_BLOCK}
+    tensors: dict[str, Stored] = {}
+    for name, shape in shapes.items():
+        parts = [(f"{layer}.{name}", shape[1:]) for layer in range(shape[0])] if name in in_blocks else [(name, shape)]
+        for key, part in parts:
+            tensors[key] = Stored(file, start, part, dtype)
+            start += prod(part) * dtype.itemsize
+    size = file.stat().st_size
+    if size != start:
+        raise ValueError(f"{file}: {size} bytes, by its header it should have {start}.")
+    return tensors
+
+
+def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The own forward pass of llm.c: (B, T) to (B, T, V)."""
+    weight = mathematics.reader(tensors, dtype)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return mathematics.norm(x, weight(f"{name}w"), weight(f"{name}b"))
+
+    def matmul(x: Tensor, name: str) -> Tensor:
+        return x @ weight(f"{name}w").T + weight(f"{name}b")
+
+    wte = weight("wte")
+    x = wte[ids_BT] + weight("wpe")[: ids_BT.shape[1]]
+    for layer in range(layers):
+        q, k, v = matmul(norm(x, f"{layer}.ln1"), f"{layer}.qkv").chunk(3, dim=-1)
+        x = x + matmul(mathematics.attend(q, k, v, heads), f"{layer}.attproj")
+        x = x + matmul(ACT2FN["gelu_new"](matmul(norm(x, f"{layer}.ln2"), f"{layer}.fc")), f"{layer}.fcproj")
+    return norm(x, "lnf") @ wte.T
+
+
+def write(parts: Parts, file: Path) -> list[Step]:
     """Write a model file: version 5 of a bf16 model, version 3 of one in fp32.
 
     Raises:
         ValueError: another dtype, activation or inner width than llm.c has, or an untied output layer.
     """
-    config = model.config
-    settings_of(model, activation_function="gelu_new", tie_word_embeddings=True)
-    refuse_other_inner_width(model)
+    refuse_other_models(parts.config)
     versions = {dtype: version for version, dtype in DTYPES.items()}
-    if model.dtype not in versions:
-        raise ValueError(f"the format needs fp32 or bf16, the model is {model.dtype}. Give `--dtype`.")
-    layers = config.num_hidden_layers
-    tensors, steps = walk_out(table(layers), own_tensors(model))
-    padding = -config.vocab_size % PADDED_TO
-    padded = config.vocab_size + padding
+    if parts.dtype not in versions:
+        raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
+    config, version = parts.config, versions[parts.dtype]
+    layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
+    tensors, steps = walk_out(table(layers), parts.tensors)
     if padding:
-        tensors["wte"] = F.pad(tensors["wte"], (0, 0, 0, padding))
-        steps.append(Step("wte", tuple(tensors["wte"].shape), f"filled with {padding} rows of zeros", is_exact=False))
-    header = np.zeros(256, dtype="<i4")
-    header[:8] = (
+        shape = (config.vocab_size + padding, config.hidden_size)
+        steps.append(Step("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
+    header = (
         MAGIC,
-        versions[model.dtype],
+        version,
         config.max_position_embeddings,
         config.vocab_size,
         layers,
         config.num_attention_heads,
         config.hidden_size,
-        padded,
+        config.vocab_size + padding,
     )
     with file.open("wb") as stream:
-        stream.write(header.tobytes())
-        for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers):
-            keys = [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]
-            for key in keys:
-                stream.write(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+        stream.write(header_bytes(*header))
+        write_tensors(stream, tensors, config)
     return steps
+
+
+def refuse_other_models(config: HFGPTConfig) -> None:
+    """Refuse what llm.c's GPT-2 is not.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    settings_of(
+        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON
+    )
+    refuse_other_inner_width(config)
+
+
+def header_bytes(*values: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[: len(values)] = values
+    return header.tobytes()
+
+
+def write_tensors(stream: BinaryIO, tensors: dict[str, Tensor], config: HFGPTConfig) -> None:
+    """Write tensors in the file's order, the embedding padded with rows of zeros."""
+    layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
+    for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
+        for key in [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]:
+            tensor = tensors[key].contiguous()
+            stream.write(tensor.view(torch.uint8).numpy().data)
+            if name == "wte":
+                stream.write(bytes(padding * config.hidden_size * tensor.dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class DebugState:
+    """What a model makes of one batch, in fp32: the file that llm.c tests itself with.
+
+    Attributes:
+        ids: (B, T) int32.
+        targets: (B, T) int32, the token after each, not shifted once more.
+        logits: (B, T, V).
+        loss: mean cross-entropy over all B T targets, in nats.
+        gradients: of the loss, by hfgpt's names.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    logits: Tensor
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def debug_state_beside(file: Path) -> Path:
+    """Where llm.c keeps the debug state of a model file."""
+    return file.with_name(f"{file.stem}_debug_state.bin")
+
+
+def make_debug_state(model: HFGPTForCausalLM, ids_BT: Tensor, targets_BT: Tensor) -> DebugState:
+    """Run a model, forwards and backwards, in eval mode and fp32; its own gradients are left as they are."""
+    with torch.enable_grad():
+        logits_BTV = model.eval()(ids_BT.long()).logits.float()
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().long())
+        found = torch.autograd.grad(loss, list(model.parameters()))
+    gradients = {name: each.float() for (name, _), each in zip(model.named_parameters(), found, strict=True)}
+    return DebugState(ids_BT.int(), targets_BT.int(), logits_BTV.detach(), float(loss.detach()), gradients)
+
+
+def write_debug_state(model: HFGPTForCausalLM, file: Path, ids_BT: Tensor, targets_BT: Tensor) -> None:
+    """Write what llm.c's test reads.
+
+    Raises:
+        ValueError: another activation or inner width than llm.c has, or an untied output layer.
+    """
+    refuse_other_models(model.config)
+    state = make_debug_state(model, ids_BT, targets_BT)
+    gradients, _ = walk_out(table(model.config.num_hidden_layers), dict(state.gradients))
+    with file.open("wb") as stream:
+        stream.write(header_bytes(DEBUG_MAGIC, DEBUG_VERSION, *ids_BT.shape))
+        for array, dtype in ((state.ids, "<i4"), (state.targets, "<i4"), (state.logits, "<f4"), (state.loss, "<f4")):
+            stream.write(np.asarray(array).astype(dtype, copy=False).tobytes())
+        write_tensors(stream, gradients, model.config)
+
+
+def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
+    """Read what llm.c, or `write_debug_state`, has written for a model of this shape.
+
+    Raises:
+        ValueError: another kind of file, version or size.
+    """
+    _, version, batch, length = header_of(file, DEBUG_MAGIC, "a debug state")[:4]
+    if version != DEBUG_VERSION:
+        raise ValueError(f"{file}: version {version}; hfgpt reads {DEBUG_VERSION}.")
+    if batch < 1 or length < 1:
+        raise ValueError(f"{file}: a batch of {batch} texts of {length} tokens.")
+    shape, vocab_size, layers = (batch, length), config.vocab_size, config.num_hidden_layers
+    start = HEADER_BYTES
+    batches = []
+    for part, dtype in ((shape, torch.int32), (shape, torch.int32), ((*shape, vocab_size), torch.float32)):
+        batches.append(Stored(file, start, part, dtype))
+        start += prod(part) * dtype.itemsize
+    loss = Stored(file, start, (), torch.float32)
+    padded = vocab_size + -vocab_size % PADDED_TO
+    shapes = shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers)
+    gradients = places(file, start + 4, shapes, torch.float32)
+    gradients["wte"] = Stored(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
+    with torch.device("meta"):
+        model = HFGPTForCausalLM(config)
+    shapes_here = {name: tuple(each.shape) for name, each in take_apart(model).tensors.items()}
+    named, _ = walk_in(table(layers), gradients, shapes_here)
+    ids, targets, expected = (each.read() for each in batches)
+    return DebugState(ids, targets, expected, float(loss.read()), named)

@@ -5,25 +5,30 @@ layers have no biases when they were trained from scratch, and the output layer 
 https://github.com/rasbt/LLMs-from-scratch
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights import mathematics
+from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
     QKV,
     Checkpoint,
     Entry,
+    Parts,
     Step,
     drop_tied_head,
     expand,
     heads_of,
-    own_tensors,
     refuse_other_inner_width,
     settings_of,
+    shape_of,
     walk_out,
 )
 
@@ -88,11 +93,12 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         activation: of the MLP; None takes the book's, tanh GELU.
 
     Raises:
-        ValueError: the number of heads is not to be known.
+        ValueError: the number of heads is not to be known, or a matrix is missing.
     """
     tensors = dict(content.get("model_state_dict", content))
     is_tied, steps = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
-    (vocab_size, width), positions = tensors["tok_emb.weight"].shape, len(tensors["pos_emb.weight"])
+    vocab_size, width = shape_of(tensors, "tok_emb.weight")
+    positions, _ = shape_of(tensors, "pos_emb.weight")
     is_fast = "final_norm.weight" in tensors
     num_layers = len([name for name in tensors if name.endswith(".ff.layers.0.weight")])
     heads, notes = heads_of(width, heads)
@@ -105,21 +111,57 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         activation_function=activation or "gelu_new",
         tie_word_embeddings=is_tied,
     )
-    return Checkpoint(tensors, config, table(num_layers, is_tied, is_fast), r"\.att\.mask$", steps, notes)
+    return Checkpoint(
+        tensors,
+        config,
+        table(num_layers, is_tied, is_fast),
+        logits=partial(logits, tensors, num_layers, heads, config.activation_function),
+        dropped=r"\.att\.mask$",
+        steps=steps,
+        notes=notes,
+    )
 
 
-def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+def logits(
+    tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The own forward pass of `GPTModel` and `GPTModelFast`: (B, T) to (B, T, V)."""
+    weight = mathematics.reader(tensors, dtype)
+    is_fast = "final_norm.weight" in tensors
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        gain, shift = ("weight", "bias") if is_fast else ("scale", "shift")
+        return mathematics.norm(x, weight(f"{name}.{gain}"), weight(f"{name}.{shift}"))
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        result = x @ weight(f"{name}.weight").T
+        return result + weight(f"{name}.bias") if f"{name}.bias" in tensors else result
+
+    x = weight("tok_emb.weight")[ids_BT] + weight("pos_emb.weight")[: ids_BT.shape[1]]
+    for block in (f"trf_blocks.{layer}" for layer in range(layers)):
+        normed = norm(x, f"{block}.norm1")
+        if is_fast:
+            queries, keys, values = linear(normed, f"{block}.att.qkv").chunk(3, dim=-1)
+        else:
+            queries, keys, values = (linear(normed, f"{block}.att.W_{name}") for name in ("query", "key", "value"))
+        attended = mathematics.attend(queries, keys, values, heads)
+        x = x + linear(attended, f"{block}.att.proj" if is_fast else f"{block}.att.out_proj")
+        inner = ACT2FN[activation](linear(norm(x, f"{block}.norm2"), f"{block}.ff.layers.0"))
+        x = x + linear(inner, f"{block}.ff.layers.2")
+    head = weight("out_head.weight" if "out_head.weight" in tensors else "tok_emb.weight")
+    return norm(x, "final_norm") @ head.T
+
+
+def write(parts: Parts, file: Path) -> list[Step]:
     """Write the state dict of a `GPTModel` with `qkv_bias=True`, as .safetensors if the file is called so.
 
     Raises:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
-    config = model.config
-    settings_of(model, activation_function="gelu_new")
-    refuse_other_inner_width(model)
-    tensors = own_tensors(model)
-    is_tied = "lm_head.weight" not in tensors
-    converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), tensors)
+    config, is_tied = parts.config, parts.is_tied
+    settings_of(config, activation_function="gelu_new", layer_norm_epsilon=mathematics.EPSILON)
+    refuse_other_inner_width(config)
+    converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
         steps.append(Step("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))

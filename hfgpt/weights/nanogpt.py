@@ -4,26 +4,34 @@ nanoGPT, https://github.com/karpathy/nanoGPT, saves a dictionary `ckpt.pt` with 
 build-nanogpt one with `model` and a `config` object; minGPT's users save the bare state dict.
 """
 
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights import mathematics
+from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
     QKV,
     Checkpoint,
     Entry,
+    Parts,
     Step,
     drop_tied_head,
     expand,
     heads_of,
-    own_tensors,
     refuse_other_inner_width,
     settings_of,
+    shape_of,
     walk_out,
 )
 
@@ -51,6 +59,9 @@ EACH_BLOCK = (
 
 HEAD = Entry("lm_head.weight", ("lm_head.weight",))
 
+META = "meta.pkl"
+"""Where nanoGPT's character-level data sets keep their vocabulary."""
+
 PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
 
 
@@ -74,23 +85,25 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         activation: of the MLP; None takes nanoGPT's, or that of the others.
 
     Raises:
-        ValueError: the number of heads is not to be known.
+        ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
     tensors = {strip(name): tensor for name, tensor in content.get("model", content).items()}
     is_tied, steps = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
-    (vocab_size, width), positions = tensors["transformer.wte.weight"].shape, len(tensors["transformer.wpe.weight"])
+    vocab_size, width = shape_of(tensors, "transformer.wte.weight")
+    positions, _ = shape_of(tensors, "transformer.wpe.weight")
     num_layers = len([name for name in tensors if name.endswith(".ln_1.weight")])
-    notes: list[str] = []
+    found = {"n_layer": num_layers, "n_embd": width, "block_size": positions, "vocab_size": vocab_size}
+    dropout, default, notes = 0.0, "gelu_new", []
     if "model_args" in content:
-        heads, dropout = content["model_args"]["n_head"], content["model_args"].get("dropout", 0.0)
-        default = "gelu"
+        heads, default = said_heads(content["model_args"], found, heads), "gelu"
+        dropout = content["model_args"].get("dropout", 0.0)
         if activation is None:
             notes.append("activation gelu, nanoGPT's since its PR 274; for an older one give `--activation gelu_new`.")
     elif "config" in content:
-        heads, dropout, default = content["config"].n_head, 0.0, "gelu_new"
+        heads = said_heads(vars(content["config"]), found, heads)
     else:
         heads, notes = heads_of(width, heads)
-        dropout, default = 0.1, "gelu_new"
+        dropout = 0.1
     config = HFGPTConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -103,8 +116,65 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         resid_pdrop=dropout,
         tie_word_embeddings=is_tied,
     )
-    masks = r"\.attn\.(masked_)?bias$"  # buffers; the dot spares `c_attn.bias`
-    return Checkpoint(tensors, config, table(num_layers, is_tied), masks, steps, notes)
+    return Checkpoint(
+        tensors,
+        config,
+        table(num_layers, is_tied),
+        logits=partial(logits, tensors, num_layers, heads, config.activation_function),
+        dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
+        steps=steps,
+        notes=notes,
+    )
+
+
+def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | None) -> int:
+    """The number of heads that a file's own settings say.
+
+    Args:
+        settings: `model_args`, or the fields of the config object.
+        found: what the tensors say of the others.
+        asked: what the user says of the heads.
+
+    Raises:
+        ValueError: the settings do not say it, or say something else than the tensors or the user.
+    """
+    for name, value in found.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"the file says `{name}` = {settings[name]!r}, its tensors say {value}.")
+    heads = settings.get("n_head")
+    if not isinstance(heads, int):
+        raise ValueError(
+            f"the file's settings have no `n_head`; they have {', '.join(map(str, settings)) or 'nothing'}."
+        )
+    if asked not in (None, heads):
+        raise ValueError(f"`--heads` is {asked}, the file says `n_head` = {heads}.")
+    return heads
+
+
+def logits(
+    tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The own forward pass of nanoGPT and minGPT: (B, T) to (B, T, V)."""
+    weight = mathematics.reader(tensors, dtype)
+
+    def bias(name: str) -> Tensor | None:
+        return weight(name) if name in tensors else None
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return mathematics.norm(x, weight(f"{name}.weight"), bias(f"{name}.bias"))
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return torch.nn.functional.linear(x, weight(f"{name}.weight"), bias(f"{name}.bias"))
+
+    embedding = weight("transformer.wte.weight")
+    x = embedding[ids_BT] + weight("transformer.wpe.weight")[: ids_BT.shape[1]]
+    for block in (f"transformer.h.{layer}" for layer in range(layers)):
+        q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1)
+        x = x + linear(mathematics.attend(q, k, v, heads), f"{block}.attn.c_proj")
+        inner = ACT2FN[activation](linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
+        x = x + linear(inner, f"{block}.mlp.c_proj")
+    head = weight("lm_head.weight") if "lm_head.weight" in tensors else embedding
+    return norm(x, "transformer.ln_f") @ head.T
 
 
 def strip(name: str) -> str:
@@ -114,18 +184,46 @@ def strip(name: str) -> str:
     return name
 
 
-def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+def read_meta(file: Path) -> PreTrainedTokenizerFast:
+    """The characters of a `meta.pkl` as a tokenizer, which refuses all others; it has no token that ends a text.
+
+    Raises:
+        ValueError: it is damaged, wants to run something, or is no vocabulary of characters.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = PlainUnpickler(stream).load()
+        characters = {str(character): int(number) for character, number in content["stoi"].items()}
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file}: no vocabulary of nanoGPT's: {error!r}.") from error
+    if sorted(characters.values()) != list(range(len(characters))) or any(len(each) != 1 for each in characters):
+        raise ValueError(f"{file}: not one number, from 0 on, for each of {len(characters)} characters.")
+    tokenizer = Tokenizer(models.WordLevel(characters))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, strings and numbers, and nothing that would have to be imported or run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse every class and function."""
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def write(parts: Parts, file: Path) -> list[Step]:
     """Write a nanoGPT `ckpt.pt`, to sample from or, with a fresh optimizer, to go on training with `init_from=resume`.
 
     Raises:
         ValueError: the model has an untied output layer, another inner width than four times its own, another
             activation than nanoGPT's, or several dropouts.
     """
-    config = model.config
-    settings_of(model, activation_function="gelu", tie_word_embeddings=True)
-    refuse_other_inner_width(model)
-    settings_of(model, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
-    tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), own_tensors(model))
+    config = parts.config
+    settings_of(config, activation_function="gelu", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON)
+    refuse_other_inner_width(config)
+    settings_of(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
+    tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), parts.tensors)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
         "n_layer": config.num_hidden_layers,

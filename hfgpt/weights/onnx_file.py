@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import Step, own_tensors
+from hfgpt.weights.tables import Parts, Step, put_together
 
 LARGEST_FILE = 2**31
 """Bytes that a protocol buffer, which an .onnx file is, can have."""
@@ -30,7 +30,7 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
+def write(parts: Parts, file: Path) -> list[Step]:
     """Export a model.
 
     Raises:
@@ -41,13 +41,14 @@ def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs two packages: `pip install onnx onnxscript`.") from error
-    tensors = own_tensors(model)
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in parts.tensors.values())
     if size > 0.95 * LARGEST_FILE:
         raise ValueError(f"the weights take {size / 1e9:.1f} GB, an .onnx file at most 2. Try `--dtype fp16`.")
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
     )  # torchvision is not needed
+    steps = [Step(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
+    model = put_together(parts)
     ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with warnings.catch_warnings():
@@ -63,7 +64,7 @@ def write(model: HFGPTForCausalLM, file: Path) -> list[Step]:
             external_data=False,
             verbose=False,
         )
-    return [Step(name, tuple(tensor.shape), "copied into the graph") for name, tensor in tensors.items()]
+    return steps
 
 
 def run(file: Path, ids: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ https://github.com/openai/gpt-2, tensorflow/core/protobuf/tensor_bundle.proto
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights import mathematics
+from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
     QKV,
     Checkpoint,
     Entry,
+    Parts,
     Step,
     expand,
-    own_tensors,
     refuse_other_inner_width,
     settings_of,
     walk_out,
@@ -104,9 +108,7 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder / HPARAMS}: not OpenAI's shape of a GPT-2: {error!r}.") from error
 
     file = folder / DATA
-    size = file.stat().st_size
-    data = np.memmap(file, dtype=np.uint8, mode="c") if size else np.zeros(0, dtype=np.uint8)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for key, value in table_entries(folder / INDEX):
         if not key:
             continue  # the header of the whole
@@ -115,15 +117,44 @@ def read(folder: Path) -> Checkpoint:
             raise ValueError(f"{folder / INDEX}: {name} is of TensorFlow's type {place.get(1)}, not fp32.")
         dims = [parse(dim).get(1, 0) for dim in repeated(place.get(2, b""), 2)]
         start, length = place.get(4, 0), place.get(5, 0)
-        if start + length > size or length != 4 * int(np.prod(dims)):
+        if start + length > file.stat().st_size or length != 4 * prod(dims):
             raise ValueError(f"{file}: too short, or of another shape, for {name} {tuple(dims)}.")
-        content = data[start : start + length]
-        if checksum(content.data) != place.get(6):
-            raise ValueError(f"{file}: {name} does not match its checksum.")
-        tensor = torch.from_numpy(content.view("<f4").reshape(dims))
         # Matrices are kernels of a convolution of width 1.
-        tensors[name] = tensor[0] if name.endswith("/w") and tensor.ndim == 3 and len(tensor) == 1 else tensor
-    return Checkpoint(tensors, config, table(config.num_hidden_layers))
+        shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
+        check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
+        tensors[name] = Stored(file, start, tuple(shape), torch.float32, check=check)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    return Checkpoint(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads))
+
+
+def matches(stored: int | None, fault: str) -> Callable[[np.ndarray], None]:
+    """A function that compares bytes with their checksum, and raises a ValueError that says `fault`."""
+
+    def check(content: np.ndarray) -> None:
+        if checksum(content.data) != stored:
+            raise ValueError(fault)
+
+    return check
+
+
+def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The own forward pass of OpenAI's model.py: (B, T) to (B, T, V)."""
+    weight = mathematics.reader(tensors, dtype)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return mathematics.norm(x, weight(f"{name}/g"), weight(f"{name}/b"))
+
+    def conv1d(x: Tensor, name: str) -> Tensor:
+        return x @ weight(f"{name}/w") + weight(f"{name}/b")
+
+    wte = weight("model/wte")
+    x = wte[ids_BT] + weight("model/wpe")[: ids_BT.shape[1]]
+    for block in (f"model/h{layer}" for layer in range(layers)):
+        q, k, v = conv1d(norm(x, f"{block}/ln_1"), f"{block}/attn/c_attn").chunk(3, dim=-1)
+        x = x + conv1d(mathematics.attend(q, k, v, heads), f"{block}/attn/c_proj")
+        inner = ACT2FN["gelu_new"](conv1d(norm(x, f"{block}/ln_2"), f"{block}/mlp/c_fc"))
+        x = x + conv1d(inner, f"{block}/mlp/c_proj")
+    return norm(x, "model/ln_f") @ wte.T
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
@@ -229,18 +260,20 @@ def repeated(message: bytes, number: int) -> list[bytes]:
     return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
 
 
-def write(model: HFGPTForCausalLM, folder: Path) -> list[Step]:
+def write(parts: Parts, folder: Path) -> list[Step]:
     """Write a checkpoint folder that TensorFlow and OpenAI's code read.
 
     Raises:
         ValueError: another activation, inner width or dtype than OpenAI's, or an untied output layer.
     """
-    config = model.config
-    settings_of(model, activation_function="gelu_new", tie_word_embeddings=True)
-    if model.dtype != torch.float32:
-        raise ValueError(f"the format needs fp32, the model is {model.dtype}. Give `--dtype fp32`.")
-    refuse_other_inner_width(model)
-    tensors, steps = walk_out(table(config.num_hidden_layers), own_tensors(model))
+    config = parts.config
+    settings_of(
+        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON
+    )
+    if parts.dtype != torch.float32:
+        raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")
+    refuse_other_inner_width(config)
+    tensors, steps = walk_out(table(config.num_hidden_layers), parts.tensors)
     folder.mkdir()
     hparams = {
         "n_vocab": config.vocab_size,
@@ -259,7 +292,7 @@ def write(model: HFGPTForCausalLM, folder: Path) -> list[Step]:
     with (folder / DATA).open("wb") as stream:
         for name in sorted(tensors, key=str.encode):
             tensor = tensors[name][None] if name.endswith("/w") else tensors[name]
-            content = tensor.contiguous().numpy().astype("<f4", copy=False).tobytes()
+            content = tensor.contiguous().numpy().astype("<f4", copy=False).reshape(-1).view(np.uint8).data
             stream.write(content)
             shape = b"".join(field_of(2, field_of(1, size)) for size in tensor.shape)
             place = field_of(1, FLOAT32) + field_of(2, shape) + (field_of(4, start) if start else b"")

@@ -4,16 +4,22 @@ A format is a table and a reader and writer of its bytes; see nanogpt.py for the
 comes back as a list of steps, so that nothing is filled, cut or dropped unseen.
 """
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights.stored import Stored, read
+
+NONE = r"(?!)"
+"""A pattern that no name matches."""
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -57,20 +63,50 @@ class Checkpoint:
     """A checkpoint of another format, read and not yet walked.
 
     Attributes:
-        tensors: by their names in the format.
+        tensors: by their names in the format; most are read from the file when they are wanted.
         config: the shape, activation and tying that give the same logits in hfgpt.
         table: what each tensor is in hfgpt.
+        logits: the format's own forward pass, on its own tensors and by its own rules, from ids (B, T) to (B, T, V) in
+            the dtype it is given; the oracle of `hfgpt convert --verify`.
         dropped: pattern of names that hfgpt has no use for, such as causal masks.
         steps: what reading alone has done, such as a head dropped because it is the token embedding.
         notes: what a user should know of the two formats' mathematics.
+        generation: how the model writes text, if the source says it.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Stored | Tensor]
     config: HFGPTConfig
     table: list[Entry]
-    dropped: str = r"(?!)"
+    logits: Callable[[Tensor, torch.dtype], Tensor]
+    dropped: str = NONE
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    generation: GenerationConfig | None = None
+
+
+@dataclass
+class Parts:
+    """A model taken apart, so that its tensors can be written, and let go, one after the other.
+
+    Attributes:
+        config: of the model.
+        generation: how it writes text.
+        tensors: by hfgpt's names; without the output layer, if that is the token embedding.
+    """
+
+    config: HFGPTConfig
+    generation: GenerationConfig | None
+    tensors: dict[str, Tensor]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the token embedding."""
+        return "lm_head.weight" not in self.tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors."""
+        return next(iter(self.tensors.values())).dtype
 
 
 def expand(whole: Sequence[Entry], each_block: Sequence[Entry], block: str, num_layers: int) -> list[Entry]:
@@ -100,12 +136,19 @@ def actions(row: Entry, for_several: str) -> str:
     return ", ".join(done) or "copied"
 
 
-def walk_in(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[Step]]:
+def walk_in(
+    table: Sequence[Entry],
+    tensors: Mapping[str, Stored | Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    dropped: str = NONE,
+) -> tuple[dict[str, Tensor], list[Step]]:
     """Make hfgpt's tensors from a format's.
 
     Args:
-        checkpoint: what was read.
+        table: of the format.
+        tensors: by their names in the format.
         shapes: the shape of every tensor of the hfgpt model, by name.
+        dropped: pattern of names that hfgpt has no use for.
 
     Returns:
         hfgpt's tensors by name, and what was done to each of the format's.
@@ -114,49 +157,69 @@ def walk_in(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> tuple
         ValueError: a tensor is missing, left over or of another shape than the config says.
     """
     result: dict[str, Tensor] = {}
-    steps = list(checkpoint.steps)
-    left_over = set(checkpoint.tensors)
-    for row in checkpoint.table:
-        tensor = checkpoint.tensors.get(row.foreign)
-        left_over.discard(row.foreign)
-        if tensor is None:
+    steps: list[Step] = []
+    left_over = set(tensors) - {row.foreign for row in table}
+    for name in sorted(left_over):
+        if not re.search(dropped, name):
+            raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
+    filled: list[Entry] = []
+    for row in table:
+        if row.foreign not in tensors:
             if not row.is_optional:
                 raise ValueError(f"{row.foreign}: not in the file.")
-            result |= {name: torch.zeros(shapes[name]) for name in row.hfgpt}
-            steps += [Step(row.foreign, shapes[name], "filled with zeros", is_exact=False) for name in row.hfgpt[:1]]
+            filled.append(row)
             continue
-        outputs = [shapes[name] for name in row.hfgpt]
-        wanted = (sum(shape[0] for shape in outputs), *outputs[0][1:])
-        wanted = wanted[::-1] if row.transposed else wanted
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(f"{row.foreign}: expected shape {wanted}, got {tuple(tensor.shape)}.")
+        stored = tensors[row.foreign]
+        wanted = shape_there(row, shapes)
+        if tuple(stored.shape) != wanted:
+            raise ValueError(f"{row.foreign}: expected shape {wanted}, got {tuple(stored.shape)}.")
+        if not stored.dtype.is_floating_point:
+            raise ValueError(f"{row.foreign}: holds {stored.dtype}, and weights are floating-point numbers.")
+        tensor = read(stored)
         if not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{row.foreign}: holds NaN or infinity.")
         parts = (tensor.T if row.transposed else tensor).chunk(len(row.hfgpt))
-        result |= {name: part.contiguous() for name, part in zip(row.hfgpt, parts, strict=True)}
+        # Parts in memory of their own, so that one can be let go before the others.
+        result |= {
+            name: part.clone(memory_format=torch.contiguous_format) if len(parts) > 1 else part.contiguous()
+            for name, part in zip(row.hfgpt, parts, strict=True)
+        }
         steps.append(Step(row.foreign, tuple(tensor.shape), actions(row, "split")))
+    dtype = next(iter(result.values())).dtype
+    for row in filled:
+        result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in row.hfgpt}
+        steps.append(Step(row.foreign, shape_there(row, shapes), "filled with zeros", is_exact=False))
     for name in sorted(left_over):
-        if not re.search(checkpoint.dropped, name):
-            raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
-        steps.append(Step(name, tuple(checkpoint.tensors[name].shape), "dropped", is_exact=False))
+        steps.append(Step(name, tuple(tensors[name].shape), "dropped", is_exact=False))
     return result, steps
+
+
+def shape_there(row: Entry, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that a tensor has in the format, by those it has in hfgpt."""
+    parts = [shapes[name] for name in row.hfgpt]
+    joined = (sum(shape[0] for shape in parts), *parts[0][1:])
+    return joined[::-1] if row.transposed else joined
 
 
 def walk_out(table: Sequence[Entry], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Step]]:
     """Make a format's tensors from hfgpt's; they are copies.
 
+    Args:
+        table: of the format.
+        tensors: hfgpt's. They are taken out of the dictionary as they are copied: where nothing else holds them, no
+            more than one of them is in memory twice.
+
     Raises:
         ValueError: a tensor of hfgpt's is missing in the table, or one of the table's in hfgpt.
     """
-    left_over = set(tensors) - {name for row in table for name in row.hfgpt}
-    if left_over:
-        raise ValueError(f"{min(left_over)}: the format has no place for it.")
+    named = {name for row in table for name in row.hfgpt}
+    if set(tensors) - named:
+        raise ValueError(f"{min(set(tensors) - named)}: the format has no place for it.")
+    if named - set(tensors):
+        raise ValueError(f"{min(named - set(tensors))}: not in the model.")
     result, steps = {}, []
     for row in table:
-        missing = [name for name in row.hfgpt if name not in tensors]
-        if missing:
-            raise ValueError(f"{missing[0]}: not in the model.")
-        joined = torch.cat([tensors[name] for name in row.hfgpt])  # of one tensor, a copy of it
+        joined = torch.cat([tensors.pop(name) for name in row.hfgpt])  # of one tensor, a copy of it
         result[row.foreign] = joined.T.contiguous() if row.transposed else joined
         steps.append(Step(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
     return result, steps
@@ -169,14 +232,10 @@ def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
         ValueError: the tensors do not fit.
     """
     with torch.device("meta"):
-        model = HFGPTForCausalLM(checkpoint.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors, steps = walk_in(checkpoint, shapes)
-    if checkpoint.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    return model.eval(), steps
+        empty = HFGPTForCausalLM(checkpoint.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    tensors, steps = walk_in(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
+    return put_together(Parts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
 
 
 def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
@@ -184,16 +243,33 @@ def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, l
     try:
         return build(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(str(source)) else f"{source}: {reason}") from error
 
 
-def own_tensors(model: HFGPTForCausalLM) -> dict[str, Tensor]:
-    """The model's tensors, without the output layer if it is the token embedding."""
+def put_together(parts: Parts) -> HFGPTForCausalLM:
+    """The model of these parts, in eval mode; the tensors are not copied, and belong to it from now on."""
+    parts.config.tie_word_embeddings = parts.is_tied
+    with torch.device("meta"):
+        model = HFGPTForCausalLM(parts.config)
+    head = {"lm_head.weight": parts.tensors["model.embed_tokens.weight"]} if parts.is_tied else {}
+    model.load_state_dict(parts.tensors | head, assign=True)
+    parts.tensors.clear()
+    model.tie_weights()
+    model.config.dtype = model.dtype
+    if parts.generation is not None:
+        model.generation_config = parts.generation
+    return model.eval()
+
+
+def take_apart(model: HFGPTForCausalLM) -> Parts:
+    """The parts of a model; the tensors are its own, the settings copies."""
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return {name: each.detach() for name, each in model.state_dict().items() if not (is_tied and "lm_head" in name)}
+    tensors = {name: each.detach() for name, each in model.state_dict().items() if not (is_tied and "lm_head" in name)}
+    return Parts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
 
 
-def drop_tied_head(tensors: dict[str, Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:
+def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 
     Returns:
@@ -201,7 +277,7 @@ def drop_tied_head(tensors: dict[str, Tensor], head: str, embedding: str) -> tup
     """
     if head not in tensors:
         return True, []
-    if not torch.equal(tensors[head], tensors[embedding]):
+    if not torch.equal(read(tensors[head]), read(tensors[embedding])):
         return False, []
     return True, [Step(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
 
@@ -215,23 +291,37 @@ def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
     return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
 
 
-def settings_of(model: HFGPTForCausalLM, **needed: Any) -> None:
+def shape_of(tensors: dict[str, Stored | Tensor], name: str) -> tuple[int, int]:
+    """The shape of a matrix that must be there.
+
+    Raises:
+        ValueError: it is not, or is no matrix.
+    """
+    if name not in tensors:
+        raise ValueError(f"{name}: not in the file.")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected a matrix, got the shape {shape}.")
+    return shape
+
+
+def settings_of(config: HFGPTConfig, **needed: Any) -> None:
     """Refuse a model that a format cannot express.
 
     Raises:
         ValueError: a field of the config is not what the format needs, naming both.
     """
     for name, value in needed.items():
-        if getattr(model.config, name) != value:
-            raise ValueError(f"the format needs `{name}` = {value!r}, the model has {getattr(model.config, name)!r}.")
+        if getattr(config, name) != value:
+            raise ValueError(f"the format needs `{name}` = {value!r}, the model has {getattr(config, name)!r}.")
 
 
-def refuse_other_inner_width(model: HFGPTForCausalLM) -> None:
+def refuse_other_inner_width(config: HFGPTConfig) -> None:
     """Refuse a model whose MLP is not four times as wide as its residual stream, where a format knows no other.
 
     Raises:
         ValueError: naming both widths.
     """
-    needed, has = 4 * model.config.hidden_size, model.config.intermediate_size
+    needed, has = 4 * config.hidden_size, config.intermediate_size
     if has not in (None, needed):
         raise ValueError(f"the format needs `intermediate_size` = {needed}, the model has {has}.")

@@ -27,7 +27,7 @@ def test_onnxruntime_gives_the_logits_at_any_batch_and_length(folder, tmp_path):
         [logits] = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(ids, attention_mask=mask).logits.detach().numpy()
         assert np.abs(logits - expected)[mask.numpy() == 1].max() <= 1e-5
-    assert result.comparison.by == "onnxruntime"
+    assert result.comparison.dest_by == "onnxruntime"
     assert result.comparison.max_abs_diff <= 1e-5
     assert {step.name for step in result.steps_out} == {name for name, _ in model.named_parameters()}
 

@@ -10,7 +10,7 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
 from hfgpt.weights import gpt2 as table
 from hfgpt.weights import load, save, to_gpt2
 from hfgpt.weights.gpt2 import entries, to_gpt2_config, to_gpt2_tensors
-from hfgpt.weights.tables import Checkpoint, walk_in
+from hfgpt.weights.tables import walk_in
 
 SIZES = {  # layers, heads, width and the number of parameters
     "small": (12, 12, 768, 124_439_808),
@@ -51,7 +51,7 @@ def from_gpt2_tensors(tensors, num_layers):
     config = HFGPTConfig(vocab_size=vocab_size, n_positions=positions, n_embd=width, n_head=1, n_layer=num_layers)
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in HFGPTForCausalLM(config).state_dict().items()}
-    return walk_in(Checkpoint(tensors, config, entries(num_layers, tied=True)), shapes)[0]
+    return walk_in(entries(num_layers, tied=True), tensors, shapes)[0]
 
 
 def assert_same_tensors(first, second):

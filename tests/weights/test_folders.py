@@ -1,0 +1,147 @@
+"""Folders of transformers through hfgpt's own reader. The oracle is `from_pretrained`, transformers' way in."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2ForTokenClassification, GPT2LMHeadModel
+
+from hfgpt import HFGPTForCausalLM
+from hfgpt.weights.convert import convert
+
+
+@pytest.fixture
+def gpt2(make_gpt2):
+    return make_gpt2()
+
+
+def rewrite(folder, kind):
+    """Write a GPT-2 folder's weights the way other versions of transformers did."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    if kind == "without prefix":
+        tensors = {name.removeprefix("transformer."): each for name, each in tensors.items()}
+        tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(2)}
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif kind in ("old .bin", "older .bin"):
+        tensors |= {f"transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+        is_archive = kind == "old .bin"
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_archive)
+    else:
+        names = sorted(tensors)
+        shards = {"a": names[:10], "b": names[10:]}
+        is_safe = kind == "shards"
+        stem, suffix = ("model", "safetensors") if is_safe else ("pytorch_model", "bin")
+        weight_map = {}
+        for number, (_, some) in enumerate(shards.items(), start=1):
+            shard = f"{stem}-0000{number}-of-00002.{suffix}"
+            part = {name: tensors[name] for name in some}
+            if is_safe:
+                save_file(part, folder / shard, metadata={"format": "pt"})
+            else:
+                torch.save(part, folder / shard)
+            weight_map |= dict.fromkeys(some, shard)
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["without prefix", "old .bin", "older .bin", "shards", "shards of .bin"])
+def test_a_folder_of_any_age_gives_what_from_pretrained_gives(gpt2, tmp_path, kind):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    rewrite(tmp_path / "gpt2", kind)
+
+    result = convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True)
+
+    expected = HFGPTForCausalLM.from_pretrained(tmp_path / "gpt2").state_dict()
+    found = HFGPTForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    assert result.comparison.passed
+    masks = [step.name for step in result.lossy if step.action == "dropped"]
+    assert masks == {
+        "without prefix": ["h.0.attn.bias", "h.1.attn.bias"],
+        "old .bin": ["transformer.h.0.attn.masked_bias", "transformer.h.1.attn.masked_bias"],
+        "older .bin": ["transformer.h.0.attn.masked_bias", "transformer.h.1.attn.masked_bias"],
+    }.get(kind, [])
+
+
+def test_a_missing_shard_is_refused_by_name(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    rewrite(tmp_path / "gpt2", "shards")
+    (tmp_path / "gpt2/model-00002-of-00002.safetensors").unlink()
+
+    with pytest.raises(ValueError, match=r"no model .*model-00002-of-00002\.safetensors"):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused_by_name(gpt2, tmp_path, share):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2/model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+
+def test_the_head_of_a_classifier_is_dropped_and_said(gpt2, tmp_path):
+    GPT2ForTokenClassification(gpt2.config).save_pretrained(tmp_path / "gpt2")
+
+    result = convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+    assert {step.name for step in result.lossy} == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(ValueError, match=r"--strict: classifier\.bias would be dropped"):
+        convert(tmp_path / "gpt2", tmp_path / "strict", "hfgpt", strict=True)
+
+
+def test_a_head_that_the_config_would_throw_away_is_refused(make_gpt2, tmp_path):
+    make_gpt2(tie_word_embeddings=False).save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "gpt2/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight, though config\.json"):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+
+def test_settings_of_generation_go_along(gpt2, tmp_path):
+    gpt2.generation_config.temperature = 0.7
+    gpt2.generation_config.do_sample = True
+    gpt2.save_pretrained(tmp_path / "gpt2")
+
+    convert(tmp_path / "gpt2", tmp_path / "hfgpt", "hfgpt")
+    convert(tmp_path / "hfgpt", tmp_path / "again", "gpt2")
+
+    for model in (
+        HFGPTForCausalLM.from_pretrained(tmp_path / "hfgpt"),
+        GPT2LMHeadModel.from_pretrained(tmp_path / "again"),
+    ):
+        assert model.generation_config.temperature == 0.7
+        assert model.generation_config.do_sample
+
+
+def test_a_tokenizer_can_be_named(gpt2, tokenizer, tmp_path):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", tokenizer=str(tmp_path / "tokenizer"))
+
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")("of the file")["input_ids"]
+        == tokenizer("of the file")["input_ids"]
+    )
+    with pytest.raises(ValueError, match="no tokenizer 'nobody/nothing'"):
+        convert(tmp_path / "gpt2", tmp_path / "other", "hfgpt", tokenizer="nobody/nothing")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "llms-from-scratch", "llm.c", "openai"])
+def test_an_epsilon_that_a_format_does_not_know_is_refused(make_gpt2, tmp_path, to):
+    activation = "gelu" if to == "nanogpt" else "gelu_new"
+    make_gpt2(layer_norm_epsilon=1e-6, activation_function=activation).save_pretrained(tmp_path / "gpt2")
+
+    with pytest.raises(ValueError, match="needs `layer_norm_epsilon` = 1e-05, the model has 1e-06"):
+        convert(tmp_path / "gpt2", tmp_path / "out", to)
