@@ -92,10 +92,25 @@ def weight_files(source: str | Path) -> list[Path]:
             continue
         if name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
             return [Path(found)]
-        shards = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
-        return [Path(str(find(shard, is_needed=True))) for shard in shards]
+        return [Path(str(find(shard, is_needed=True))) for shard in shards_of(Path(found))]
     find(SAFE_WEIGHTS_NAME, is_needed=True)
     raise OSError(f"{source} has no weights.")
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index lists.
+
+    Raises:
+        ValueError: it is no index, or names a file elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: no index of shards: {error!r}.") from error
+    if strange:
+        raise ValueError(f"{index}: names {strange[0]!r}, which is no file beside it.")
+    return names
 
 
 def generation_of(source: str | Path) -> GenerationConfig | None:

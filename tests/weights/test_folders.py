@@ -145,3 +145,56 @@ def test_an_epsilon_that_a_format_does_not_know_is_refused(make_gpt2, tmp_path, 
 
     with pytest.raises(ValueError, match="needs `layer_norm_epsilon` = 1e-05, the model has 1e-06"):
         convert(tmp_path / "gpt2", tmp_path / "out", to)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight_map": {"wte.weight": "../../secret.safetensors"}}, "names '../../secret.safetensors', which is no"),
+        ({"weight_map": {"wte.weight": "/etc/passwd"}}, "names '/etc/passwd', which is no file beside it"),
+        ({"weight_map": ["model.safetensors"]}, "no index of shards"),
+        ({}, "no index of shards"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(gpt2, tmp_path, content, message):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2/model.safetensors").unlink()
+    (tmp_path / "gpt2/model.safetensors.index.json").write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+
+
+def test_code_that_comes_with_a_folder_is_not_run(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "gpt2/config.json").write_text(json.dumps(config))
+    (tmp_path / "gpt2/evil.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')")
+
+    convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True)
+
+    assert not (tmp_path / "sang").exists()
+    assert not list((tmp_path / "out").glob("evil*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 3}, r"transformer\.h\.2\.ln_1\.weight: not in the file"),
+        ({"n_layer": 1}, r"transformer\.h\.1\.attn\.c_attn\.bias: left over"),
+        ({"vocab_size": 319}, r"transformer\.wte\.weight: expected shape \(319, 32\), got \(320, 32\)"),
+        ({"n_embd": 64}, r"transformer\.wte\.weight: expected shape \(320, 64\), got \(320, 32\)"),
+        ({"n_embd": "wide"}, "n_embd|hidden_size"),
+        ({"scale_attn_weights": False}, "`scale_attn_weights` must be True"),
+        ({"model_type": "llama"}, "`model_type` is 'llama'"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused_by_name(gpt2, tmp_path, change, message):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+    assert not (tmp_path / "out").exists()
