@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 
 from hfgpt.disk import make_readable, sync
 
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
+SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin another
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Position:
     Attributes:
         step: optimizer steps done.
         epoch: passes over the training rows done.
-        micro_batch: micro-batches of the current epoch done, on each process.
+        rows: training rows of the current epoch done, over all processes.
         tokens: targets trained on so far, over all processes.
     """
 
     step: int = 0
     epoch: int = 0
-    micro_batch: int = 0
+    rows: int = 0
     tokens: int = 0
 
 
@@ -49,11 +51,13 @@ class Manifest:
 
     Attributes:
         position: where the run stood.
-        identity: what must be the same to go on from here: tokenizer, rows, number of processes.
+        identity: what must be the same to go on from here: tokenizer, rows, rows per step.
+        val_loss: nats per token, if the validation rows were scored at this step.
     """
 
     position: Position
     identity: dict[str, Any]
+    val_loss: float | None = None
 
 
 def save_checkpoint(
@@ -70,28 +74,56 @@ def save_checkpoint(
         manifest: what to go on from, and with what.
         write_model: writes the model into the folder it is given; called on the main process only.
         states: name -> object with `state_dict()`; optimizer, schedule, scaler.
-        keep_last: checkpoints to keep, this one included.
+        keep_last: checkpoints to keep, this one included; the one with the lowest validation loss is kept besides.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; the checkpoints before it stay, and nothing half done.
     """
     process = PartialState()
     staging = folder / f"{STAGING_PREFIX}{manifest.position.step}"
     final = folder / f"checkpoint-{manifest.position.step}"
     if process.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
+        require_space(folder)
         staging.mkdir(parents=True)
     process.wait_for_everyone()
-    torch.save(random_states(), staging / f"random_states_{process.process_index}.pt")
-    process.wait_for_everyone()
-    if process.is_main_process:
-        write_model(staging)
-        for name, holder in states.items():
-            torch.save(holder.state_dict(), staging / f"{name}.pt")
-        commit(staging, final, manifest)
-        prune(folder, keep_last)
+    try:
+        torch.save(random_states(), staging / f"random_states_{process.process_index}.pt")
+        process.wait_for_everyone()
+        if process.is_main_process:
+            write_model(staging)
+            for name, holder in states.items():
+                torch.save(holder.state_dict(), staging / f"{name}.pt")
+            commit(staging, final, manifest)
+            prune(folder, keep_last)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(staging, ignore_errors=True)
+        before = ", ".join(path.name for path in checkpoints(folder)) or "none"
+        reason = " ".join(str(error).split())
+        raise OSError(f"{final.name} cannot be written ({reason}). Checkpoints before it: {before}.") from error
     process.wait_for_everyone()
     return final
+
+
+def require_space(folder: Path) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for, by the size of the newest one.
+
+    Raises:
+        OSError: saying how much is needed and there.
+    """
+    newest = next(iter(checkpoints(folder)), None)
+    if newest is None:
+        return
+    needed = int(SPACE_FACTOR * sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB, a checkpoint needs {needed / 1e9:.2f} GB. Make room, then "
+            f"go on from {newest.name} with `--resume`."
+        )
 
 
 def commit(staging: Path, final: Path, manifest: Manifest) -> None:
@@ -121,7 +153,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
     try:
         content = unseal(manifest_path.read_text(encoding="utf-8"))
-        manifest = Manifest(Position(**content["position"]), content["identity"])
+        manifest = Manifest(Position(**content["position"]), content["identity"], content["val_loss"])
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest_path} is damaged: {error}.") from error
@@ -181,11 +213,29 @@ def supersede(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, and what an interrupted save left."""
+    """Remove all but the newest `keep_last` checkpoints and the best one, and what an interrupted save left."""
+    best = best_checkpoint(folder)
     for path in checkpoints(folder)[keep_last:]:
-        shutil.rmtree(path)
+        if path != best:
+            shutil.rmtree(path)
     for path in folder.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, the older one of equals; None if none was scored.
+
+    Only its manifest is read, not its files.
+    """
+    scored: list[tuple[float, int, Path]] = []
+    for path in checkpoints(folder):
+        try:
+            content = unseal((path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged: it is nobody's best
+        if content.get("val_loss") is not None:
+            scored.append((content["val_loss"], content["position"]["step"], path))
+    return min(scored)[2] if scored else None
 
 
 def load_states(checkpoint: Path, states: dict[str, Any]) -> None:
@@ -208,9 +258,18 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def restore_random_states(checkpoint: Path) -> None:
-    """Set every random number generator of this process to what it was at the checkpoint."""
-    states = torch.load(checkpoint / f"random_states_{PartialState().process_index}.pt", weights_only=True)
+def restore_random_states(checkpoint: Path, seed: int) -> None:
+    """Set every random number generator of this process to what it was at the checkpoint.
+
+    On another number of processes than the checkpoint's nothing could go on where it was: each then starts at `seed`,
+    the step and its own number.
+    """
+    process = PartialState()
+    if len(list(checkpoint.glob("random_states_*.pt"))) != process.num_processes:
+        step = int(checkpoint.name.split("-")[1])
+        set_seed((seed + step + process.process_index) % 2**32)
+        return
+    states = torch.load(checkpoint / f"random_states_{process.process_index}.pt", weights_only=True)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     key = states["numpy_key"].numpy().astype(np.uint32)

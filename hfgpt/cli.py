@@ -1,6 +1,7 @@
 """The command line: each command parses its words and hands them to one function of the library.
 
-Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse.
+Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse, 75 stopped by a signal and resumable,
+130 stopped at once by Ctrl-C.
 """
 
 import json
@@ -106,9 +107,14 @@ def train(
 
     loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
     from hfgpt.recorder import talk
+    from hfgpt.stopping import RESUMABLE, Stopped
     from hfgpt.train import train
 
-    results = train(loaded, resume=resume or resume is not None)
+    try:
+        results = train(loaded, resume=resume or resume is not None)
+    except Stopped as error:
+        talk(str(error))
+        raise typer.Exit(RESUMABLE) from None
     if results is None:
         talk(f"{loaded.output_dir} holds this run, finished.")
         results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
@@ -248,6 +254,9 @@ def main() -> None:
     try:
         check_encoding(sys.argv)
         app()
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is as it was.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if is_debug:
             raise

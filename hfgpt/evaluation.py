@@ -58,13 +58,15 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
     model.eval()
     # fp64, because a corpus adds up millions of fp32 losses; MPS has no fp64, so the sum lives on the CPU.
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches:
-        targets = batch["shift_labels"]
-        batch_tokens = int((targets != IGNORE_INDEX).sum())
-        if batch_tokens:
-            total += sum_loss(model, batch["input_ids"].to(device), targets.to(device)).double().cpu()
-            tokens += batch_tokens
-    model.train(was_training)
+    try:
+        for batch in batches:
+            targets = batch["shift_labels"]
+            batch_tokens = int((targets != IGNORE_INDEX).sum())
+            if batch_tokens:
+                total += sum_loss(model, batch["input_ids"].to(device), targets.to(device)).double().cpu()
+                tokens += batch_tokens
+    finally:
+        model.train(was_training)
     if PartialState().num_processes > 1:
         sums = reduce(torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64)]).to(device), "sum")
         total, tokens = sums[0], int(sums[1])

@@ -14,23 +14,28 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import EpochBatches, train_loader
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
+from hfgpt.stopping import StopRequest
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names and accelerate's
 
 
-def run_loop(run: Run, recorder: Recorder) -> Position:
+def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     """Train.
 
     Args:
         run: from `prepare_run`; its model is trained in place.
         recorder: hears of every step.
+        stop: looked at in every step.
 
     Returns:
         Where training ended.
+
+    Raises:
+        Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     config, position = run.config, run.position
     accelerator = Accelerator(
@@ -57,16 +62,20 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
     while position.step < run.total_steps:
         epoch = position.epoch
         batch_sampler.set_epoch(epoch)
-        batch_sampler.skip_to(position.micro_batch)
+        batch_sampler.skip_to(position.rows // run.global_batch)
         batches = iter(loader)
         if run.resume_from is not None and position == run.position:
-            restore_random_states(run.resume_from)  # after the iterator has started, which may draw numbers itself
+            restore_random_states(
+                run.resume_from, config.seed
+            )  # after the iterator has started, which may draw numbers itself
 
         while position.epoch == epoch and position.step < run.total_steps:
             # The micro-batches of one step; at the end of an epoch there may be fewer.
             micro_batches = list(islice(batches, config.train.gradient_accumulation_steps))
             own_targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
-            targets = accelerator.reduce(torch.tensor(float(own_targets), device=accelerator.device), "sum")
+            own = [float(own_targets), float(stop.signal is not None)]
+            # One exchange a step, of the targets and of whether any process was asked to stop.
+            targets, is_stopping = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
 
             step_loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches, start=1):
@@ -93,8 +102,13 @@ def run_loop(run: Run, recorder: Recorder) -> Position:
             if is_due(config.train.log_every, position.step, run):
                 loss_value = float(accelerator.reduce(step_loss, "mean"))
                 recorder.training(position.step, loss_value, float(grad_norm), float(learning_rate), position.tokens)
-            if is_due(config.train.eval_every, position.step, run) and position.step < run.total_steps:
-                evaluate(run, recorder, position, limit=config.train.eval_rows)
-            if is_checkpoint_due(position.step, run):
-                save_checkpoint(run, recorder, position, states)
+            evaluation, is_asked = None, bool(is_stopping)
+            is_evaluation_due = is_due(config.train.eval_every, position.step, run) and position.step < run.total_steps
+            if is_evaluation_due and not is_asked:
+                evaluation = evaluate(run, recorder, position, config.train.eval_rows, stop)
+                is_asked = evaluation is None
+            if is_asked or is_checkpoint_due(position.step, run):
+                save_checkpoint(run, recorder, position, states, evaluation["val_loss"] if evaluation else None)
+            if is_asked:
+                raise stopped(run, position)
     return position

@@ -1,12 +1,13 @@
 """What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints, and its end."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 
 from hfgpt import checkpoint
@@ -20,6 +21,7 @@ from hfgpt.ngram import ngram_perplexities
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids
+from hfgpt.stopping import Stopped, StopRequest
 
 PLOT_FILE = "loss.png"
 
@@ -39,6 +41,21 @@ def is_checkpoint_due(step: int, run: Run) -> bool:
 def seed_training(config: RunConfig) -> None:
     """Set every random number generator as training starts: each process draws dropout of its own."""
     set_seed(config.seed + PartialState().process_index)
+
+
+def stopped(run: Run, position: Position) -> Stopped:
+    """What to raise when a run stops because it was asked to."""
+    newest = next(iter(checkpoint.checkpoints(run.folder)), None)
+    where = "It has no checkpoint and starts again" if newest is None else f"It goes on from {newest.name}"
+    return Stopped(f"stopped at step {position.step} of {run.total_steps}, as asked. {where} with `--resume`.")
+
+
+def is_evaluation_missing(run: Run, recorder: Recorder) -> bool:
+    """Whether a run has to be evaluated where it starts or goes on: a stop can come between a step and that."""
+    step = run.position.step
+    is_wanted = step == 0 or (is_due(run.config.train.eval_every, step, run) and step < run.total_steps)
+    answer = [is_wanted and not (recorder.speaks and recorder.has_evaluation(step))]
+    return bool(broadcast_object_list(answer)[0])
 
 
 def make_recorder(run: Run) -> Recorder:
@@ -65,23 +82,39 @@ def make_recorder(run: Run) -> Recorder:
     return recorder
 
 
-def score_split(run: Run, rows: Dataset, limit: int) -> Score:
-    """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together."""
+def score_split(run: Run, rows: Dataset, limit: int, stop: StopRequest) -> Score:
+    """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
     process = PartialState()
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return score_batches(
-        run.model, eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
-    )
+    loader = eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
+
+    def until_stopped() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in loader:
+            if stop.is_made():
+                raise Stopped
+            yield batch
+
+    return score_batches(run.model, until_stopped())
 
 
-def evaluate(run: Run, recorder: Recorder, position: Position, limit: int) -> dict[str, Any]:
+def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop: StopRequest) -> dict[str, Any] | None:
     """Score both splits, write the line and a sample text; every process calls it.
 
     The training rows are as many as the validation rows, always the same ones, scored in the same way.
+
+    Returns:
+        The line of metrics.jsonl, or None if a stop was asked for before there was one.
     """
     recorder.pause()
     limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
-    train, validation = score_split(run, run.rows.train, limit), score_split(run, run.rows.validation, limit)
+    try:
+        train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
+    except Stopped:
+        return None
     line = {
         "step": position.step,
         "tokens": position.tokens,
@@ -115,7 +148,9 @@ def write_sample(run: Run) -> str:
     return "".join(stream_text(run.tokenizer, ids[0]))
 
 
-def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: dict[str, Any]) -> None:
+def save_checkpoint(
+    run: Run, recorder: Recorder, position: Position, states: dict[str, Any], val_loss: float | None
+) -> None:
     """Write a checkpoint that is also a model folder; every process calls it.
 
     Raises:
@@ -132,7 +167,7 @@ def save_checkpoint(run: Run, recorder: Recorder, position: Position, states: di
         write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
-    manifest = checkpoint.Manifest(position, run.identity)
+    manifest = checkpoint.Manifest(position, run.identity, val_loss)
     checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last)
     recorder.resume()
 
@@ -145,7 +180,9 @@ def save_model(run: Run, folder: Path) -> None:
         make_readable(path)
 
 
-def finish_run(run: Run, recorder: Recorder, position: Position, started_at: float) -> dict[str, Any]:
+def finish_run(
+    run: Run, recorder: Recorder, position: Position, started_at: float, stop: StopRequest
+) -> dict[str, Any]:
     """Score all rows, save the model and leave results.json, loss.png and the rest; every process calls it.
 
     Args:
@@ -153,11 +190,17 @@ def finish_run(run: Run, recorder: Recorder, position: Position, started_at: flo
         recorder: its records.
         position: where training ended.
         started_at: `time.perf_counter()` when this process began to train.
+        stop: asked for in the middle, it leaves the end for another time.
 
     Returns:
         What results.json holds.
+
+    Raises:
+        Stopped: a stop was asked for.
     """
-    line = evaluate(run, recorder, position, limit=0)
+    line = evaluate(run, recorder, position, limit=0, stop=stop)
+    if line is None:
+        raise stopped(run, position)
     results: dict[str, Any] = {}
     if PartialState().is_main_process:
         save_model(run, run.folder)

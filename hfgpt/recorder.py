@@ -135,6 +135,10 @@ class Recorder:
         if sample:
             self.say("  " + " ".join(sample.split()))
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation of a step is written; the main process calls it."""
+        return any(line["step"] == step and "val_loss" in line for line in self.metrics.read())
+
     def pause(self) -> None:
         """Stop the clock of training: what follows is no training."""
         self.paused_at = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import checkpoint
@@ -25,7 +26,10 @@ from hfgpt.recorder import talk
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.weights import load
 
-RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
+RUN_FILE, RESULTS_FILE, LOCK_FILE = "run.yaml", "results.json", ".lock"
+
+ELASTIC = ("batch_size", "gradient_accumulation_steps")
+"""Fields of `train` that may differ when a run goes on: their product with the processes is the rows per step."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ class Run:
         model: with its first weights, or those of the checkpoint to go on from.
         position: where training starts.
         resume_from: the checkpoint to go on from, or None.
-        identity: what must be the same to go on: tokenizer, rows, number of processes.
-        micro_batches_per_epoch: on each process.
-        steps_per_epoch: optimizer steps; the last one of an epoch may hold fewer micro-batches.
+        identity: what must be the same to go on: tokenizer, rows, rows per step.
+        global_batch: rows in a micro-batch, over all processes.
+        steps_per_epoch: optimizer steps; the last one of an epoch may hold fewer rows.
         total_steps: optimizer steps of the whole run.
+        lock: held while the run writes into its folder; on the main process.
     """
 
     config: RunConfig
@@ -54,18 +59,19 @@ class Run:
     position: Position
     resume_from: Path | None
     identity: dict[str, Any]
-    micro_batches_per_epoch: int
+    global_batch: int
     steps_per_epoch: int
     total_steps: int
+    lock: FileLock | None
 
     def next_position(self, position: Position, micro_batches: int, targets: int) -> Position:
         """The position after one more step of so many micro-batches and, over all processes, targets."""
-        micro_batch = position.micro_batch + micro_batches
-        is_epoch_done = micro_batch == self.micro_batches_per_epoch
+        rows = position.rows + micro_batches * self.global_batch
+        is_epoch_done = rows >= len(self.rows.train)
         return Position(
             step=position.step + 1,
             epoch=position.epoch + is_epoch_done,
-            micro_batch=0 if is_epoch_done else micro_batch,
+            rows=0 if is_epoch_done else rows,
             tokens=position.tokens + targets,
         )
 
@@ -111,15 +117,15 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     model.to(PartialState().device)
 
     global_batch = config.train.batch_size * PartialState().num_processes
-    micro_batches = -(-len(rows.train) // global_batch)
-    steps_per_epoch = -(-micro_batches // config.train.gradient_accumulation_steps)
+    rows_per_step = global_batch * config.train.gradient_accumulation_steps
+    steps_per_epoch = -(-len(rows.train) // rows_per_step)
     total_steps = config.train.max_steps or (config.train.epochs or 0) * steps_per_epoch
     check_warmup(config.optim, total_steps)
     identity = {
         "tokenizer": tokenizer_hash(tokenizer),
         "training rows": rows_hash(rows.train),
         "validation rows": rows_hash(rows.validation),
-        "number of processes": PartialState().num_processes,
+        "number of rows per step": rows_per_step,  # so that every step sees the same rows, on however many processes
     }
     position = Position()
     if resume_from is not None:
@@ -132,8 +138,11 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
                 )
         position = manifest.position
         model.load_state_dict(load(resume_from).state_dict())
+    lock = None
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        check_folder(config, folder, resume)  # another run may have begun here in the meantime
         write_atomically(folder / RUN_FILE, config_yaml(config).encode())
         if resume_from is not None:
             checkpoint.supersede(folder, position.step)
@@ -147,10 +156,25 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         position=position,
         resume_from=resume_from,
         identity=identity,
-        micro_batches_per_epoch=micro_batches,
+        global_batch=global_batch,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+        lock=lock,
     )
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Keep other runs out of a folder until this process releases it, or ends in whatever way.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is writing into `output_dir` ({folder}). Wait, or name another.") from error
+    return lock
 
 
 def rows_hash(rows: Dataset) -> str:
@@ -192,6 +216,9 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
         raise ValueError(f"`output_dir` ({folder}) holds files of something else. Name an empty folder or a new one.")
     try:
         there = replace(load_config(folder / RUN_FILE), output_dir=config.output_dir)  # the folder may have been moved
+        if resume:
+            elastic = {name: getattr(config.train, name) for name in ELASTIC}
+            there = replace(there, train=replace(there.train, **elastic))
     except ValueError as error:
         raise ValueError(f"`output_dir` ({folder}) holds another run, unreadable: {error}") from error
     difference = first_difference(asdict(there), asdict(config))

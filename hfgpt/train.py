@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from hfgpt.config import RunConfig
-from hfgpt.milestones import evaluate, finish_run, make_recorder
+from hfgpt.milestones import evaluate, finish_run, is_evaluation_missing, make_recorder, stopped
 from hfgpt.run import prepare_run
+from hfgpt.stopping import StopRequest
 
 
 def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | None:
@@ -21,6 +22,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     Raises:
         ValueError: the run cannot be made ready, see `prepare_run`.
         FloatingPointError: training diverged.
+        Stopped: it was asked to stop by a signal, and can go on.
     """
     started_at = time.perf_counter()
     run = prepare_run(config, resume)
@@ -32,9 +34,13 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
         from hfgpt.loop import run_loop as train_loop
     recorder = make_recorder(run)
     try:
-        if run.position.step == 0:
-            evaluate(run, recorder, run.position, limit=config.train.eval_rows)  # a new model: near ln(vocab_size)
-        position = train_loop(run, recorder)
-        return finish_run(run, recorder, position, started_at)
+        with StopRequest() as stop:
+            if is_evaluation_missing(run, recorder):  # of a new model it is near ln(vocab_size)
+                if evaluate(run, recorder, run.position, config.train.eval_rows, stop) is None:
+                    raise stopped(run, run.position)
+            position = train_loop(run, recorder, stop)
+            return finish_run(run, recorder, position, started_at, stop)
     finally:
         recorder.close()
+        if run.lock is not None:
+            run.lock.release()

@@ -18,29 +18,36 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import train_loader
-from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training
+from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
+from hfgpt.stopping import StopRequest
 
 
-def run_trainer(run: Run, recorder: Recorder) -> Position:
+def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     """Train.
 
     Args:
         run: from `prepare_run`; its model is trained in place.
         recorder: hears of every step.
+        stop: looked at in every step.
 
     Returns:
         Where training ended.
+
+    Raises:
+        Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
-    trainer = HFGPTTrainer(run, recorder)
+    trainer = HFGPTTrainer(run, recorder, stop)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     if run.position.step >= run.total_steps:  # Trainer would train one step before it looks
         trainer.accelerator.prepare(run.model)  # the evaluation runs under the run's precision
         return run.position
     trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
+    if trainer.control.should_training_stop and trainer.position.step < run.total_steps:
+        raise stopped(run, trainer.position)
     return trainer.position
 
 
@@ -72,8 +79,8 @@ def training_arguments(run: Run) -> TrainingArguments:
 class RunSchedule(TrainerCallback):
     """Tells Trainer after which steps to log, evaluate and save: those of the recipe."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, stop: StopRequest) -> None:
+        self.run, self.stop = run, stop
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,21 +93,25 @@ class RunSchedule(TrainerCallback):
     ) -> TrainerControl:
         step, train = state.global_step, self.run.config.train
         control.should_log = is_due(train.log_every, step, self.run)
-        control.should_evaluate = is_due(train.eval_every, step, self.run) and step < self.run.total_steps
-        control.should_save = is_checkpoint_due(step, self.run)
+        is_asked = self.stop.is_made()
+        is_evaluation_due = is_due(train.eval_every, step, self.run) and step < self.run.total_steps
+        control.should_evaluate = is_evaluation_due and not is_asked
+        control.should_save = is_asked or is_checkpoint_due(step, self.run)
+        control.should_training_stop = is_asked or control.should_training_stop
         return control
 
 
 class HFGPTTrainer(Trainer):
     """transformers' Trainer on a run's rows, optimizer, schedule, evaluation and checkpoints."""
 
-    def __init__(self, run: Run, recorder: Recorder) -> None:
-        self.run, self.recorder, self.position = run, recorder, run.position
+    def __init__(self, run: Run, recorder: Recorder, stop: StopRequest) -> None:
+        self.run, self.recorder, self.stop, self.position = run, recorder, stop, run.position
+        self.evaluation: dict[str, Any] | None = None
         super().__init__(
             model=run.model,
             args=training_arguments(run),
             train_dataset=run.rows.train,  # only its length is read; the batches come from `get_train_dataloader`
-            callbacks=[RunSchedule(run)],
+            callbacks=[RunSchedule(run, stop)],
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -147,7 +158,11 @@ class HFGPTTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.control.should_evaluate = False  # or Trainer evaluates once more at the end of the epoch
-        return evaluate(self.run, self.recorder, self.position, limit=self.run.config.train.eval_rows)
+        limit = self.run.config.train.eval_rows
+        self.evaluation = evaluate(self.run, self.recorder, self.position, limit, self.stop)
+        if self.evaluation is None:
+            self.control.should_save = self.control.should_training_stop = True
+        return self.evaluation or {}
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and random numbers."""
@@ -157,7 +172,8 @@ class HFGPTTrainer(Trainer):
         return states
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self.run, self.recorder, self.position, self.states())
+        line = self.evaluation if self.evaluation and self.evaluation["step"] == self.position.step else None
+        save_checkpoint(self.run, self.recorder, self.position, self.states(), line["val_loss"] if line else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Do nothing: `prepare_run` has loaded and verified the weights."""
@@ -171,4 +187,4 @@ class HFGPTTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_random_states(Path(checkpoint))
+            restore_random_states(Path(checkpoint), self.run.config.seed)

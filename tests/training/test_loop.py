@@ -7,100 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from runs import DROPOUT, LOOPS, NO_DROPOUT, TIMINGS, assert_same_run, files, metrics, run, training_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.checkpoint import checkpoints, seal, unseal
+from hfgpt.checkpoint import checkpoints
 from hfgpt.config import load_config
 from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run
 from hfgpt.train import train
-
-LOOPS = ["accelerate", "trainer"]
-TEXT_LENGTH = 4900  # leaves a micro-batch of fewer rows, and a last step of fewer micro-batches
-TIMINGS = {"tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps the precision of a process in a singleton."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def recipe(tmp_path, cache):
-    """A recipe of 40 steps on a text that is the same on every machine."""
-    text = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
-    (tmp_path / "text.txt").write_text(text[:TEXT_LENGTH], encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "output_dir": str(tmp_path / "out"),
-                "model": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, **NO_DROPOUT},
-                "tokenizer": {"vocab_size": 300},
-                "data": {"files": str(tmp_path / "text.txt"), "validation_fraction": 0.2, "block_size": 64},
-                "optim": {"learning_rate": 3e-3, "warmup_steps": 3},
-                "train": {"epochs": 4, "batch_size": 4, "eval_every": 5, "save_every": 4, "keep_last": 20},
-                "sample": {"prompt": "The", "max_new_tokens": 8},
-            }
-        )
-    )
-    return tmp_path / "recipe.yaml"
-
-
-def run(recipe, name, *overrides, resume=False):
-    """Run the recipe into `recipe.parent / name`."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    folder = recipe.parent / name
-    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume=resume)
-    return folder
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl, timing aside."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
-
-
-def training_lines(folder):
-    return [line for line in metrics(folder) if "grad_norm" in line]
-
-
-def files(folder):
-    """Relative path -> content of every file that holds no timing and no name of the run's own."""
-    own = {"metrics.jsonl", "results.json", "run.yaml"}
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name not in own)
-    return {str(path): (folder / path).read_bytes() for path in paths if not path.parts[0].startswith("superseded")}
-
-
-def assert_same_run(one, other):
-    assert metrics(one) == metrics(other)
-    assert files(one).keys() == files(other).keys()
-    for name, content in files(one).items():
-        assert content == files(other)[name], name
-    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
-    for result in results:
-        for key in TIMINGS:
-            result.pop(key, None)
-    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +48,9 @@ def test_micro_batches_of_the_tests_hold_unequal_numbers_of_targets(recipe):
 
     assert prepared is not None
     assert len(prepared.rows.train) % 4 > 0  # a short last micro-batch ...
-    assert prepared.micro_batches_per_epoch % 4 > 1  # ... in a step with others, of fewer than 4
+    micro_batches = math.ceil(len(prepared.rows.train) / prepared.global_batch)
+    assert micro_batches % 4 > 1  # ... in a step with others, of fewer than 4
+    prepared.lock.release()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -217,16 +138,38 @@ def test_going_on_with_another_text_is_refused(recipe):
     assert files(folder) == before
 
 
-def test_going_on_with_another_number_of_processes_is_refused(recipe):
+def test_going_on_with_other_rows_per_step_is_refused(recipe):
     folder = run(recipe, "out")
     (folder / "results.json").unlink()
-    for checkpoint in checkpoints(folder):
-        manifest = unseal((checkpoint / "manifest.json").read_text())
-        manifest["identity"]["number of processes"] = 2
-        (checkpoint / "manifest.json").write_text(seal(manifest))
 
-    with pytest.raises(ValueError, match="another number of processes: 2, now 1"):
-        run(recipe, "out", resume=True)
+    with pytest.raises(ValueError, match="another number of rows per step: 4, now 8"):
+        run(recipe, "out", "train.batch_size=8", resume=True)
+    with pytest.raises(ValueError, match=r"its `train\.batch_size` is 4, this one's 8"):
+        run(recipe, "out", "train.batch_size=8")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_going_on_with_smaller_micro_batches_sees_the_same_rows_in_every_step(recipe, monkeypatch, loop):
+    whole = run(recipe, "whole", f"loop={loop}")
+    training = Recorder.training
+
+    def stop(recorder, step, *rest):
+        training(recorder, step, *rest)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "other", f"loop={loop}")
+    other = run(
+        recipe, "other", f"loop={loop}", "train.batch_size=2", "train.gradient_accumulation_steps=2", resume=True
+    )
+
+    for mine, theirs in zip(training_lines(other), training_lines(whole), strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # the same sums in another order
+    assert "batch_size: 2" in (other / "run.yaml").read_text()
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -2,6 +2,9 @@
 
 import json
 import random
+import resource
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hfgpt.checkpoint import (
     Manifest,
     Position,
+    best_checkpoint,
     checkpoints,
     load_states,
     newest_checkpoint,
@@ -53,7 +57,7 @@ def test_every_random_number_generator_goes_on_where_it_was(tmp_path, optimizer)
     wanted = torch.rand(3), np.random.standard_normal(3), random.random()  # noqa: NPY002
     torch.rand(5), np.random.rand(5), random.random()  # noqa: NPY002
 
-    restore_random_states(checkpoint)
+    restore_random_states(checkpoint, seed=0)
 
     drawn = torch.rand(3), np.random.standard_normal(3), random.random()  # noqa: NPY002
     assert torch.equal(drawn[0], wanted[0])
@@ -134,3 +138,63 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, optimizer):
         save_checkpoint(tmp_path, Manifest(Position(step=2), {}), fill_the_disk, {"optimizer": optimizer}, keep_last=1)
 
     assert newest_checkpoint(tmp_path, warn=pytest.fail) == tmp_path / "checkpoint-1"
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, optimizer, monkeypatch):
+    save(tmp_path, 1, optimizer)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=int(1.2 * size) - 1))
+
+    with pytest.raises(OSError, match=r"has 0\.00 GB, a checkpoint needs 0\.00 GB.*go on from checkpoint-1 with"):
+        save(tmp_path, 2, optimizer)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=int(1.2 * size)))
+    save(tmp_path, 2, optimizer)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_and_nothing_half_done(tmp_path, optimizer):
+    save(tmp_path, 1, optimizer)
+
+    def write_more_than_a_file_may_hold(place):
+        with (place / "weights.bin").open("wb") as file:
+            file.write(bytes(300_000))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails instead of killing
+    manifest = Manifest(Position(step=2), {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-2 cannot be written.*File too large.*before it: checkpoint-1"):
+            save_checkpoint(tmp_path, manifest, write_more_than_a_file_may_hold, {"optimizer": optimizer}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert newest_checkpoint(tmp_path, warn=pytest.fail) == tmp_path / "checkpoint-1"
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_ones(tmp_path, optimizer):
+    for step, val_loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5), (5, 2.0)):
+        manifest = Manifest(Position(step=step), {}, val_loss)
+        save_checkpoint(tmp_path, manifest, lambda place: None, {"optimizer": optimizer}, keep_last=1)
+
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-2"]  # the first of two bests
+    (tmp_path / "checkpoint-2/manifest.json").write_text("{}")
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_on_another_number_of_processes_random_numbers_start_anew(tmp_path, optimizer):
+    checkpoint = save(tmp_path, 1, optimizer)
+    (checkpoint / "random_states_1.pt").write_bytes((checkpoint / "random_states_0.pt").read_bytes())
+
+    draws = []
+    for seed in (5, 5, 6):
+        restore_random_states(checkpoint, seed)
+        draws.append(torch.rand(3))
+
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])

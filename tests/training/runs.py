@@ -1,0 +1,50 @@
+"""Runs of a small recipe, and how two of them are compared."""
+
+import json
+
+from accelerate.state import AcceleratorState
+
+from hfgpt.config import load_config
+from hfgpt.train import train
+
+LOOPS = ["accelerate", "trainer"]
+TIMINGS = {"tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
+
+def run(recipe, name, *overrides, resume=False):
+    """Run the recipe into `recipe.parent / name`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = recipe.parent / name
+    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume=resume)
+    return folder
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl, timing aside."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+
+
+def training_lines(folder):
+    return [line for line in metrics(folder) if "grad_norm" in line]
+
+
+def files(folder):
+    """Relative path -> content of every file that holds no timing and no name of the run's own."""
+    own = {"metrics.jsonl", "results.json", "run.yaml"}
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name not in own)
+    return {str(path): (folder / path).read_bytes() for path in paths if not path.parts[0].startswith("superseded")}
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    assert files(one).keys() == files(other).keys()
+    for name, content in files(one).items():
+        assert content == files(other)[name], name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
+    for result in results:
+        for key in TIMINGS:
+            result.pop(key, None)
+    assert results[0] == results[1]
