@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all upstream lint venv clean
+.PHONY: demo test test-all faults upstream lint venv clean
 
 demo: venv
 	$(BIN)/hfgpt train demo --resume
@@ -13,6 +13,10 @@ test: lint
 
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
+
+# What a run survives, counted; about twenty minutes.
+faults: venv
+	$(BIN)/python tests/training/faults.py
 
 # transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt.
 upstream: venv

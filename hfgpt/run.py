@@ -146,6 +146,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         write_atomically(folder / RUN_FILE, config_yaml(config).encode())
         if resume_from is not None:
             checkpoint.supersede(folder, position.step)
+            checkpoint.prune(folder, config.train.keep_last)  # what a run that was killed has not come to
     PartialState().wait_for_everyone()
     return Run(
         config=config,

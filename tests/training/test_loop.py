@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -322,24 +319,6 @@ def test_fine_tuning_goes_on_from_a_gpt2_folder_with_its_tokenizer(recipe, rando
     assert metrics(folder)[-1]["val_loss"] < next(line for line in metrics(folder) if "val_loss" in line)["val_loss"]
     names = set(load_file(folder / "model.safetensors"))
     assert "model.layers.0.self_attn.q_proj.weight" in names  # hfgpt's own layout
-
-
-@pytest.mark.parametrize("loop", ["accelerate", pytest.param("trainer", marks=pytest.mark.slow)])
-def test_two_processes_take_the_same_steps_as_one(recipe, cache, loop):
-    one = run(recipe, "one", f"loop={loop}", "train.batch_size=8", "train.epochs=2")
-
-    two = recipe.parent / "two"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cache)}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = ["-m", "hfgpt", "train", str(recipe), f"output_dir={two}", f"loop={loop}", "train.epochs=2"]
-    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=240)
-
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line["tokens"] for line in training_lines(two)] == [line["tokens"] for line in training_lines(one)]
-    for mine, theirs in zip(training_lines(two), training_lines(one), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # the same sums in another order
-    assert metrics(two)[-1]["val_loss"] == pytest.approx(metrics(one)[-1]["val_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
