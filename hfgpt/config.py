@@ -65,11 +65,13 @@ class DataConfig:
     stride: int | None = None
     """Tokens from the start of one row to the next, 1 to `block_size`; null means `block_size`."""
     packing: str = "contiguous"
-    """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents."""
+    """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but no token sees another document; `padded`: a document never shares a row, and short rows are filled up."""  # noqa: E501
     streaming: bool = False
     """Reading a data set without storing it; not built yet."""
     num_proc: int = 1
     """Processes that tokenize."""
+    num_workers: int = 0
+    """Processes that load rows; 0 loads them in the training process, fast enough for what is memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,7 @@ def check(config: RunConfig) -> RunConfig:
     data, optim, train, sample = config.data, config.optim, config.train, config.sample
     choose("loop", config.loop, ["accelerate", "trainer"])
     choose("train.precision", train.precision, ["fp32", "bf16", "fp16"])
-    choose("data.packing", data.packing, ["contiguous"])
+    choose("data.packing", data.packing, ["contiguous", "isolated", "padded"])
     if data.streaming:
         raise ValueError("`data.streaming` must be false: reading without storing is not built yet.")
 
@@ -353,6 +355,7 @@ def check(config: RunConfig) -> RunConfig:
         ("validation_split", "`data.source` is no Hub data set", data.source in (None, "pydoc")),
         ("validation_files", "`data.files` is not given", data.files is None),
         ("validation_fraction", "the validation text is named", has_validation),
+        ("stride", "rows of `packing: padded` begin with their documents", data.packing == "padded"),
     ]:
         value = getattr(data, name)
         if is_without_effect and value != getattr(DataConfig, name):
@@ -372,6 +375,7 @@ def check(config: RunConfig) -> RunConfig:
         ("train.keep_last", train.keep_last, 1),
         ("data.block_size", data.block_size, 1),
         ("data.num_proc", data.num_proc, 1),
+        ("data.num_workers", data.num_workers, 0),
         ("data.stride", data.stride, 1),
         ("tokenizer.vocab_size", config.tokenizer.vocab_size, 257),
         ("optim.warmup_steps", optim.warmup_steps, 0),

@@ -1,7 +1,7 @@
 """Text to rows of token ids, on `datasets`; and in which order a run sees the rows.
 
-Documents are tokenized losslessly into one stream with `<|endoftext|>` between them. The stream is cut into rows of
-T + 1 ids that overlap by one, so that each row has T targets and no target is skipped.
+Documents are tokenized losslessly, once, into a stream with `<|endoftext|>` between them (hfgpt/rows.py). Rows are
+T + 1 ids of it that overlap by one, so that each has T targets and no target is skipped.
 
 Shape letters: B rows of a micro-batch, T `block_size`.
 """
@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.config import DataConfig
 from hfgpt.documents import Documents as Documents
 from hfgpt.documents import load_documents as load_documents
-from hfgpt.loss import IGNORE_INDEX
+from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.tokenizer import encode_arrays, tokenizer_hash
 
-ROWS_VERSION = 1  # Part of the cache's key: raise it when the same text shall give other rows than before.
+ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
 
 
 @dataclass(frozen=True)
@@ -32,42 +32,44 @@ class SplitCounts:
     """What became of the tokens of one split."""
 
     tokens: int
-    """Length of the stream, with the `<|endoftext|>` between documents."""
+    """Ids of all documents, and one `<|endoftext|>` between two of them."""
     targets: int
     """Targets scored in one pass over the rows; with a `stride` below `block_size` some count more than once."""
     remainder: int
     """Tokens at the end that fill no row, fewer than `stride`; they are never scored."""
+    padding: int
+    """Places in rows that hold no target."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a run: memory-mapped, with one column `input_ids` of T + 1 int32 ids."""
+    """The rows of a run."""
 
-    train: datasets.Dataset
-    validation: datasets.Dataset
+    train: TokenRows
+    validation: TokenRows
     train_counts: SplitCounts
     validation_counts: SplitCounts
 
 
 def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> Rows:
-    """Tokenize documents and cut them into rows; both are done once and then read from the cache of `datasets`.
+    """Tokenize documents, which is done once and then read from the cache of `datasets`, and lay rows over them.
 
-    The cache's key is made of the text, the tokenizer and the settings. Of several processes, let one call this first.
+    The cache's key is made of the text and the tokenizer. Of several processes, let one call this first.
 
     Raises:
         ValueError: a split is shorter than one row.
     """
-    train, train_counts = cut_rows(documents.train, tokenizer, data, "training")
-    validation, validation_counts = cut_rows(documents.validation, tokenizer, data, "validation")
+    train, train_counts = lay_rows(tokenize(documents.train, tokenizer, data, "training"), data, "training")
+    validation, validation_counts = lay_rows(
+        tokenize(documents.validation, tokenizer, data, "validation"), data, "validation"
+    )
     return Rows(train, validation, train_counts, validation_counts)
 
 
-def cut_rows(
+def tokenize(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, data: DataConfig, split: str
-) -> tuple[datasets.Dataset, SplitCounts]:
-    """Make the rows of one split, and count its tokens."""
-    stride = data.stride or data.block_size
-    token_key = cache_key(documents._fingerprint, tokenizer_hash(tokenizer))
+) -> TokenStream:
+    """The ids of one split, memory-mapped."""
     token_ids = documents.map(
         encode_batch,
         batched=True,
@@ -77,30 +79,44 @@ def cut_rows(
         fn_kwargs={"tokenizer": tokenizer},
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
         num_proc=None if data.num_proc == 1 else min(data.num_proc, len(documents)),
-        new_fingerprint=token_key,
+        new_fingerprint=cache_key(documents._fingerprint, tokenizer_hash(tokenizer), str(tokenizer.eos_token_id)),
         desc=f"Tokenizing the {split} text",
     )
-    ids_of_documents = sum(len(chunk.flatten()) for chunk in token_ids.data.column("input_ids").chunks)
-    tokens = ids_of_documents + len(documents) - 1
-    if tokens < data.block_size + 1:
+    return TokenStream(token_ids)
+
+
+def lay_rows(stream: TokenStream, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
+    """The rows of one split, by `data.packing`, and what became of its tokens.
+
+    Raises:
+        ValueError: it is shorter than one row.
+    """
+    block_size, tokens = data.block_size, len(stream) - 1  # there is nothing before the first document to end
+    if data.packing == "padded":
+        rows = one_document_a_row(stream, block_size)
+        targets = tokens + 1  # the last document is ended too
+        return rows, SplitCounts(tokens, targets, remainder=0, padding=len(rows) * block_size - targets)
+    if tokens < block_size + 1:
         raise ValueError(
-            f"the {split} split has {tokens} tokens, fewer than one block of {data.block_size + 1} (`data.block_size` "
-            f"and one): lower `data.block_size` ({data.block_size}) or give more text."
+            f"the {split} split has {tokens} tokens, fewer than one block of {block_size + 1} (`data.block_size` "
+            f"and one): lower `data.block_size` ({block_size}) or give more text."
         )
-    rows = datasets.Dataset.from_generator(
-        token_rows,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=data.block_size + 1)}),
-        gen_kwargs={
-            "token_ids": token_ids,
-            "end_id": tokenizer.eos_token_id,
-            "length": data.block_size + 1,
-            "stride": stride,
-        },
-        fingerprint=cache_key(token_key, str(data.block_size), str(stride)),
-    )
-    targets = len(rows) * data.block_size
-    remainder = tokens - (len(rows) - 1) * stride - (data.block_size + 1)
-    return rows, SplitCounts(tokens, targets, remainder)
+    stride = data.stride or block_size
+    starts = range(1, len(stream) - block_size, stride)
+    rows = TokenRows(stream, block_size, starts, is_isolated=data.packing == "isolated")
+    remainder = tokens - (len(rows) - 1) * stride - (block_size + 1)
+    return rows, SplitCounts(tokens, len(rows) * block_size, remainder, padding=0)
+
+
+def one_document_a_row(stream: TokenStream, block_size: int) -> TokenRows:
+    """Rows from the `<|endoftext|>` before a document to the one behind it; documents longer than T take several."""
+    begins = stream.document_starts
+    ends = np.append(begins[1:], len(stream))  # where the `<|endoftext|>` behind each stands; behind the last, nothing
+    counts = -(-(ends - begins) // block_size)
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # number of a row in its document
+    starts = np.repeat(begins, counts) + nth * block_size
+    stops = np.minimum(starts + block_size + 1, np.repeat(ends, counts) + 1)
+    return TokenRows(stream, block_size, starts, stops)
 
 
 def cache_key(*parts: str) -> str:
@@ -108,30 +124,17 @@ def cache_key(*parts: str) -> str:
 
 
 def encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
-    return {"input_ids": encode_arrays(tokenizer, texts)}
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return {"input_ids": [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]}
 
 
-def token_rows(token_ids: datasets.Dataset, end_id: int, length: int, stride: int) -> Iterator[dict[str, np.ndarray]]:
-    """Join documents into one stream with `end_id` between them, and yield `length` ids from every `stride`-th on."""
-    stream = np.empty(0, dtype=np.int32)
-    for number, batch in enumerate(token_ids.with_format("arrow").iter(batch_size=64)):
-        column = batch["input_ids"].combine_chunks()
-        starts = column.offsets.to_numpy()[:-1] - column.offsets[0].as_py()
-        joined = np.insert(column.flatten().to_numpy(), starts if number else starts[1:], end_id)
-        stream = np.concatenate([stream, joined])
-        count = max(0, (len(stream) - length) // stride + 1)
-        for start in range(0, count * stride, stride):
-            yield {"input_ids": stream[start : start + length]}
-        stream = stream[count * stride :]
-
-
-def check_ids(rows: datasets.Dataset, vocab_size: int, name: str) -> None:
+def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
     """Refuse rows that a model cannot read, before its embedding fails on them.
 
     Raises:
         ValueError: `rows` hold an id of `vocab_size` or more.
     """
-    largest = max(chunk.flatten().to_numpy().max() for chunk in rows.data.column("input_ids").chunks)
+    largest = rows.stream.largest()
     if largest >= vocab_size:
         raise ValueError(
             f"the {name} rows hold the id {largest}, but the model's `vocab_size` is {vocab_size}. "
@@ -139,40 +142,18 @@ def check_ids(rows: datasets.Dataset, vocab_size: int, name: str) -> None:
         )
 
 
-class TrainingRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
-    """Rows by index, as `input_ids` of shape (T + 1,); the index after the last one is a filler that nothing counts.
-
-    A filler lets every process run as many micro-batches as the others when the rows do not divide evenly.
-    """
-
-    def __init__(self, rows: datasets.Dataset):
-        self.rows = rows.with_format("arrow")
-        self.filler = np.full(rows.features["input_ids"].length, IGNORE_INDEX, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
-        real = [index for index in indices if index != len(self)]
-        found = iter(())
-        if real:
-            ids = self.rows[real]["input_ids"].combine_chunks().flatten().to_numpy()
-            found = iter(ids.reshape(len(real), -1))
-        return [{"input_ids": self.filler if index == len(self) else next(found)} for index in indices]
-
-
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Stack rows of T + 1 ids into a micro-batch.
 
     Returns:
-        `input_ids`, `labels` (the same ids) and `shift_labels` (the next ids), each (B, T) int64. The labels of a
-        filler row are all -100.
+        `input_ids`, `labels` (the same ids) and `shift_labels` (the next ids), each (B, T) int64; and `position_ids`
+        (B, T), if the rows have any. What fills up has -100 as its labels.
     """
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    return {"input_ids": ids[:, :-1].clamp(min=0), "labels": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    batch = {"input_ids": ids[:, :-1].clamp(min=0), "labels": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    if "position_ids" in rows[0]:
+        batch["position_ids"] = torch.from_numpy(np.stack([row["position_ids"] for row in rows]))
+    return batch
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -231,11 +212,11 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def train_loader(
-    rows: datasets.Dataset, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    rows: TokenRows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
 ) -> DataLoader[dict[str, np.ndarray]]:
     """Micro-batches of shuffled rows; `loader.batch_sampler` is the `EpochBatches` that says of which epoch."""
     return DataLoader(
-        TrainingRows(rows),
+        rows,
         batch_sampler=EpochBatches(len(rows), batch_size, seed, rank, world_size),
         collate_fn=collate,
         num_workers=num_workers,
@@ -244,11 +225,11 @@ def train_loader(
 
 
 def eval_loader(
-    rows: datasets.Dataset, batch_size: int, rank: int = 0, world_size: int = 1
+    rows: TokenRows, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader[dict[str, np.ndarray]]:
     """Micro-batches of all rows in order; over all processes each row comes exactly once."""
     return DataLoader(
-        TrainingRows(rows),
+        rows,
         batch_sampler=list(rank_batches(np.arange(len(rows)), batch_size, rank, world_size)),
         collate_fn=collate,
         generator=torch.Generator(),

@@ -44,8 +44,8 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
 
     Args:
         model: an `HFGPTForCausalLM`, or another causal language model of transformers.
-        batches: `input_ids` and `shift_labels`, both (B, T), as `hfgpt.data.collate` makes them. On several processes
-            each gives its own part; the score is that of all.
+        batches: `input_ids`, `shift_labels` and perhaps `position_ids`, each (B, T), as `hfgpt.data.collate` makes
+            them. On several processes each gives its own part; the score is that of all.
 
     Returns:
         The mean loss, summed in fp64.
@@ -63,7 +63,10 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
             targets = batch["shift_labels"]
             batch_tokens = int((targets != IGNORE_INDEX).sum())
             if batch_tokens:
-                total += sum_loss(model, batch["input_ids"].to(device), targets.to(device)).double().cpu()
+                inputs = {
+                    name: each.to(device) for name, each in batch.items() if name in ("input_ids", "position_ids")
+                }
+                total += sum_loss(model, inputs, targets.to(device)).double().cpu()
                 tokens += batch_tokens
     finally:
         model.train(was_training)
@@ -124,12 +127,12 @@ def windows(stream: Tensor, context: int, batch_size: int) -> Iterator[dict[str,
         yield {"input_ids": inputs[chunk], "shift_labels": targets[chunk]}
 
 
-def sum_loss(model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
+def sum_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     """Sum of the losses of one batch, in nats: hfgpt makes it without all logits, other models by theirs."""
     # `labels` stand for nothing beside `shift_labels`, but without them transformers' models make no loss.
     return model(
-        input_ids=input_ids,
-        labels=input_ids,
+        **inputs,
+        labels=inputs["input_ids"],
         shift_labels=targets,
         num_items_in_batch=1,
         skip_logits=True,

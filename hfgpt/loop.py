@@ -45,7 +45,12 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     loader = train_loader(
-        run.rows.train, config.train.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+        run.rows.train,
+        config.train.batch_size,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.data.num_workers,
     )
     batch_sampler = loader.batch_sampler
     assert isinstance(batch_sampler, EpochBatches)

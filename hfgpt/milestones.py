@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
-from datasets import Dataset
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
@@ -20,6 +19,7 @@ from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
+from hfgpt.rows import TokenRows
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest
 
@@ -82,14 +82,14 @@ def make_recorder(run: Run) -> Recorder:
     return recorder
 
 
-def score_split(run: Run, rows: Dataset, limit: int, stop: StopRequest) -> Score:
+def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Score:
     """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together.
 
     Raises:
         Stopped: a stop was asked for.
     """
     process = PartialState()
-    chosen = rows.select(range(min(limit or len(rows), len(rows))))
+    chosen = rows.first(limit or len(rows))
     loader = eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
 
     def until_stopped() -> Iterator[dict[str, torch.Tensor]]:
@@ -204,11 +204,7 @@ def finish_run(
     results: dict[str, Any] = {}
     if PartialState().is_main_process:
         save_model(run, run.folder)
-        baselines = ngram_perplexities(
-            run.rows.train.with_format("numpy")["input_ids"][:],
-            run.rows.validation.with_format("numpy")["input_ids"][:],
-            run.model.config.vocab_size,
-        )
+        baselines = ngram_perplexities(run.rows.train.pairs(), run.rows.validation.pairs(), run.model.config.vocab_size)
         results = {
             **line,
             "unigram_perplexity": baselines.unigram,

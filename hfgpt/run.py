@@ -23,6 +23,7 @@ from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.recorder import talk
+from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.weights import load
 
@@ -178,12 +179,11 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
-def rows_hash(rows: Dataset) -> str:
+def rows_hash(rows: TokenRows) -> str:
     """SHA-256 of the ids of up to 100,000 rows, spread over all: a token more or less anywhere shifts what follows."""
     digest = hashlib.sha256(f"{len(rows)}".encode())
-    spread = rows.with_format("numpy").select(range(0, len(rows), 1 + len(rows) // 100_000))
-    for batch in spread.iter(batch_size=1000):
-        digest.update(batch["input_ids"].tobytes())
+    for index in range(0, len(rows), 1 + len(rows) // 100_000):
+        digest.update(rows[index]["input_ids"].tobytes())
     return digest.hexdigest()
 
 

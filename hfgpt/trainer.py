@@ -117,7 +117,12 @@ class HFGPTTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         config, process = self.run.config, self.accelerator
         return train_loader(
-            self.run.rows.train, config.train.batch_size, config.seed, process.process_index, process.num_processes
+            self.run.rows.train,
+            config.train.batch_size,
+            config.seed,
+            process.process_index,
+            process.num_processes,
+            config.data.num_workers,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,16 @@ from hfgpt.config import DataConfig
 from hfgpt.data import (
     Documents,
     EpochBatches,
-    TrainingRows,
     check_ids,
     collate,
     epoch_order,
     eval_loader,
+    lay_rows,
     load_documents,
     load_rows,
     train_loader,
 )
+from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.tokenizer import encode_ids, train_tokenizer
 
 TEXTS = [f"Line {i}: the quick brown fox jumps over the lazy dog.\r\n" for i in range(40)]
@@ -46,16 +48,25 @@ def as_documents(train, validation):
     return Documents(*(datasets.Dataset.from_dict({"text": texts}) for texts in (train, validation)))
 
 
+def as_stream(documents):
+    """A stream of documents given as lists of ids, each with its end-of-text in front."""
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    return TokenStream(datasets.Dataset.from_dict({"input_ids": documents}, features=features))
+
+
 def numbered_rows(count, block_size=4):
     """Rows whose ids tell where they stand: row 2 is 20, 21, 22 ..."""
     ids = [[10 * row + column for column in range(block_size + 1)] for row in range(count)]
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=block_size + 1)})
-    return datasets.Dataset.from_dict({"input_ids": ids}, features=features)
+    return TokenRows(as_stream(ids), block_size, range(0, count * (block_size + 1), block_size + 1))
+
+
+def ids_of(rows):
+    return [rows[index]["input_ids"].tolist() for index in range(len(rows))]
 
 
 def stream_of(rows, stride):
     """The stream that overlapping rows were cut from, each of its ids once."""
-    ids = np.array(rows["input_ids"][:])
+    ids = np.array(ids_of(rows))
     return [*ids[:, :stride].reshape(-1).tolist(), *ids[-1, stride:].tolist()]
 
 
@@ -105,7 +116,7 @@ def test_documents_are_separated_by_the_end_of_text_and_the_last_one_is_not_ende
 
     a, b, c = (ids[0] for ids in encode_ids(tokenizer, ["a", "b", "c"]))
     end = tokenizer.eos_token_id
-    assert rows.train["input_ids"][:] == [[a, end], [end, b], [b, end], [end, c]]
+    assert ids_of(rows.train) == [[a, end], [end, b], [b, end], [end, c]]
 
 
 def test_many_documents_make_one_stream(tokenizer):
@@ -122,7 +133,7 @@ def test_rows_start_every_stride_tokens(tokenizer, stride):
 
     rows = load_rows(as_documents(TEXTS, TEXTS), tokenizer, DataConfig(block_size=8, stride=stride)).train
 
-    assert rows["input_ids"][:] == [stream[i : i + 9] for i in range(0, len(stream) - 8, stride)]
+    assert ids_of(rows) == [stream[i : i + 9] for i in range(0, len(stream) - 8, stride)]
 
 
 def test_every_number_of_tokenizing_processes_gives_the_same_rows(tokenizer, tmp_path):
@@ -135,7 +146,7 @@ def test_every_number_of_tokenizing_processes_gives_the_same_rows(tokenizer, tmp
     fresh = as_documents(documents.train["text"][:], documents.validation["text"][:])
     one = load_rows(fresh, tokenizer, DataConfig(block_size=8))
 
-    assert two.train["input_ids"][:] == one.train["input_ids"][:]
+    assert ids_of(two.train) == ids_of(one.train)
     assert two.train_counts == one.train_counts
 
 
@@ -152,33 +163,32 @@ def test_rows_are_memory_mapped_and_made_once(tokenizer, tmp_path, cache):
 
     again = load_rows(load_documents(data, seed=0), tokenizer, data)
 
-    assert rows.train.cache_files == again.train.cache_files != []
-    assert Path(rows.train.cache_files[0]["filename"]) in files
-    assert rows.train.features["input_ids"] == datasets.List(datasets.Value("int32"), length=9)
-    assert again.train["input_ids"][:] == rows.train["input_ids"][:]
+    assert ids_of(again.train) == ids_of(rows.train)
     assert cached_files(cache) == files
 
 
-def test_other_settings_seeds_and_tokenizers_make_other_rows(tokenizer, tmp_path):
+def test_other_texts_and_tokenizers_make_other_files_and_other_rows_none(tokenizer, tmp_path, cache):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text)
     data = DataConfig(files=str(tmp_path), block_size=8)
     other_tokenizer = train_tokenizer(TEXTS[:1], vocab_size=280, model_max_length=64)
+    documents, other_documents = load_documents(data, seed=0), load_documents(data, seed=1)
+    load_rows(documents, tokenizer, data)
 
-    names = [
-        load_rows(
-            load_documents(data, seed), chosen, DataConfig(block_size=block_size, stride=stride)
-        ).train.cache_files
-        for seed, chosen, block_size, stride in [
-            (0, tokenizer, 8, None),
-            (1, tokenizer, 8, None),
-            (0, other_tokenizer, 8, None),
-            (0, tokenizer, 9, None),
-            (0, tokenizer, 8, 5),
-        ]
-    ]
+    made = []
+    for seeded, chosen, block_size, stride, packing in [
+        (documents, tokenizer, 9, None, "contiguous"),
+        (documents, tokenizer, 8, 5, "contiguous"),
+        (documents, tokenizer, 8, None, "isolated"),
+        (documents, tokenizer, 8, None, "padded"),
+        (other_documents, tokenizer, 8, None, "contiguous"),
+        (documents, other_tokenizer, 8, None, "contiguous"),
+    ]:
+        before = cached_files(cache)
+        load_rows(seeded, chosen, DataConfig(block_size=block_size, stride=stride, packing=packing))
+        made.append(len(cached_files(cache)) - len(before))
 
-    assert len({str(name) for name in names}) == 5
+    assert made == [0, 0, 0, 0, 2, 2]  # training and validation ids
 
 
 PROCESS = """
@@ -190,7 +200,7 @@ datasets.config.HF_DATASETS_CACHE = sys.argv[1]
 datasets.disable_progress_bars()
 data = DataConfig(files=sys.argv[2], block_size=8)
 rows = load_rows(load_documents(data, seed=0), load_tokenizer(sys.argv[3]), data)
-sys.stdout.write(rows.train.cache_files[0]["filename"])
+sys.stdout.write(str([rows.train[index]["input_ids"].tolist() for index in range(len(rows.train))]))
 """
 
 
@@ -208,7 +218,7 @@ def test_another_process_finds_the_rows_in_the_cache(tokenizer, tmp_path, cache)
     command = [sys.executable, "-c", PROCESS, str(cache), str(text), str(tmp_path / "tokenizer")]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    assert found == rows.train.cache_files[0]["filename"]
+    assert found == str(ids_of(rows.train))
     assert cached_files(cache) == files
 
 
@@ -242,7 +252,7 @@ def test_ids_that_the_model_does_not_know_are_refused():
 
 
 def test_a_micro_batch_has_the_next_token_as_label():
-    rows = TrainingRows(numbered_rows(3))
+    rows = numbered_rows(3)
 
     batch = collate([rows[2], rows[0], rows[3]])  # the last is the filler
 
@@ -329,3 +339,96 @@ def test_workers_load_the_same_micro_batches():
     helped = list(train_loader(numbered_rows(9), 2, seed=0, num_workers=2))
 
     assert [batch["input_ids"].tolist() for batch in helped] == [batch["input_ids"].tolist() for batch in alone]
+
+
+def is_view_of(part, whole):
+    return np.shares_memory(part, whole)
+
+
+def test_rows_are_views_of_the_file_and_copy_nothing(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 5000)
+    data = DataConfig(files=str(tmp_path), block_size=64)
+
+    rows = load_rows(load_documents(data, seed=0), tokenizer, data).train
+
+    [part] = rows.stream.parts
+    assert not part.flags.writeable
+    assert all(is_view_of(rows[index]["input_ids"], part) for index in range(len(rows)))
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_a_stream_in_parts_gives_what_one_in_memory_gives(documents, parts, draw):
+    from unittest.mock import patch
+
+    whole = [0, *(token for document in documents for token in [*document, 0])]
+    stream = as_stream([[0, *document] for document in documents])
+    cuts = sorted({0, len(stream), *draw.draw(st.lists(st.integers(0, len(stream)), max_size=parts))})
+    pieces = [stream.slice(*cut) for cut in itertools.pairwise(cuts)]
+    start = draw.draw(st.integers(0, len(stream) - 1))
+    stop = draw.draw(st.integers(start + 1, len(stream) + 1))
+
+    with (
+        patch.object(stream, "parts", pieces),
+        patch.object(stream, "part_ends", np.cumsum([len(piece) for piece in pieces]).tolist()),
+    ):
+        assert stream.slice(start, stop).tolist() == whole[start:stop]
+    assert stream.document_starts.tolist() == [at for at, token in enumerate(whole[:-1]) if token == 0]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=2, max_size=12), st.integers(1, 7))
+def test_isolated_rows_are_the_same_with_positions_that_begin_with_each_document(documents, block_size):
+    stream = as_stream([[0, *document] for document in documents])
+    if len(stream) < block_size + 2:
+        return
+
+    plain, counts = lay_rows(stream, DataConfig(block_size=block_size), "training")
+    isolated, isolated_counts = lay_rows(stream, DataConfig(block_size=block_size, packing="isolated"), "training")
+
+    assert ids_of(isolated) == ids_of(plain)
+    assert isolated_counts == counts
+    for index in range(len(isolated)):
+        row, expected, position = isolated[index], [], -1
+        for token in row["input_ids"][:-1]:
+            position = 0 if token == 0 else position + 1  # by brute force
+            expected.append(position)
+        assert row["position_ids"].tolist() == expected
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=12), st.integers(1, 7))
+def test_padded_rows_hold_one_document_and_score_every_token_once(documents, block_size):
+    stream = as_stream([[0, *document] for document in documents])
+
+    rows, counts = lay_rows(stream, DataConfig(block_size=block_size, packing="padded"), "training")
+
+    found = iter(ids_of(rows))
+    for document in documents:
+        framed = [0, *document, 0]
+        for start in range(0, len(framed) - 1, block_size):
+            row = framed[start : start + block_size + 1]
+            assert next(found) == row + [-100] * (block_size + 1 - len(row))
+    assert next(found, None) is None
+    targets = collate([rows[index] for index in range(len(rows))])["shift_labels"]
+    assert int((targets != -100).sum()) == counts.targets == sum(map(len, documents)) + len(documents)
+    assert counts.tokens == sum(map(len, documents)) + len(documents) - 1
+    assert counts.padding == targets.numel() - counts.targets
+    assert counts.remainder == 0
+    assert len(rows.pairs()) == counts.targets
+
+
+def test_the_pairs_of_rows_are_their_targets_behind_the_ids_before_them():
+    assert numbered_rows(2, block_size=2).pairs().tolist() == [[0, 1], [1, 2], [10, 11], [11, 12]]
+
+
+def test_a_filler_has_positions_too():
+    rows = TokenRows(as_stream([[0, 1, 2, 3, 4]]), 4, [0], is_isolated=True)
+
+    batch = collate([rows[0], rows[1]])
+
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+    assert batch["shift_labels"].tolist() == [[1, 2, 3, 4], [-100] * 4]
+    with pytest.raises(IndexError, match="there are 1 rows, got 2"):
+        rows[2]

@@ -1,0 +1,124 @@
+"""Rows of token ids, as views of a stream that lies memory-mapped on the disk: nothing is copied to make them.
+
+The stream of a split is every document behind its `<|endoftext|>`: e d1 d1 d1 e d2 d2 e ... All rows are slices of it.
+
+Shape letters: N rows, T `block_size`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import torch
+
+from hfgpt.loss import IGNORE_INDEX
+
+
+class TokenStream:
+    """The ids of all documents, each behind an end-of-text, in one line of int32.
+
+    Args:
+        token_ids: memory-mapped, with one column `input_ids`: a list of ids for each document, end-of-text first.
+    """
+
+    def __init__(self, token_ids: datasets.Dataset) -> None:
+        self.parts: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        length = 0
+        for chunk in token_ids.data.column("input_ids").chunks:
+            ids = chunk.flatten().to_numpy()  # of the chunk's own part of the file, without a copy
+            offsets = chunk.offsets.to_numpy()
+            starts.append(offsets[:-1].astype(np.int64) - offsets[0] + length)
+            self.parts.append(ids)
+            length += len(ids)
+        self.part_ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        self.document_starts = np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """The ids from `start` to before `stop`: a view, but where it lies across two parts of the file.
+
+        Behind the last document there is one more end-of-text, that of the next one, which does not come.
+        """
+        pieces = []
+        part = bisect_right(self.part_ends, start)
+        while start < min(stop, self.length):
+            begin = self.part_ends[part - 1] if part else 0
+            piece = self.parts[part][start - begin : stop - begin]
+            pieces.append(piece)
+            start += len(piece)
+            part += 1
+        if stop > self.length:
+            pieces.append(self.parts[0][:1])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def largest(self) -> int:
+        """The largest id."""
+        return max(int(part.max()) for part in self.parts if len(part))
+
+
+class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Rows by index, as `input_ids` of shape (T + 1,); the index after the last one is a filler that nothing counts.
+
+    A filler lets every process run as many micro-batches as the others when the rows do not divide evenly.
+
+    Args:
+        stream: that the rows are slices of.
+        block_size: targets in a row, T.
+        starts: where in the stream each row begins, (N,).
+        stops: where it ends at the latest, (N,); shorter rows are filled up. None: all are whole.
+        is_isolated: whether rows come with `position_ids` (T,), which begin again with each document.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        block_size: int,
+        starts: Sequence[int] | np.ndarray,
+        stops: np.ndarray | None = None,
+        is_isolated: bool = False,
+    ) -> None:
+        self.stream, self.block_size, self.starts, self.stops = stream, block_size, starts, stops
+        self.is_isolated = is_isolated
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        whole = self.block_size + 1
+        if index == len(self):
+            ids, start = np.empty(0, dtype=np.int32), 0
+        elif not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} rows, got {index}.")
+        else:
+            start = int(self.starts[index])
+            ids = self.stream.slice(start, start + whole if self.stops is None else int(self.stops[index]))
+        if len(ids) < whole:
+            ids = np.concatenate([ids, np.full(whole - len(ids), IGNORE_INDEX, dtype=np.int32)])
+        row = {"input_ids": ids}
+        if self.is_isolated:
+            row["position_ids"] = self.positions(start)
+        return row
+
+    def positions(self, start: int) -> np.ndarray:
+        """Positions (T,) of a row that begins at `start`: from 0 on, and again from 0 at each document's beginning."""
+        starts = self.stream.document_starts
+        first, last = np.searchsorted(starts, [start + 1, start + self.block_size])
+        begins = np.zeros(self.block_size, dtype=np.int64)
+        begins[starts[first:last] - start] = starts[first:last] - start
+        return np.arange(self.block_size) - np.maximum.accumulate(begins)
+
+    def first(self, count: int) -> "TokenRows":
+        """The first `count` rows."""
+        stops = None if self.stops is None else self.stops[:count]
+        return TokenRows(self.stream, self.block_size, self.starts[:count], stops, self.is_isolated)
+
+    def pairs(self) -> np.ndarray:
+        """Every target behind the id before it, int32 (targets, 2)."""
+        rows = np.stack([self[index]["input_ids"] for index in range(len(self))])
+        pairs = np.stack([rows[:, :-1].ravel(), rows[:, 1:].ravel()], axis=1)
+        return pairs[pairs[:, 1] != IGNORE_INDEX]
