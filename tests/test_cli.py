@@ -15,12 +15,16 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 import torch
+import typer
 from accelerate.state import AcceleratorState
 
-from hfgpt.cli import ORDER_OF_THE_JOB, join_resume, main
+from hfgpt.cli import join_resume, main
+from hfgpt.cli.app import ORDER_OF_THE_JOB, app
 from hfgpt.config import load_config
 from hfgpt.evaluation import evaluate_files
 from hfgpt.tokenizer import load_tokenizer
+
+COMMANDS = sorted(typer.main.get_command(app).commands)
 
 RECIPE = """\
 output_dir: out/accelerate
@@ -343,10 +347,10 @@ def test_help_lists_the_commands_in_the_order_of_the_job():
 
     commands = re.findall(r"^\W+(\w+)  ", printed.out.partition("Commands")[2], flags=re.MULTILINE)
     assert printed.code == 0
-    assert tuple(commands) == ORDER_OF_THE_JOB
+    assert commands == [name for name in ORDER_OF_THE_JOB if name in COMMANDS]
 
 
-@pytest.mark.parametrize("command", [*ORDER_OF_THE_JOB, "tokenizer train"])
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train"])
 def test_every_command_explains_itself(command):
     printed = hfgpt(*command.split(), "--help")
 

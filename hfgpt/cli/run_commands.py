@@ -1,0 +1,84 @@
+"""Commands about a run: its recipe, its tokenizer, its training."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfgpt.cli.app import Json, Overrides, Recipe, app, print_json
+
+tokenizer_app = typer.Typer(help="Train a tokenizer by itself.", no_args_is_help=True)
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe with every value filled in."""
+    from hfgpt.config import config_yaml, load_config
+    from hfgpt.optim import check_optim
+
+    loaded = load_config(recipe, overrides or [])
+    check_optim(loaded.optim)
+    print(config_yaml(loaded), end="")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    folder: Annotated[Path, typer.Argument(help="Folder to save the tokenizer in.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Such as `data.files=my.txt tokenizer.vocab_size=8000`.", metavar="[KEY.PATH=VALUE]..."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe that names the text.")] = "demo",
+) -> None:
+    """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
+    from hfgpt.config import load_config
+    from hfgpt.recorder import talk
+    from hfgpt.run import train_run_tokenizer
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty. Name a new folder.")
+    tokenizer = train_run_tokenizer(load_config(recipe, overrides or []))
+    tokenizer.save_pretrained(folder)
+    talk(f"{len(tokenizer):,} token ids in {folder}")
+
+
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[CHECKPOINT]",
+            help="Go on from a checkpoint folder; without one from the newest, or from the start if there is none.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model by a recipe, through the loop that it names."""
+    from hfgpt.config import load_config
+
+    loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
+    from hfgpt.recorder import talk
+    from hfgpt.stopping import RESUMABLE, Stopped
+    from hfgpt.train import train
+
+    try:
+        results = train(loaded, resume=resume or resume is not None)
+    except Stopped as error:
+        talk(str(error))
+        raise typer.Exit(RESUMABLE) from None
+    if results is None:
+        talk(f"{loaded.output_dir} holds this run, finished.")
+        results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
+    if as_json and results:
+        print_json(results)
+    elif results:
+        talk(
+            f"{loaded.output_dir}: validation perplexity {results['val_perplexity']:.1f}; of the same tokens, a bigram "
+            f"model's is {results['bigram_perplexity']:.1f}, a unigram model's {results['unigram_perplexity']:.1f}"
+        )

@@ -1,0 +1,69 @@
+"""Commands about weights: are they GPT-2, and in which format."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfgpt.cli.app import Json, app, print_json
+
+
+@app.command()
+def verify(
+    source: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GPT-2 or hfgpt model.")] = None,
+    random: Annotated[str | None, typer.Option(help="Random weights: small, medium, large or xl.")] = None,
+    layers: Annotated[int | None, typer.Option(help="With --random: compare so many blocks only.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compare in bf16 as well (slow on most CPUs).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with transformers' GPT-2 on the same weights."""
+    if (source is None) == (random is None):
+        raise ValueError("give a model or `--random SIZE`, one of them.")
+    if layers is not None and random is None:
+        raise ValueError("`--layers` has no effect without `--random`.")
+    from hfgpt.recorder import talk
+    from hfgpt.weights.verify import SIZES, memory_needed, render, verify, verify_random
+
+    if random is None:
+        assert source is not None
+        result = verify(source, bf16)
+    else:
+        talk(f"needs about {memory_needed(random, layers) / 1e9:.1f} GB of memory")
+        if layers is not None:
+            talk(f"at reduced depth: {layers} of the {SIZES[random]['n_layer']} blocks of {random}")
+        result = verify_random(random, layers, bf16=bf16)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print(render(result))
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="File, folder or Hub id.")],
+    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).")],
+    to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, gguf or onnx.")],
+    source_format: Annotated[str, typer.Option("--from", help="One of the first six, or auto: find out.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut, drop or round anything.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Run both, each its own way; compare the logits.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, for gguf q8_0; else the source's.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not say it.")] = None,
+    activation: Annotated[str | None, typer.Option(help="The MLP's, if the file does not say it.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Cut the padding after so many tokens.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder, Hub id or meta.pkl, to go along.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, and say what was done to each tensor."""
+    from hfgpt.weights.convert import convert, give_freed_tensors_back, render
+
+    give_freed_tensors_back()
+    result = convert(source, dest, to, source_format, strict, verify, dtype, heads, activation, vocab_size, tokenizer)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print(render(result))
+    if result.comparison is not None and not result.comparison.passed:
+        raise typer.Exit(1)
