@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
 from hfgpt.config import RunConfig
-from hfgpt.data import eval_loader
+from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate, stream_text
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
@@ -67,19 +67,22 @@ def make_recorder(run: Run) -> Recorder:
         settings={name: getattr(run.config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
         start=run.position,
     )
-    counts = run.rows.train_counts, run.rows.validation_counts
-    recorder.say(
-        f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; "
-        + "; ".join(
-            f"{name} {count.tokens:,} tokens in {len(rows):,} rows, {count.remainder} left over"
-            for name, count, rows in zip(
-                ("train", "validation"), counts, (run.rows.train, run.rows.validation), strict=True
-            )
-        )
-    )
+    recorder.say(f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}")
     if run.resume_from is not None:
         recorder.say(f"going on from {run.resume_from} at step {run.position.step}")
     return recorder
+
+
+def describe(rows: Rows) -> str:
+    """How much text there is."""
+    train, validation = (
+        f"{name} {count.tokens:,} tokens in {len(part):,} rows, {count.remainder} left over"
+        for name, count, part in (
+            ("train", rows.train_counts, rows.train),
+            ("validation", rows.validation_counts, rows.validation),
+        )
+    )
+    return f"train from a stream; {validation}" if rows.stream is not None else f"{train}; {validation}"
 
 
 def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Score:
@@ -168,7 +171,7 @@ def save_checkpoint(
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
     recorder.resume()
 
 
@@ -178,6 +181,14 @@ def save_model(run: Run, folder: Path) -> None:
     run.tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         make_readable(path)
+
+
+def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
+    """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
+    if rows.stream is not None:
+        return {}
+    baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
+    return {"unigram": baselines.unigram, "bigram": baselines.bigram}
 
 
 def finish_run(
@@ -204,13 +215,12 @@ def finish_run(
     results: dict[str, Any] = {}
     if PartialState().is_main_process:
         save_model(run, run.folder)
-        baselines = ngram_perplexities(run.rows.train.pairs(), run.rows.validation.pairs(), run.model.config.vocab_size)
+        baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         results = {
             **line,
-            "unigram_perplexity": baselines.unigram,
-            "bigram_perplexity": baselines.bigram,
+            **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
             "parameters": run.model.num_parameters(),
-            "train_tokens": run.rows.train_counts.tokens,
+            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
             "validation_tokens": run.rows.validation_counts.tokens,
             "peak_memory_bytes": peak_memory_bytes(),
             "elapsed_seconds": time.perf_counter() - started_at,
@@ -219,7 +229,7 @@ def finish_run(
         plot_losses(
             read_metrics(run.folder / METRICS_FILE),
             run.folder / PLOT_FILE,
-            baselines={"unigram": baselines.unigram, "bigram": baselines.bigram},
+            baselines=baselines,
         )
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
     PartialState().wait_for_everyone()
