@@ -17,6 +17,7 @@ from hfgpt.decoding import generate, stream_text
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
+from hfgpt.processes import is_split, split_again, whole
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.rows import TokenRows
@@ -117,6 +118,7 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
     try:
         train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
     except Stopped:
+        split_again(run.model)
         return None
     line = {
         "step": position.step,
@@ -126,8 +128,11 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
         "val_perplexity": validation.perplexity,
     }
     refuse_divergence("val_loss", validation.loss, position.step)
-    if PartialState().is_main_process:
-        recorder.evaluation(line, write_sample(run))
+    is_main = PartialState().is_main_process
+    sample = write_sample(run) if is_main or is_split(run.model) else ""
+    split_again(run.model)
+    if is_main:
+        recorder.evaluation(line, sample)
     PartialState().wait_for_everyone()
     recorder.resume()
     return line
@@ -160,14 +165,15 @@ def save_checkpoint(
         FloatingPointError: a weight is no number; the checkpoints before this one stay.
     """
     for name, parameter in run.model.named_parameters():
-        if not parameter.isfinite().all():
+        if not whole(parameter.isfinite().all()):
             raise FloatingPointError(f"`{name}` is not finite at step {position.step}: {DIVERGED}")
 
     def write(folder: Path) -> None:
         save_model(run, folder)
         # Where transformers' Trainer reads its place from, and what it compares with its arguments.
         place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
-        write_json(folder / "trainer_state.json", place)
+        if PartialState().is_main_process:
+            write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
@@ -176,11 +182,14 @@ def save_checkpoint(
 
 
 def save_model(run: Run, folder: Path) -> None:
-    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load."""
-    run.model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        make_readable(path)
+    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
+    is_main = PartialState().is_main_process
+    if is_main or is_split(run.model):  # where it is split, all put it together and the first one writes
+        run.model.save_pretrained(folder)
+    if is_main:
+        run.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            make_readable(path)
 
 
 def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
@@ -213,8 +222,8 @@ def finish_run(
     if line is None:
         raise stopped(run, position)
     results: dict[str, Any] = {}
+    save_model(run, run.folder)
     if PartialState().is_main_process:
-        save_model(run, run.folder)
         baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         results = {
             **line,
