@@ -49,10 +49,11 @@ def test_a_model_that_accelerate_splits_takes_the_same_steps(recipe, cache, loop
         "hfgpt",
         "train",
     ]
+    run_words = ["-m", "hfgpt", "train", recipe, f"output_dir={split}"]
     one = run(recipe, "one", f"train.batch_size={4 * torch.cuda.device_count()}", *overrides)
 
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words, recipe, f"output_dir={split}", *overrides],
+        [sys.executable, "-m", "accelerate.commands.launch", *words, *run_words, *overrides],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
         capture_output=True,
         text=True,
