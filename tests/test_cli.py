@@ -339,6 +339,29 @@ def test_tokenizer_train_trains_the_tokenizer_of_the_run(world):
     assert Path("same/tokenizer.json").read_bytes() == Path("out/accelerate/tokenizer.json").read_bytes()
 
 
+def test_data_prepare_counts_every_token_of_the_run(world):
+    printed, as_json = hfgpt("data", "prepare", "tiny.yaml"), hfgpt("data", "prepare", "tiny.yaml", "--json")
+
+    assert printed.code == as_json.code == 0
+    result = json.loads(as_json.out)
+    for name in ("train", "validation"):
+        split = result[name]
+        assert split["tokens"] == split["targets"] + 1 + split["remainder"]
+        assert f"{split['documents']:,} documents, {split['tokens']:,} tokens in {split['rows']:,} rows" in printed.out
+    assert result["train"]["tokens"] == json.loads(Path("out/accelerate/results.json").read_text())["train_tokens"]
+    assert not Path("out/run").exists()
+
+
+STREAM = ["data.streaming=true", "tokenizer.name=out/accelerate", "tokenizer.vocab_size=4096"]
+
+
+def test_data_prepare_has_nothing_to_do_for_a_stream(world):
+    refused = hfgpt("data", "prepare", "tiny.yaml", *STREAM)
+
+    assert refused.code == 2
+    assert "there is nothing to prepare" in refused.err
+
+
 # --- help
 
 
@@ -350,7 +373,7 @@ def test_help_lists_the_commands_in_the_order_of_the_job():
     assert commands == [name for name in ORDER_OF_THE_JOB if name in COMMANDS]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train"])
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train", "data prepare"])
 def test_every_command_explains_itself(command):
     printed = hfgpt(*command.split(), "--help")
 
