@@ -12,7 +12,7 @@ from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_fie
 from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.files import is_foreign, read_any, refuse_settings
+from hfgpt.weights.files import is_foreign, read_any, refuse_settings, refuse_what_is_not_there
 from hfgpt.weights.gpt2 import to_gpt2
 from hfgpt.weights.tables import Parts, Step, build_from, take_apart
 
@@ -59,9 +59,9 @@ def load(
         model, _ = build_from(source, checkpoint)
         return model if dtype == "auto" else model.to(dtype)
     refuse_settings("a folder's config does", heads, activation)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} is no model folder: it has no config.json.")
+    refuse_what_is_not_there(source)
     try:
+        folders.check_manifest(source)
         return HFGPTForCausalLM.from_pretrained(source, dtype=dtype, **config)
     except (OSError, SafetensorError, StrictDataclassError) as error:
         # What transformers explains in paragraphs becomes one line.

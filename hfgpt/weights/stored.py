@@ -107,12 +107,10 @@ def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
     Raises:
         ValueError: it is damaged, or wants to run something.
     """
-    is_archive = zipfile.is_zipfile(file)
-    if is_archive:
-        check_archive(file)
+    records = records_of(file) if zipfile.is_zipfile(file) else None
     try:
         with torch.serialization.safe_globals(allowed_classes):
-            if not is_archive:
+            if records is None:
                 return torch.load(file, map_location="cpu", weights_only=True)
             with FakeTensorMode():  # reads no numbers, and notes where they lie
                 content = torch.load(file, map_location="cpu", weights_only=True)
@@ -120,34 +118,60 @@ def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants to run {wanted.group(1)}" if wanted else "it is no file of torch.save's"
         raise ValueError(f"{file}: not opened, {reason}.") from error
-    except (EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead the unpickler to
         reason = str(error).partition("\n")[0] or "it ends too soon"
         raise ValueError(f"{file}: damaged or no file of torch.save's: {reason}.") from error
-    return place(content, file)
+    return place(content, file, records)
 
 
-def check_archive(file: Path) -> None:
-    """Compare the records of a zip archive with their checksums.
+def records_of(file: Path) -> dict[int, int]:
+    """Where the data of each record of an archive begins, and how many bytes it has, once its checksum fits.
 
     Raises:
-        ValueError: one does not match, or there is no whole archive.
+        ValueError: it is damaged, or something that `torch.save` does not write: compressed (a bomb, perhaps, and its
+            tensors could not be read in place), longer inside than outside, encrypted or big-endian.
     """
-    with zipfile.ZipFile(file) as archive:
-        try:
+    try:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+            records = archive.infolist()
+            is_stored = all(each.compress_type == zipfile.ZIP_STORED for each in records)
+            if not is_stored or sum(each.file_size for each in records) > file.stat().st_size:
+                raise ValueError(f"{file}: a compressed archive; torch.save compresses nothing.")
             damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{file}: {error}.") from error
-    if damaged is not None:
-        raise ValueError(f"{file}: {damaged} does not match its checksum.")
+            if damaged is not None:
+                raise ValueError(f"{file}: {damaged} does not match its checksum.")
+            for each in records:
+                if each.filename.endswith("/byteorder") and archive.read(each) != b"little":
+                    raise ValueError(f"{file}: big-endian; hfgpt reads little-endian files.")
+            result = {}
+            for each in records:
+                stream.seek(each.header_offset + 26)
+                lengths = int.from_bytes(stream.read(2), "little") + int.from_bytes(stream.read(2), "little")
+                result[each.header_offset + 30 + lengths] = each.file_size
+            return result
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{file}: {error}.") from error
 
 
-def place(content: Any, file: Path) -> Any:
-    """Say of every tensor in nested dictionaries where in the file it lies."""
+def place(content: Any, file: Path, records: dict[int, int]) -> Any:
+    """Say of every tensor in nested dictionaries where in the file it lies.
+
+    Raises:
+        ValueError: a tensor is of a kind that has no plain numbers, or longer than its record.
+    """
     if isinstance(content, dict):
-        return {key: place(value, file) for key, value in content.items()}
+        return {key: place(value, file, records) for key, value in content.items()}
     if not isinstance(content, Tensor):
         return content
+    if content.layout is not torch.strided or content.is_quantized or content.is_neg() or content.is_conj():
+        raise ValueError(f"{file}: holds a tensor that is sparse, quantized or a view, and hfgpt reads plain ones.")
     begin: Any = content.untyped_storage()._checkpoint_offset
-    begin += content.storage_offset() * content.dtype.itemsize
+    extent = 1 + sum((size - 1) * step for size, step in zip(content.shape, content.stride(), strict=True))
+    end = (content.storage_offset() + (extent if content.numel() else 0)) * content.dtype.itemsize
+    if end > records.get(begin, 0):
+        raise ValueError(f"{file}: a tensor of {tuple(content.shape)} is longer than its record.")
     stride = None if content.is_contiguous() else tuple(content.stride())
+    begin += content.storage_offset() * content.dtype.itemsize
     return Stored(file, begin, tuple(content.shape), content.dtype, stride)

@@ -371,8 +371,8 @@ def test_the_command_prints_every_tensor_and_the_sum(make_gpt2, tmp_path, capsys
     assert "changed:" in lines
     assert any(line.split() == ["model.embed_tokens.weight", "320x32", "rounded", "to", "bf16"] for line in lines)
     assert lines[-2].startswith("transformers' GPT-2 beside llm.c's mathematics, in float64: max |Δlogit| ")
-    assert lines[-2].endswith("(measured, after rounding or cutting)")
-    assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 37 filled, cut, dropped or rounded"
+    assert lines[-2].endswith("(measured, after a change that was asked for)")
+    assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 37 filled, cut, dropped, rounded or exchanged"
     assert {each.dtype for each in load_file(tmp_path / "gpt2/model.safetensors").values()} == {torch.bfloat16}
 
     app(["convert", str(file), str(tmp_path / "own"), "--to", "hfgpt", "--json"], standalone_mode=False)
