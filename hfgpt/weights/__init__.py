@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.files import is_foreign, read_any, refuse_settings, refuse_what_is_not_there
+from hfgpt.weights.files import read_any
 from hfgpt.weights.gpt2 import to_gpt2
 from hfgpt.weights.tables import Parts, Step, build_from, take_apart
 
@@ -50,22 +48,13 @@ def load(
     Raises:
         ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
     """
-    if is_foreign(Path(source)):
-        _, checkpoint = read_any(source, heads, activation)
-        for name, value in canonical_fields(config).items():
-            if name not in HFGPTConfig.__dataclass_fields__:
-                raise ValueError(unknown_field_message(name))
-            setattr(checkpoint.config, name, value)
-        model, _ = build_from(source, checkpoint)
-        return model if dtype == "auto" else model.to(dtype)
-    refuse_settings("a folder's config does", heads, activation)
-    refuse_what_is_not_there(source)
-    try:
-        folders.check_manifest(source)
-        return HFGPTForCausalLM.from_pretrained(source, dtype=dtype, **config)
-    except (OSError, SafetensorError, StrictDataclassError) as error:
-        # What transformers explains in paragraphs becomes one line.
-        raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error
+    _, checkpoint = read_any(source, heads, activation)
+    for name, value in canonical_fields(config).items():
+        if name not in HFGPTConfig.__dataclass_fields__:
+            raise ValueError(unknown_field_message(name))
+        setattr(checkpoint.config, name, value)
+    model, _ = build_from(source, checkpoint)
+    return model if dtype == "auto" else model.to(dtype)
 
 
 def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> None:

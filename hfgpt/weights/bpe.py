@@ -49,5 +49,7 @@ def put_together(vocabulary: Path, merges: Path, longest: int) -> PreTrainedToke
         raise ValueError(f"{vocabulary} and {merges.name}: no byte-level BPE: {error}.") from error
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    if bpe.get_vocab_size() == 0:
+        raise ValueError(f"{vocabulary} and {merges.name}: no byte-level BPE: there is no token.")
     end = END_OF_TEXT if bpe.token_to_id(END_OF_TEXT) is not None else None  # named, it would get a new id
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, model_max_length=longest)

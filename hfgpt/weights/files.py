@@ -15,11 +15,6 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
 """Of files; what is called so and is not there is not looked for on the Hub."""
 
 
-def is_foreign(source: Path) -> bool:
-    """Whether a source is none of transformers' folders or repositories."""
-    return source.is_file() or openai.recognises(source)
-
-
 def read_any(source: str | Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
     """Find out which format a source has, and read it.
 

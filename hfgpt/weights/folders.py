@@ -89,7 +89,9 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
 def holds(content: Mapping[Any, Any]) -> bool:
     """Whether a file of these tensors is one of such a folder, and says nothing of their config."""
     matrices = [content[name] for name in content if str(name).endswith("h.0.attn.c_attn.weight")]
-    is_gpt2 = any(getattr(each, "ndim", 0) == 2 and each.shape[1] == 3 * each.shape[0] for each in matrices)
+    is_gpt2 = any(
+        tuple(each.shape[1:]) == (3 * each.shape[0],) for each in matrices if isinstance(each, Stored | Tensor)
+    )
     return is_gpt2 or any(str(name).endswith("embed_tokens.weight") for name in content)
 
 

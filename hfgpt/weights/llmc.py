@@ -113,6 +113,9 @@ def read(file: Path) -> Checkpoint:
     tensors = places(file, HEADER_BYTES, shapes, dtype)
     steps = []
     if padded > vocab_size:
+        padding = Stored(file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype)
+        if padding.read().any():
+            raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
         steps.append(Step("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
         tensors["wte"] = Stored(file, tensors["wte"].offset, (vocab_size, width), dtype)
     config = HFGPTConfig(

@@ -64,6 +64,9 @@ HEAD = Entry("lm_head.weight", ("lm_head.weight",))
 META = "meta.pkl"
 """Where nanoGPT's character-level data sets keep their vocabulary."""
 
+SETTINGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
+"""What nanoGPT's `model_args` say, and build-nanogpt's config."""
+
 PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
 
 
@@ -153,8 +156,12 @@ def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | Non
         asked: what the user says of the heads.
 
     Raises:
-        ValueError: the settings do not say it, or say something else than the tensors or the user.
+        ValueError: the settings do not say it, say something else than the tensors or the user, or something that
+            nanoGPT's do not say, whose mathematics may then be other ones too.
     """
+    unknown = sorted(map(str, settings.keys() - SETTINGS))
+    if unknown:
+        raise ValueError(f"the file's settings have `{unknown[0]}`, which nanoGPT does not know: another model.")
     for name, value in found.items():
         if settings.get(name, value) != value:
             raise ValueError(f"the file says `{name}` = {settings[name]!r}, its tensors say {value}.")

@@ -99,6 +99,9 @@ def read(folder: Path) -> Checkpoint:
             raise ValueError(f"{folder / name} is missing.")
     try:
         shape = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
+        unknown = sorted(set(shape) - {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"})
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}")
         config = HFGPTConfig(
             vocab_size=shape["n_vocab"],
             max_position_embeddings=shape["n_ctx"],

@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -98,22 +98,32 @@ def in_safetensors(file: Path) -> dict[str, Stored]:
 def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
     """What `torch.save` wrote, with nothing in it executed; tensors in dictionaries are `Stored`.
 
-    Files from before PyTorch 1.6 are no archives, and their tensors are read at once.
+    Files from before PyTorch 1.6 are no archives, and their tensors are read at once. So are those of an archive that
+    another program has packed again: torch reckons where its own packing would have put them.
 
     Args:
         file: to open.
         allowed_classes: what may be unpickled besides tensors and plain values, see `torch.serialization.safe_globals`.
 
     Raises:
-        ValueError: it is damaged, or wants to run something.
+        ValueError: it is damaged, wants to run something, or holds tensors that are no plain numbers.
     """
-    records = records_of(file) if zipfile.is_zipfile(file) else None
+    if zipfile.is_zipfile(file):
+        records = records_of(file)
+        with FakeTensorMode():  # reads no numbers, and notes where they lie
+            content = unpickled(file, allowed_classes)
+        if all(lies_in(records, tensor) for tensor in plain_tensors(content, file)):
+            return place(content, file)
+    content = unpickled(file, allowed_classes)
+    list(plain_tensors(content, file))
+    return content
+
+
+def unpickled(file: Path, allowed_classes: list[Any]) -> Any:
+    """What `torch.load` makes of a file, in one line where it makes nothing of it."""
     try:
         with torch.serialization.safe_globals(allowed_classes):
-            if records is None:
-                return torch.load(file, map_location="cpu", weights_only=True)
-            with FakeTensorMode():  # reads no numbers, and notes where they lie
-                content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants to run {wanted.group(1)}" if wanted else "it is no file of torch.save's"
@@ -123,7 +133,6 @@ def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
     except Exception as error:  # whatever damaged bytes lead the unpickler to
         reason = str(error).partition("\n")[0] or "it ends too soon"
         raise ValueError(f"{file}: damaged or no file of torch.save's: {reason}.") from error
-    return place(content, file, records)
 
 
 def records_of(file: Path) -> dict[int, int]:
@@ -155,23 +164,36 @@ def records_of(file: Path) -> dict[int, int]:
         raise ValueError(f"{file}: {error}.") from error
 
 
-def place(content: Any, file: Path, records: dict[int, int]) -> Any:
-    """Say of every tensor in nested dictionaries where in the file it lies.
+def plain_tensors(content: Any, file: Path) -> Iterator[Tensor]:
+    """Every tensor in nested dictionaries.
 
     Raises:
-        ValueError: a tensor is of a kind that has no plain numbers, or longer than its record.
+        ValueError: one of them is not made of plain numbers.
     """
     if isinstance(content, dict):
-        return {key: place(value, file, records) for key, value in content.items()}
+        for value in content.values():
+            yield from plain_tensors(value, file)
+    elif isinstance(content, Tensor):
+        if content.layout is not torch.strided or content.is_quantized or content.is_neg() or content.is_conj():
+            raise ValueError(f"{file}: holds a tensor that is sparse, quantized or negated by a flag.")
+        yield content
+
+
+def lies_in(records: dict[int, int], tensor: Tensor) -> bool:
+    """Whether a tensor without numbers lies, from its first to its last, in a record of an archive."""
+    begin: Any = tensor.untyped_storage()._checkpoint_offset
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end: Any = tensor.storage_offset() + (extent if tensor.numel() else 0)
+    return end * tensor.dtype.itemsize <= records.get(begin, -1)
+
+
+def place(content: Any, file: Path) -> Any:
+    """Say of every tensor in nested dictionaries where in the file it lies."""
+    if isinstance(content, dict):
+        return {key: place(value, file) for key, value in content.items()}
     if not isinstance(content, Tensor):
         return content
-    if content.layout is not torch.strided or content.is_quantized or content.is_neg() or content.is_conj():
-        raise ValueError(f"{file}: holds a tensor that is sparse, quantized or a view, and hfgpt reads plain ones.")
     begin: Any = content.untyped_storage()._checkpoint_offset
-    extent = 1 + sum((size - 1) * step for size, step in zip(content.shape, content.stride(), strict=True))
-    end = (content.storage_offset() + (extent if content.numel() else 0)) * content.dtype.itemsize
-    if end > records.get(begin, 0):
-        raise ValueError(f"{file}: a tensor of {tuple(content.shape)} is longer than its record.")
-    stride = None if content.is_contiguous() else tuple(content.stride())
     begin += content.storage_offset() * content.dtype.itemsize
+    stride = None if content.is_contiguous() else tuple(content.stride())
     return Stored(file, begin, tuple(content.shape), content.dtype, stride)
