@@ -18,7 +18,7 @@ from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai, tables
 from hfgpt.weights.files import read_any
-from hfgpt.weights.tables import SAME_AS, Checkpoint, Step, build_from, take_apart
+from hfgpt.weights.tables import SAME_AS, Checkpoint, Step, build_from, refuse_several_types, take_apart
 
 FORMATS = tuple(WRITERS)
 """What can be read, and written too."""
@@ -241,9 +241,7 @@ def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Step]:
         ValueError: a number is beyond the dtype, or the file has several and none is chosen.
     """
     if dtype is None:
-        kinds = {parameter.dtype for parameter in model.parameters()}
-        if len(kinds) > 1:
-            raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
+        refuse_several_types(model)
         return []
     steps = []
     for name, parameter in model.named_parameters():

@@ -312,6 +312,17 @@ def take_apart(model: HFGPTForCausalLM) -> Parts:
     return Parts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
 
 
+def refuse_several_types(model: HFGPTForCausalLM) -> None:
+    """Refuse a model whose tensors have not all the same type, in which no format and no forward pass is at home.
+
+    Raises:
+        ValueError: naming the types.
+    """
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(kinds) > 1:
+        raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
+
+
 def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 

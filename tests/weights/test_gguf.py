@@ -160,3 +160,37 @@ def test_a_model_without_a_tokenizer_is_refused(make_folder, tmp_path):
 
     with pytest.raises(ValueError, match="GGUF holds the tokenizer too, and there is none in"):
         convert(folder, tmp_path / "model.gguf", "gguf")
+
+
+def test_numbers_of_fp64_are_rounded_and_said(make_folder, tmp_path):
+    _, folder = make_folder()
+    HFGPTForCausalLM.from_pretrained(folder).double().save_pretrained(folder)
+    assert convert(folder, tmp_path / "exact.gguf", "gguf").lossy == []  # they all come from fp32
+    model = HFGPTForCausalLM.from_pretrained(folder)
+    model.model.norm.bias.data.fill_(1 / 3)
+    model.save_pretrained(folder)
+
+    [step] = convert(folder, tmp_path / "model.gguf", "gguf").lossy
+
+    assert (step.name, step.action) == ("output_norm.bias", "copied, rounded to fp32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: backend["pre_tokenizer"].update(add_prefix_space=True),
+        lambda backend: backend["pre_tokenizer"].update(use_regex=False),
+        lambda backend: backend.update(normalizer={"type": "Lowercase"}),
+        lambda backend: backend["model"].update(ignore_merges=True),
+    ],
+    ids=["a space before", "other words", "lowercase", "whole words first"],
+)
+@pytest.mark.parametrize("to", ["gguf", "openai"])
+def test_a_tokenizer_that_does_more_than_gpt2s_is_refused(make_folder, tmp_path, change, to):
+    _, folder = make_folder(tie_word_embeddings=True)
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    change(backend)
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+
+    with pytest.raises(ValueError, match="needs a byte-level BPE as GPT-2's"):
+        convert(folder, tmp_path / "out", to)
