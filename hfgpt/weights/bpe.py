@@ -18,12 +18,13 @@ def take_apart(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], list
         ValueError: it does something else besides, which would be lost.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, splitter = backend["model"], backend["pre_tokenizer"] or {}
+    model = backend["model"]
+    splitter = {"use_regex": True} | (backend["pre_tokenizer"] or {})  # older files leave it unsaid
     is_plain = (
         model["type"] == "BPE"
         and not any(model[name] for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         and not any(model[name] for name in ("byte_fallback", "ignore_merges"))
-        and {name: splitter.get(name, value) for name, value in PLAIN.items()} == PLAIN
+        and all(splitter.get(name) == value for name, value in PLAIN.items())
         and backend["normalizer"] is None
         and tokenizer("a b")["input_ids"] == tokenizer("a b", add_special_tokens=False)["input_ids"]
     )

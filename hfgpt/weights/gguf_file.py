@@ -122,16 +122,14 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, voca
 
     vocabulary, merges = bpe.take_apart(tokenizer)
     names = {token_id: token for token, token_id in vocabulary.items()}
-    special = set(tokenizer.all_special_ids)
-    tokens, kinds = [], []
-    for token_id in range(vocab_size):
-        tokens.append(names.get(token_id, f"[PAD{token_id}]"))
-        is_known = token_id in names
-        kinds.append(TokenType.CONTROL if token_id in special else TokenType.NORMAL if is_known else TokenType.UNUSED)
+    kinds = dict.fromkeys(names, TokenType.NORMAL)
+    for token_id, token in tokenizer.added_tokens_decoder.items():  # what is kept whole
+        kinds[token_id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+    tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_types([kinds.get(token_id, TokenType.UNUSED) for token_id in range(vocab_size)])
     writer.add_token_merges(merges)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)

@@ -184,6 +184,9 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         ValueError: the tokenizer is not of their kind.
     """
     vocabulary, merges = bpe.take_apart(tokenizer)
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
+    if added:
+        raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
     in_order = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     (folder / VOCABULARY).write_text(json.dumps(in_order), encoding="utf-8")
     lines = ["#version: 0.2", *merges, ""]  # encoder.py leaves the first and the last out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from transformers import AutoTokenizer
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.tokenizer import train_tokenizer
@@ -100,6 +101,31 @@ def test_llama_cpp_splits_a_text_as_the_tokenizer_does(make_folder, tokenizer, t
     by_text, by_ids = (complete(tmp_path / "model.gguf", prompt)[1] for prompt in (text, tokenizer(text)["input_ids"]))
 
     assert by_text == by_ids
+
+
+def test_llama_cpp_keeps_added_tokens_whole(make_folder, tokenizer, tmp_path):
+    _, folder = make_folder(vocab_size=len(tokenizer) + 2)
+    added = AutoTokenizer.from_pretrained(folder)
+    added.add_tokens(["<|user|>"])
+    added.add_special_tokens({"pad_token": "<|pad|>"})
+    added.save_pretrained(folder)
+    added.save_pretrained(tmp_path / "added")
+    convert(folder, tmp_path / "model.gguf", "gguf")
+    text = "Hello<|user|> there"
+
+    by_text, by_ids = (complete(tmp_path / "model.gguf", prompt)[1] for prompt in (text, added(text)["input_ids"]))
+
+    assert len(tokenizer) in added(text)["input_ids"]
+    assert by_text == by_ids
+    kinds = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[-2:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    with pytest.raises(ValueError, match=r"keeps '<\|user\|>' whole, for which OpenAI's files have no place"):
+        convert(
+            make_folder(vocab_size=len(tokenizer) + 2, tie_word_embeddings=True)[1],
+            tmp_path / "openai",
+            "openai",
+            tokenizer=str(tmp_path / "added"),
+        )
 
 
 def test_the_file_says_what_the_model_is(make_folder, tokenizer, tmp_path):
