@@ -5,11 +5,10 @@ import os
 import pickle
 import sys
 from dataclasses import make_dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from foreign import HEADS_UNKNOWN, KINDS, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
+from foreign import HEADS_UNKNOWN, KINDS, Canary, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
 from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
@@ -171,16 +170,6 @@ def test_heads_that_a_file_does_not_say_are_those_of_gpt2_or_asked_for(make_gpt2
     assert notes == ["2 heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
     with pytest.raises(ValueError, match=r"how many heads share its width of 32\. Give `--heads`"):
         read(tmp_path / "narrow.pth")
-
-
-class Canary:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return (Path.touch, (self.file,))
 
 
 @pytest.mark.parametrize("by", ["torch", "pickle"])

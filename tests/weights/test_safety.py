@@ -6,12 +6,11 @@ import random
 import re
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from foreign import from_scratch, llmc_bytes, save_nanogpt
+from foreign import Canary, from_scratch, llmc_bytes, save_nanogpt
 from safetensors.torch import load_file, save_file
 
 from hfgpt.checkpoint import Manifest, Position, save_checkpoint
@@ -152,16 +151,6 @@ def test_a_changed_file_of_a_checkpoint_is_seen_by_its_manifest(make_source, tmp
     (checkpoint / "generation_config.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         read(checkpoint)
-
-
-class Canary:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return (Path.touch, (self.file,))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
