@@ -106,7 +106,7 @@ def convert(
     with new_path(dest) as staged:  # first of all, so that a destination that exists costs nobody a wait
         found, checkpoint = open_source(source, source_format, heads, activation)
         model, steps_in = build_from(source, checkpoint)
-        notes = list(checkpoint.notes)
+        notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
         if verify and found == "llm.c":
             notes += check_debug_state(model, Path(source))
         goes_along = tokenizer_for(source, found, tokenizer) if to in WITH_TOKENIZER else None
@@ -297,6 +297,15 @@ def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrain
         if path.is_dir():
             raise
         return None  # a repository on the Hub without one
+
+
+def left_behind(source: Path, found: str, to: str) -> list[str]:
+    """A note on a tokenizer that lies beside the weights, where the destination has no place for one."""
+    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.with_name(nanogpt.META)}
+    tokenizer = beside.get(found, source / "tokenizer.json")
+    if to in WITH_TOKENIZER or not tokenizer.is_file():
+        return []
+    return [f"the tokenizer stays behind, in {tokenizer}: {to} has no place for one."]
 
 
 def render(result: Conversion) -> str:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2ForTokenClassification, GPT2LMHeadModel
 
 from hfgpt import HFGPTForCausalLM
+from hfgpt.weights import load
 from hfgpt.weights.convert import convert
 
 
@@ -165,17 +166,25 @@ def test_an_index_that_leads_elsewhere_is_refused(gpt2, tmp_path, content, messa
         convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
 
 
-def test_code_that_comes_with_a_folder_is_not_run(gpt2, tmp_path):
+@pytest.mark.parametrize("form", ["gpt2", "hfgpt"])
+def test_code_that_comes_with_a_folder_is_not_run(gpt2, tokenizer, tmp_path, form):
     gpt2.save_pretrained(tmp_path / "gpt2")
-    config = json.loads((tmp_path / "gpt2/config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (tmp_path / "gpt2/config.json").write_text(json.dumps(config))
-    (tmp_path / "gpt2/evil.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    convert(tmp_path / "gpt2", tmp_path / "source", form)
+    for name, classes in (
+        ("config.json", {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}),
+    ):
+        settings = json.loads((tmp_path / "source" / name).read_text())
+        (tmp_path / "source" / name).write_text(json.dumps(settings | {"auto_map": classes}))
+    (tmp_path / "source/evil.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')")
 
-    convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True)
+    load(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", "hfgpt", verify=True)
 
     assert not (tmp_path / "sang").exists()
     assert not list((tmp_path / "out").glob("evil*"))
+    assert "evil" not in (tmp_path / "out/config.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +235,8 @@ def test_a_tokenizer_that_cannot_go_along_is_refused(make_gpt2, tokenizer, tmp_p
         convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
     with pytest.raises(ValueError, match=r"`--tokenizer` has no effect: llm\.c has no place for one"):
         convert(tmp_path / "gpt2", tmp_path / "out", "llm.c", tokenizer=str(tmp_path / "gpt2"))
+    [note] = convert(tmp_path / "gpt2", tmp_path / "out", "llm.c").notes
+    assert note.startswith("the tokenizer stays behind, in ")
 
 
 def test_other_depths_are_read_and_written(make_gpt2, tmp_path):
