@@ -129,6 +129,7 @@ def convert(
             if goes_along is not None and to == "openai":
                 openai.write_tokenizer(goes_along, staged)
             elif goes_along is not None:
+                goes_along.init_kwargs.pop("auto_map", None)  # names code that does not go along
                 goes_along.save_pretrained(staged)
         result = Conversion(found, steps_in, steps_between, steps_out, notes, parameters, None)
         if strict and result.lossy:
