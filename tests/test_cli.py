@@ -514,7 +514,7 @@ BAD_INPUT = [
     ),
     ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
     ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
-    ("evaluate damaged --data text.txt", "no model 'damaged': Error while deserializing header"),
+    ("evaluate damaged --data text.txt", "damaged/model.safetensors: Error while deserializing header"),
     ("generate notes The", "notes is no model folder"),
     ("verify notes", "notes is no model folder"),
     # The options.

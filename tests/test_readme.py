@@ -107,7 +107,7 @@ def test_the_table_of_formats_names_all_that_can_be_written():
 
     rows = re.findall(r"^\| `([\w.-]+)`: .*\| ✔ \| ✔ \| bit for bit \|$", README, flags=re.MULTILINE)
 
-    assert {*rows} == {*WRITERS}  # test_convert.py takes each there and back
+    assert {*rows} == {*WRITERS}  # test_round_trips.py takes each there and back
 
 
 def test_numbers_in_the_readme_are_those_that_were_measured():
