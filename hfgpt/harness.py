@@ -2,45 +2,40 @@
 
 import copy
 import difflib
+import io
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
+from hfgpt.recorder import talk
+
+TaskDict = dict[str, dict[str, Any]]
+"""Tasks, groups of tasks and what is in them, by name, as the harness passes them on."""
 
 BOOTSTRAPS = 1000
 """Draws for the standard error of what is no mean, such as LAMBADA's perplexity; itself known to 2 percent then."""
 
-
-@dataclass(frozen=True)
-class Tasks:
-    """Tasks that exist and whose data is here.
-
-    Attributes:
-        specs: what the harness is asked for: names, and paths of YAML files.
-        manager: knows them.
-    """
-
-    specs: list[str]
-    manager: "TaskManager"
+FEWSHOT_SEED = 1234
+"""The harness's own default, for tasks that come with examples."""
 
 
-def find_tasks(wanted: Sequence[str]) -> Tasks:
+def find_tasks(wanted: Sequence[str]) -> TaskDict:
     """Find tasks and fetch their data.
 
     Args:
         wanted: names of the harness's tasks or groups, YAML files of tasks, or folders of such files.
+
+    Returns:
+        What `lm_eval.evaluate` takes.
 
     Raises:
         ValueError: lm-eval is not installed, there is no such task, or a file does not define one.
@@ -66,21 +61,23 @@ def find_tasks(wanted: Sequence[str]) -> Tasks:
                 nearest = difflib.get_close_matches(name, manager.all_tasks, n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
                 raise ValueError(f"`--tasks`: {name!r} is no task of lm-eval {version('lm-eval')}, and no path.{hint}")
+        loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
         for spec in specs:
             try:
-                manager.load([spec])
+                for kind, found_here in manager.load([spec]).items():
+                    loaded[kind].update(found_here)
             except (OSError, DatasetsError) as error:
                 reason = " ".join(str(error).split())
                 raise ConnectionError(f"the data of the task {spec!r} cannot be fetched: {reason}") from error
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"`--tasks`: {spec!r} is no task: {' '.join(str(error).split())}") from error
-    return Tasks(specs, manager)
+    return loaded
 
 
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    tasks: Tasks,
+    tasks: TaskDict,
     context: int,
     batch_size: int = 8,
     limit: int | None = None,
@@ -97,13 +94,17 @@ def run_tasks(
 
     Returns:
         By task, or group of tasks: each metric as the harness names it (`acc_norm`, with the name of a filter if there
-        is one), `..._stderr`, `samples`, `num_fewshot`, `task_version` and `lm_eval_version`. What is not finite is a
-        text, as JSON cannot hold it.
+        is one), `..._stderr`, `samples`, `num_fewshot`, `task_version`, `lm_eval_version` and `context`. What is not
+        finite is a text, as JSON cannot hold it.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with quiet():
+    for task in tasks["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    with quiet() as cut:
         harness = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # it is given a pad token
@@ -111,15 +112,10 @@ def run_tasks(
             batch_size=batch_size,
             max_length=context,
         )
-        found: Any = simple_evaluate(
-            harness,
-            tasks=list(tasks.specs),
-            task_manager=tasks.manager,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=BOOTSTRAPS,
-        )
-    return {name: figures(name, metrics, found) for name, metrics in found["results"].items()}
+        found: Any = evaluate(harness, tasks, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS)
+    if cut.inputs:
+        talk(f"{cut.inputs:,} inputs of the tasks are longer than {context} tokens: lm-eval left out their beginnings.")
+    return {name: figures(name, metrics, found) | {"context": context} for name, metrics in found["results"].items()}
 
 
 def figures(task: str, metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -137,17 +133,33 @@ def figures(task: str, metrics: dict[str, Any], found: dict[str, Any]) -> dict[s
     return result
 
 
+class CutInputs(logging.Handler):
+    """Takes the harness's warnings, and counts those of inputs that it cut to the context."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.inputs = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.inputs += record.getMessage().startswith("Combined length of context")
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the harness's talk off stdout, and let it warn only of what goes wrong."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+def quiet() -> Iterator[CutInputs]:
+    """Keep the harness's talk off stdout, and its bars from where nobody watches."""
+    cut, logger = CutInputs(), logging.getLogger("lm_eval")
+    logger.addHandler(cut)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
     # Without processes of its own for the standard errors: they would be forked from a process with threads.
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
+    terminal = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        with redirect_stdout(terminal), redirect_stderr(terminal):
+            yield cut
     finally:
+        logger.removeHandler(cut)
         os.environ.pop("DISABLE_MULTIPROC")
         if before is not None:
             os.environ["DISABLE_MULTIPROC"] = before

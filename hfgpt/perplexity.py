@@ -76,9 +76,9 @@ class EncodedTexts:
     def convention(self) -> str:
         """What is conditioned on what, in words."""
         if self.prefix is None:
-            return "each text alone; its first token is not scored"
-        kind = "all that the tokenizer makes of it" if self.first_token == "lm-eval" else "its own tokens only"
-        return f"each text alone, {kind}, the first token after {self.prefix}"
+            return "each text alone, its first token not scored"
+        kind = "as lm-eval does" if self.first_token == "lm-eval" else "and no special token scored"
+        return f"each text alone, its first token predicted from {self.prefix}, {kind}"
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,17 @@ def test_tasks_in_the_style_of_hellaswag_and_lambada_are_scored_as_by_hand(found
     json.dumps(tasks, allow_nan=False)
 
 
+def test_inputs_that_the_harness_cuts_are_told(folder, tiny_config, tokenizer, capfd):
+    tasks = find_tasks([str(folder / "my_lambada.yaml")])
+
+    found = run_tasks(make_model("hfgpt", tiny_config), tokenizer, tasks, context=8, limit=3)
+
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == "3 inputs of the tasks are longer than 8 tokens: lm-eval left out their beginnings.\n"
+    assert (found["my_lambada"]["samples"], found["my_lambada"]["context"]) == (3, 8)
+
+
 def test_what_is_no_task_is_refused(tmp_path):
     (tmp_path / "odd.yaml").write_text("just: words\n")
     (tmp_path / "empty").mkdir()

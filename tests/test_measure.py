@@ -82,7 +82,7 @@ def test_the_table_says_all_that_the_figures_depend_on(world):
     text, (windows, strided) = report.text, report.text.measurements
     assert f"llama: 1 document, {text.bytes:,} bytes, {text.words:,} words" in printed
     assert f"{windows.tokens:,} tokens, each scored once" in printed
-    assert "the first token after <|endoftext|>" in printed
+    assert "its first token predicted from <|endoftext|>, as lm-eval does" in printed
     assert "context 64 tokens, float32 on cpu" in printed
     rows = {line[:18].strip(): line[18:].split() for line in printed.splitlines()}
     assert rows["token perplexity"] == [f"{each.token_perplexity:,.3f}" for each in (windows, strided)]

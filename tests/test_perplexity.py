@@ -300,7 +300,7 @@ def test_by_default_each_text_begins_after_the_bos_token(tokenizer, texts):
     assert [each.tolist() for each in ids.ids] == [[0, *each] for each in encode_ids(tokenizer, texts)]
     assert ids.prefix == "<|endoftext|>"
     assert ids.special_tokens == 0
-    assert "the first token after <|endoftext|>" in ids.convention
+    assert "its first token predicted from <|endoftext|>, as lm-eval does" in ids.convention
 
 
 @pytest.mark.parametrize(
