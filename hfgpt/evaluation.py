@@ -3,7 +3,6 @@
 One pass, every target once, no logits kept. Loss is in nats per token, the mean over all targets.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from hfgpt.loss import IGNORE_INDEX
+from hfgpt.perplexity import e_to
 from hfgpt.processes import is_split
 
 
@@ -31,7 +31,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """E to the loss; infinite where that is beyond floating point, NaN where the loss is."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        return e_to(self.loss)
 
 
 @torch.no_grad()

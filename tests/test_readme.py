@@ -51,6 +51,7 @@ def folder(tmp_path_factory, lines, tokenizer):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text("\n".join(lines), encoding="utf-8")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "LICENSE").symlink_to(ROOT / "LICENSE")
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "tiny-gpt2")
     tokenizer.save_pretrained(folder / "tiny-gpt2")
