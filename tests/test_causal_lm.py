@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_perplexity import make_model
+from small_models import make_model
 from transformers import BertConfig, BertLMHeadModel, T5Config
 
 from hfgpt import HFGPTForCausalLM

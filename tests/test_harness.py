@@ -8,21 +8,12 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_perplexity import adding, make_model
+from small_models import adding, make_model, write_task
 
 from hfgpt.harness import find_tasks, run_tasks
 from hfgpt.perplexity import encode_texts, measure_texts
 
 ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-
-
-def write_task(folder, name, rows, **settings):
-    """A task of one's own: a YAML file (JSON is YAML) and its .jsonl."""
-    (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({"task": name, "test_split": "test", **data, **settings}), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,8 +8,7 @@ from dataclasses import asdict
 
 import datasets
 import pytest
-from test_harness import write_task
-from test_perplexity import make_model
+from small_models import make_model, write_task
 
 from hfgpt.measure import measure, render, save_tasks, to_json
 from hfgpt.perplexity import encode_texts, measure_texts

@@ -8,17 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
+from small_models import adding, make_model
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM
 from hfgpt.perplexity import (
@@ -33,23 +25,6 @@ from hfgpt.perplexity import (
     token_losses,
 )
 from hfgpt.tokenizer import encode_ids
-
-SHAPE = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-
-
-def make_model(kind, tiny_config):
-    """A small model whose every parameter is drawn, far from uniform, so that a wrong target costs."""
-    torch.manual_seed(0)
-    model = {
-        "hfgpt": lambda: HFGPTForCausalLM(tiny_config),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=48, max_position_embeddings=64)),
-        "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=48, max_position_embeddings=64)),
-        # Without attention and without a longest sequence.
-        "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1)),
-    }[kind]()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 @pytest.fixture(params=["hfgpt", "llama", "neox"])
@@ -66,14 +41,6 @@ def hfgpt_model(tiny_config):
 def texts(lines):
     """Five texts of different lengths: shorter than any context, a multiple of 8 tokens or not, and long ones."""
     return ["e", lines[0], " ".join(lines[3:6]), "두 번째 글이다.\n", "\n".join(lines[10:20])]
-
-
-def adding(tokenizer, template):
-    """The same tokenizer, but it puts special tokens around each text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    end = tokenizer.eos_token
-    backend.post_processor = TemplateProcessing(single=template, special_tokens=[(end, tokenizer.eos_token_id)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end)
 
 
 def encoded(*texts):

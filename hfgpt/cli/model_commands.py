@@ -54,7 +54,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
-        tasks=tasks.split(",") if tasks else [],
+        tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
         limit=limit,
     )
     if not PartialState().is_main_process:
