@@ -123,7 +123,7 @@ def figures(task: str, metrics: dict[str, Any], found: dict[str, Any]) -> dict[s
     result: dict[str, Any] = {}
     for key, value in metrics.items():
         name, _, filter_name = key.partition(",")
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and name != "sample_len":  # `samples` says it, of groups too
             full_name = name if filter_name in ("none", "") else key
             result[full_name] = value if math.isfinite(value) else str(value)
     result["samples"] = found["n-samples"].get(task, {}).get("effective")

@@ -24,7 +24,7 @@ from hfgpt.perplexity import (
     summarize,
     token_losses,
 )
-from hfgpt.tokenizer import encode_ids
+from hfgpt.tokenizer import PIECE, encode_ids
 
 
 @pytest.fixture(params=["hfgpt", "llama", "neox"])
@@ -297,6 +297,17 @@ def test_a_literal_special_token_is_one_for_lm_eval_and_text_otherwise(tokenizer
     assert own.special_tokens == 0
     assert own.ids[0].tolist().count(0) == 1
     assert tokenizer.decode(own.ids[0][1:]) == texts[0]
+
+
+def test_a_text_too_long_for_one_call_of_the_tokenizer_gets_the_same_ids(tokenizer, lines):
+    adds = adding(tokenizer, "<|endoftext|> $A")
+    text = "\n".join([*lines, "<|endoftext|>"] * 12)
+    assert len(text) > 2 * PIECE
+
+    ids = encode_texts(adds, [text])
+
+    assert ids.ids[0][1:].tolist() == adds(text)["input_ids"]
+    assert ids.special_tokens == 1 + 12
 
 
 def test_a_first_token_that_is_not_scored_leaves_words_and_bytes_undefined(hfgpt_model, tokenizer, texts):

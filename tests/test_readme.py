@@ -111,6 +111,18 @@ def test_the_table_of_formats_names_all_that_can_be_written():
     assert {*rows} == {*WRITERS}  # test_convert.py takes each there and back
 
 
+def test_the_readme_measures_what_lm_eval_measures():
+    tables = README.partition("## Measure a model")[2].partition("```text\n")[2].partition("```")[0]
+
+    ours = dict(re.findall(r"^(\w+(?: \w+)+) +([\d,.]+) +[\d,.]+$", tables, flags=re.MULTILINE))
+    theirs = dict(re.findall(r"^license +(\w+) +([\d,.]+) ", tables, flags=re.MULTILINE))
+
+    assert set(theirs) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    for name, value in theirs.items():
+        mine = ours[name.replace("_", " ")]
+        assert float(mine.replace(",", "")) == pytest.approx(float(value.replace(",", "")), rel=1e-6)
+
+
 def test_numbers_in_the_readme_are_those_that_were_measured():
     measured = json.loads((ROOT / "cards" / "demo.json").read_text(encoding="utf-8"))
 
