@@ -7,7 +7,7 @@ Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse
 import os
 import sys
 
-from hfgpt.cli import model_commands, run_commands, weights_commands  # noqa: F401 - each registers its commands
+from hfgpt.cli import card_commands, model_commands, run_commands, weights_commands  # noqa: F401 - each registers its commands
 from hfgpt.cli.app import app
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
