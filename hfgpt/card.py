@@ -24,6 +24,9 @@ CARD_FILE, EVALUATION_FILE = "README.md", ".eval_results/perplexity.yaml"
 MARKER = "<!-- Written by `hfgpt card` from results.json. What is changed here is overwritten. -->"
 """The line by which a card is known from a README.md that someone wrote."""
 
+STREAMED = ("train_tokens", "bigram_perplexity", "unigram_perplexity")
+"""What nobody can measure of a text that is read as it comes, and not kept."""
+
 WORDS = {
     "license": (r"[a-z0-9][a-z0-9.-]*", "the Hub's name of a license, such as apache-2.0, mit or cc-by-4.0"),
     "language": (r"[a-z]{2,3}|code|multilingual", "a code of ISO 639, such as en or ko"),
@@ -57,7 +60,7 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
     try:
         run, sample = results["run"], results["run"]["sample"]
         return environment.from_string(template).render(
-            **results,
+            **{**(dict.fromkeys(STREAMED) if run["data"]["streaming"] else {}), **results},
             metadata=metadata(results).to_yaml().strip(),
             marker=MARKER,
             picture=picture,

@@ -66,6 +66,7 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     states: dict[str, Any],
     keep_last: int,
+    stream: Any = None,
 ) -> Path:
     """Write `folder/checkpoint-N`; every process calls it.
 
@@ -75,6 +76,7 @@ def save_checkpoint(
         write_model: writes the model into the folder it is given; called on the main process only.
         states: name -> object with `state_dict()`; optimizer, schedule, scaler.
         keep_last: checkpoints to keep, this one included; the one with the lowest validation loss is kept besides.
+        stream: this process's own object with `state_dict()`, if it reads its text as it comes.
 
     Returns:
         The checkpoint's folder.
@@ -92,6 +94,8 @@ def save_checkpoint(
     process.wait_for_everyone()
     try:
         torch.save(random_states(), staging / f"random_states_{process.process_index}.pt")
+        if stream is not None:
+            torch.save(stream.state_dict(), staging / f"stream_{process.process_index}.pt")
         process.wait_for_everyone()
         if process.is_main_process:
             write_model(staging)
@@ -238,8 +242,11 @@ def best_checkpoint(folder: Path) -> Path | None:
     return min(scored)[2] if scored else None
 
 
-def load_states(checkpoint: Path, states: dict[str, Any]) -> None:
-    """Give optimizer, schedule and scaler back what `save_checkpoint` took from them."""
+def load_states(checkpoint: Path, states: dict[str, Any], stream: Any = None) -> None:
+    """Give optimizer, schedule, scaler and stream back what `save_checkpoint` took from them."""
+    if stream is not None:
+        path = checkpoint / f"stream_{PartialState().process_index}.pt"
+        stream.load_state_dict(torch.load(path, weights_only=True))
     for name, holder in states.items():
         holder.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
 

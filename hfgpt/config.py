@@ -67,7 +67,11 @@ class DataConfig:
     packing: str = "contiguous"
     """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but no token sees another document; `padded`: a document never shares a row, and short rows are filled up."""  # noqa: E501
     streaming: bool = False
-    """Reading a data set without storing it; not built yet."""
+    """Whether the training text is read as it comes and never stored, for sets larger than the disk."""
+    shuffle_buffer: int = 1000
+    """With `streaming`: documents in memory, among which the next one is drawn."""
+    validation_documents: int = 1000
+    """With `streaming`: the validation text is so many documents from the beginning, unless it is named."""
     num_proc: int = 1
     """Processes that tokenize."""
     num_workers: int = 0
@@ -339,8 +343,7 @@ def check(config: RunConfig) -> RunConfig:
     choose("train.precision", train.precision, ["fp32", "bf16", "fp16"])
     choose("data.packing", data.packing, ["contiguous", "isolated", "padded"])
     if data.streaming:
-        raise ValueError("`data.streaming` must be false: reading without storing is not built yet.")
-
+        check_streaming(config)
     if not config.output_dir:
         raise ValueError("`output_dir` is empty. Name the folder that the run shall leave.")
     if (data.source is None) == (data.files is None):
@@ -355,6 +358,14 @@ def check(config: RunConfig) -> RunConfig:
         ("validation_split", "`data.source` is no Hub data set", data.source in (None, "pydoc")),
         ("validation_files", "`data.files` is not given", data.files is None),
         ("validation_fraction", "the validation text is named", has_validation),
+        ("shuffle_buffer", "`data.streaming` is false", not data.streaming),
+        ("shuffle_buffer", "`data.shuffle_documents` is false", not data.shuffle_documents),
+        ("validation_documents", "`data.streaming` is false", not data.streaming),
+        ("validation_documents", "the validation text is named", has_validation),
+        ("validation_fraction", "a stream has no end; see `data.validation_documents`", data.streaming),
+        ("stride", "a stream is cut into rows without overlap", data.streaming),
+        ("num_proc", "a stream is tokenized as it is read", data.streaming),
+        ("num_workers", "a stream is tokenized as it is read", data.streaming),
         ("stride", "rows of `packing: padded` begin with their documents", data.packing == "padded"),
     ]:
         value = getattr(data, name)
@@ -377,6 +388,8 @@ def check(config: RunConfig) -> RunConfig:
         ("data.num_proc", data.num_proc, 1),
         ("data.num_workers", data.num_workers, 0),
         ("data.stride", data.stride, 1),
+        ("data.shuffle_buffer", data.shuffle_buffer, 1),
+        ("data.validation_documents", data.validation_documents, 1),
         ("tokenizer.vocab_size", config.tokenizer.vocab_size, 257),
         ("optim.warmup_steps", optim.warmup_steps, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
@@ -420,6 +433,23 @@ def check(config: RunConfig) -> RunConfig:
         )
     check_model(config)
     return config
+
+
+def check_streaming(config: RunConfig) -> None:
+    """Refuse what only a text that is there as a whole can give."""
+    data, train = config.data, config.train
+    if data.source == "pydoc":
+        raise ValueError("`data.streaming` has no effect on `data.source=pydoc`, which is small. Leave it out.")
+    if config.tokenizer.name is None and config.init_from is None:
+        raise ValueError(
+            "`data.streaming` needs a tokenizer that is trained already: set `tokenizer.name`. "
+            "`hfgpt tokenizer train` makes one of a part of the text."
+        )
+    for name, value in [("epochs", train.epochs), ("eval_every", train.eval_every), ("save_every", train.save_every)]:
+        if value == "epoch" or (name == "epochs" and value is not None):
+            raise ValueError(
+                f"`train.{name}` ({value!r}) needs an end of the text, `data.streaming` has none: count steps."
+            )
 
 
 def check_model(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ Shape letters: B rows of a micro-batch, T `block_size`.
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
@@ -22,6 +22,7 @@ from hfgpt.config import DataConfig
 from hfgpt.documents import Documents as Documents
 from hfgpt.documents import load_documents as load_documents
 from hfgpt.rows import TokenRows, TokenStream
+from hfgpt.streaming import RowStream, hashes, sample_documents
 from hfgpt.tokenizer import encode_arrays, tokenizer_hash
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
@@ -46,9 +47,23 @@ class Rows:
     """The rows of a run."""
 
     train: TokenRows
+    """Those to train on; with `stream` only some of them, to be scored beside the validation rows."""
     validation: TokenRows
     train_counts: SplitCounts
     validation_counts: SplitCounts
+    stream: RowStream | None = None
+    """Where the rows to train on come from, if they are not stored; this process's share."""
+
+
+def stream_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int, rank: int, world_size: int) -> Rows:
+    """The rows of a text that is read as it comes, this process's share.
+
+    Raises:
+        ValueError: the source cannot be read, or the validation text is shorter than one row.
+    """
+    samples = sample_documents(data, seed)
+    stream = RowStream(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
+    return replace(load_rows(samples, tokenizer, data), stream=stream)
 
 
 def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> Rows:
@@ -211,6 +226,11 @@ class EpochBatches(Sampler[list[int]]):
         return rank_batches(order, self.batch_size, self.rank, self.world_size, self.start)
 
 
+def stream_loader(rows: RowStream, batch_size: int) -> DataLoader[dict[str, np.ndarray]]:
+    """Micro-batches of a stream, without end; they go on where `rows` stands."""
+    return DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
+
+
 def train_loader(
     rows: TokenRows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
 ) -> DataLoader[dict[str, np.ndarray]]:
@@ -222,6 +242,13 @@ def train_loader(
         num_workers=num_workers,
         generator=torch.Generator(),  # Its own, so that starting an epoch draws nothing from the RNG dropout uses.
     )
+
+
+def start_at(loader: DataLoader[dict[str, np.ndarray]], epoch: int, number: int) -> None:
+    """Let the next iteration begin with micro-batch `number` of an epoch; a stream stays where it stands."""
+    if isinstance(loader.batch_sampler, EpochBatches):
+        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.skip_to(number)
 
 
 def eval_loader(

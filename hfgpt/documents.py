@@ -42,8 +42,8 @@ def load_documents(data: DataConfig, seed: int) -> Documents:
     if data.text_column != "text" and is_plain_text(data):
         raise ValueError(f"`data.text_column` ({data.text_column!r}) has no effect: plain text has no columns.")
     documents = read_source(data, data.files, data.split)
-    if data.validation_files is not None or data.validation_split is not None:
-        validation = read_source(data, data.validation_files, data.validation_split)
+    validation = named_validation(data)
+    if validation is not None:
         return Documents(shuffle(documents, data, seed), validation)
     if len(documents) == 1:
         text = documents[0]["text"]
@@ -52,6 +52,13 @@ def load_documents(data: DataConfig, seed: int) -> Documents:
     end = len(documents) - held_out(len(documents), "document", data)
     documents = shuffle(documents, data, seed)
     return Documents(documents.select(range(end)), documents.select(range(end, len(documents))))
+
+
+def named_validation(data: DataConfig) -> datasets.Dataset | None:
+    """The validation text that `data` names, or None if it is to be held out of the training text."""
+    if data.validation_files is None and data.validation_split is None:
+        return None
+    return read_source(data, data.validation_files, data.validation_split)
 
 
 def shuffle(documents: datasets.Dataset, data: DataConfig, seed: int) -> datasets.Dataset:
@@ -153,22 +160,25 @@ def decode(raw: bytes, path: Path, offset: int = 0) -> str:
 
 def read_table(path: Path, file_kind: str, column: str) -> datasets.Dataset:
     """Read the texts of a .jsonl, .json, .csv or .parquet file."""
-    options: dict[str, Any] = {}
     if file_kind != "parquet":
         offset = 0
         with path.open("rb") as file:
             for line in file:  # The loaders do not check the encoding (JSON), or do not say where it breaks (CSV).
                 decode(line, path, offset)
                 offset += len(line)
-    if file_kind == "csv":
-        # Without these pandas reads "NA" as missing, and "007" as the number 7.
-        options = {"keep_default_na": False, "converters": {column: str}}
     pattern = glob.escape(str(path))  # `data_files` are patterns.
+    options = reading_options(file_kind, column)
     return select_texts(load_table(str(path), file_kind, data_files=pattern, split="train", **options), column, path)
 
 
-def load_table(name: str, *args: Any, **options: Any) -> datasets.Dataset:
-    """`datasets.load_dataset`, with one line of what went wrong."""
+def reading_options(file_kind: str, column: str) -> dict[str, Any]:
+    """What the loader of a kind of file must be told to leave text as it is."""
+    # Without these pandas reads "NA" as missing, and "007" as the number 7.
+    return {"keep_default_na": False, "converters": {column: str}} if file_kind == "csv" else {}
+
+
+def load_table(name: str, *args: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, a table or a stream, with one line of what went wrong."""
     try:
         return datasets.load_dataset(*args, **options)
     except (DatasetsError, OSError, ValueError) as error:
@@ -193,7 +203,58 @@ def select_texts(table: datasets.Dataset, column: str, name: Any) -> datasets.Da
         raise ValueError(f"{name}: row {row} (the first is 0) of column {column!r} must be a text, got {value!r}.")
     if table.features != TEXT:
         table = table.cast(TEXT)
-    return table.filter(lambda text: text != "", input_columns=["text"], desc="Leaving out empty documents")
+    return table.filter(is_filled, input_columns=["text"], desc="Leaving out empty documents")
+
+
+def stream_texts(data: DataConfig, shuffle_seed: int | None) -> datasets.IterableDataset:
+    """The training documents of a source, read as they come: one column `text`, empty ones left out.
+
+    Args:
+        data: names the source.
+        shuffle_seed: fixes the order of the shards, another one in each epoch; None leaves them as they are. Documents
+            within a shard are not shuffled.
+
+    Raises:
+        ValueError: a source that cannot be read or has no such column; while it is read, a row that holds no text.
+        OSError: while it is read, the source breaks off.
+    """
+    name = str(data.source or data.files)
+    if data.source is not None:
+        stream = load_table(name, data.source, data.name, split=data.split, streaming=True)
+    else:
+        paths = [path for path in find_files(data.files) if path.stat().st_size > 0]
+        kinds = sorted({str(file_format(path)) for path in paths})
+        if len(kinds) != 1:
+            raise ValueError(f"`data.streaming` reads files of one kind at a time, {name} are {kinds or 'empty'}.")
+        if kinds == ["text"]:
+            stream = datasets.IterableDataset.from_generator(text_files, features=TEXT, gen_kwargs={"paths": paths})
+        else:
+            patterns = [glob.escape(str(path)) for path in paths]
+            options = reading_options(kinds[0], data.text_column)
+            stream = load_table(name, kinds[0], data_files=patterns, split="train", streaming=True, **options)
+    column = data.text_column if data.source is not None or kinds != ["text"] else "text"
+    if stream.column_names is not None and column not in stream.column_names:
+        raise ValueError(f"{name} has no column {column!r}, only {stream.column_names}. Set `data.text_column`.")
+    if shuffle_seed is not None:
+        stream = stream.shuffle(seed=shuffle_seed, buffer_size=1)
+    checked = partial(checked_text, column=column, name=name)
+    stream = stream.map(checked, remove_columns=stream.column_names, features=TEXT)
+    return stream.filter(is_filled, input_columns=["text"])
+
+
+def text_files(paths: list[Path]) -> Iterator[dict[str, str]]:
+    for text in read_texts(paths):
+        yield {"text": text}
+
+
+def checked_text(example: dict[str, Any], column: str, name: str) -> dict[str, str]:
+    if not isinstance(example[column], str):
+        raise ValueError(f"{name}: every row of column {column!r} must be a text, got {example[column]!r}.")
+    return {"text": example[column]}
+
+
+def is_filled(text: str) -> bool:
+    return text != ""
 
 
 def store_texts(texts: Callable[[], Iterable[str]]) -> datasets.Dataset:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
-from hfgpt.data import EpochBatches, train_loader
+from hfgpt.data import start_at
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
@@ -44,16 +44,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         # Accumulation is done here; a launcher's variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    loader = train_loader(
-        run.rows.train,
-        config.train.batch_size,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.data.num_workers,
-    )
-    batch_sampler = loader.batch_sampler
-    assert isinstance(batch_sampler, EpochBatches)
+    loader = run.train_loader()
     model, optimizer = accelerator.prepare(run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
     states: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
@@ -61,13 +52,12 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         states["scaler"] = accelerator.scaler
     seed_training(config)
     if run.resume_from is not None:
-        load_states(run.resume_from, states)
+        load_states(run.resume_from, states, run.rows.stream)
 
     model.train()
     while position.step < run.total_steps:
         epoch = position.epoch
-        batch_sampler.set_epoch(epoch)
-        batch_sampler.skip_to(position.rows // run.global_batch)
+        start_at(loader, epoch, position.rows // run.global_batch)
         batches = iter(loader)
         if run.resume_from is not None and position == run.position:
             restore_random_states(

@@ -16,7 +16,7 @@ from hfgpt import checkpoint
 from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
 from hfgpt.config import DROPOUT_FIELDS, RunConfig
-from hfgpt.data import eval_loader
+from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate, stream_text
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
@@ -84,19 +84,22 @@ def make_recorder(run: Run) -> Recorder:
         settings={name: getattr(run.config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
         start=run.position,
     )
-    counts = run.rows.train_counts, run.rows.validation_counts
-    recorder.say(
-        f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; "
-        + "; ".join(
-            f"{name} {count.tokens:,} tokens in {len(rows):,} rows, {count.remainder} left over"
-            for name, count, rows in zip(
-                ("train", "validation"), counts, (run.rows.train, run.rows.validation), strict=True
-            )
-        )
-    )
+    recorder.say(f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}")
     if run.resume_from is not None:
         recorder.say(f"going on from {run.resume_from} at step {run.position.step}")
     return recorder
+
+
+def describe(rows: Rows) -> str:
+    """How much text there is."""
+    train, validation = (
+        f"{name} {count.tokens:,} tokens in {len(part):,} rows, {count.remainder} left over"
+        for name, count, part in (
+            ("train", rows.train_counts, rows.train),
+            ("validation", rows.validation_counts, rows.validation),
+        )
+    )
+    return f"train from a stream; {validation}" if rows.stream is not None else f"{train}; {validation}"
 
 
 def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Score:
@@ -185,7 +188,7 @@ def save_checkpoint(
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
     recorder.resume()
 
 
@@ -195,6 +198,14 @@ def save_model(run: Run, folder: Path) -> None:
     run.tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         make_readable(path)
+
+
+def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
+    """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
+    if rows.stream is not None:
+        return {}
+    baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
+    return {"unigram": baselines.unigram, "bigram": baselines.bigram}
 
 
 def finish_run(
@@ -221,21 +232,20 @@ def finish_run(
     results: dict[str, Any] = {}
     if PartialState().is_main_process:
         save_model(run, run.folder)
-        validation_pairs = run.rows.validation.pairs()
-        baselines = ngram_perplexities(run.rows.train.pairs(), validation_pairs, run.model.config.vocab_size)
+        baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)
+        targets = run.rows.validation.pairs()[:, 1]
         results = {
             **line,
-            "bits_per_byte": bits_per_byte(line["val_loss"], validation_pairs[:, 1], bytes_of_ids(run.tokenizer)),
-            "unigram_perplexity": baselines.unigram,
-            "bigram_perplexity": baselines.bigram,
+            "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
+            **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
             "parameters": run.model.num_parameters(),
-            "train_tokens": run.rows.train_counts.tokens,
+            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
             "validation_tokens": run.rows.validation_counts.tokens,
             "peak_memory_bytes": peak_memory_bytes(),
             "tokens_per_second": training_speed(metrics),
             "elapsed_seconds": time.perf_counter() - started_at,
-            "run": describe(run, position),
+            "run": describe_run(run, position),
             "samples": [{"step": step, "text": text} for step, text in progress(recorder.samples.read())],
             "card": {"license": None, "language": "en" if run.config.data.source == "pydoc" else None, "repo_id": None},
             "verified": None,
@@ -244,7 +254,7 @@ def finish_run(
         plot_losses(
             metrics,
             run.folder / PLOT_FILE,
-            baselines={"unigram": baselines.unigram, "bigram": baselines.bigram},
+            baselines=baselines,
         )
         if not leave_card(run.folder, results):
             recorder.say(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
@@ -253,7 +263,7 @@ def finish_run(
     return results
 
 
-def describe(run: Run, position: Position) -> dict[str, Any]:
+def describe_run(run: Run, position: Position) -> dict[str, Any]:
     """What was trained, on what and how, as results.json says it: no path of this machine, nothing that was measured.
 
     It is the same in both loops, and for a run that was interrupted.
@@ -275,13 +285,14 @@ def describe(run: Run, position: Position) -> dict[str, Any]:
             "hub_id": config.data.source if is_from_hub else None,
             **{name: getattr(config.data, name) for name in ("name", "split", "validation_split")},
             **{name: getattr(config.data, name) for name in ("block_size", "stride", "packing")},
-            "train_sha256": run.identity["training rows"],
+            "streaming": config.data.streaming,
+            "train_sha256": None if config.data.streaming else run.identity["training rows"],
             "validation_sha256": run.identity["validation rows"],
         },
         "optim": asdict(config.optim),
         "train": {
             "rows_per_step": run.identity["number of rows per step"],
-            "epochs": position.epoch + position.rows / len(run.rows.train),
+            "epochs": None if config.data.streaming else position.epoch + position.rows / len(run.rows.train),
             "precision": config.train.precision,
         },
         "sample": asdict(config.sample),

@@ -11,13 +11,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
 from hfgpt.config import DROPOUT_FIELDS, RunConfig, config_yaml, load_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data import Rows, check_ids, load_rows
+from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, train_loader
 from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
@@ -66,10 +67,24 @@ class Run:
     total_steps: int
     lock: FileLock | None
 
+    def train_loader(self) -> DataLoader:
+        """This process's micro-batches."""
+        train, process = self.config.train, PartialState()
+        if self.rows.stream is not None:
+            return stream_loader(self.rows.stream, train.batch_size)
+        return train_loader(
+            self.rows.train,
+            train.batch_size,
+            self.config.seed,
+            process.process_index,
+            process.num_processes,
+            self.config.data.num_workers,
+        )
+
     def next_position(self, position: Position, micro_batches: int, targets: int) -> Position:
         """The position after one more step of so many micro-batches and, over all processes, targets."""
         rows = position.rows + micro_batches * self.global_batch
-        is_epoch_done = rows >= len(self.rows.train)
+        is_epoch_done = self.rows.stream is None and rows >= len(self.rows.train)
         return Position(
             step=position.step + 1,
             epoch=position.epoch + is_epoch_done,
@@ -108,9 +123,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         return None
 
     with PartialState().main_process_first():
-        documents = load_documents(config.data, config.seed)
-        tokenizer = make_tokenizer(config, documents.train)
-        rows = load_rows(documents, tokenizer, config.data)
+        tokenizer, rows = load_text(config)
     set_seed(config.seed)
     model = make_model(config, tokenizer)
     check_ids(rows.train, model.config.vocab_size, "the training split")
@@ -129,6 +142,8 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         "validation rows": rows_hash(rows.validation),
         "number of rows per step": rows_per_step,  # so that every step sees the same rows, on however many processes
     }
+    if rows.stream is not None:
+        identity["number of processes"] = PartialState().num_processes  # each reads a share of its own
     position = Position()
     if resume_from is not None:
         manifest = checkpoint.verify_checkpoint(resume_from)
@@ -269,12 +284,32 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     return path
 
 
-def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
-    """The tokenizer that the recipe names, that of the model to go on from, or one trained on the training split."""
+def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
+    """The tokenizer of a run, and its text as rows."""
+    process = PartialState()
+    if config.data.streaming:
+        tokenizer = existing_tokenizer(config)
+        assert tokenizer is not None  # config.check_streaming
+        return tokenizer, stream_rows(config.data, tokenizer, config.seed, process.process_index, process.num_processes)
+    documents = load_documents(config.data, config.seed)
+    tokenizer = make_tokenizer(config, documents.train)
+    return tokenizer, load_rows(documents, tokenizer, config.data)
+
+
+def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the recipe names, or that of the model to go on from; None if it is to be trained."""
     name = config.tokenizer.name or config.init_from
-    if name is not None:
-        tokenizer = load_tokenizer(name)
-        require_end_of_text(tokenizer, name)
+    if name is None:
+        return None
+    tokenizer = load_tokenizer(name)
+    require_end_of_text(tokenizer, name)
+    return tokenizer
+
+
+def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
+    """The tokenizer that there is, or one trained on the training split."""
+    tokenizer = existing_tokenizer(config)
+    if tokenizer is not None:
         return tokenizer
     longest = HFGPTConfig(**config.model).max_position_embeddings
     texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])

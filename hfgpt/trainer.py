@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
-from hfgpt.data import train_loader
+from hfgpt.data import start_at
 from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.recorder import Recorder
@@ -67,6 +67,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         torch_compile=config.train.compile,
         use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
         remove_unused_columns=False,  # or Trainer drops shift_labels
+        ignore_data_skip=run.rows.stream is not None,  # a stream goes on by itself where it stopped
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
@@ -86,7 +87,7 @@ class RunSchedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Trainer tells the epoch to the loaders of accelerate only.
-        kwargs["train_dataloader"].batch_sampler.set_epoch(int(state.epoch or 0))
+        start_at(kwargs["train_dataloader"], int(state.epoch or 0), 0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,15 +116,7 @@ class HFGPTTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        config, process = self.run.config, self.accelerator
-        return train_loader(
-            self.run.rows.train,
-            config.train.batch_size,
-            config.seed,
-            process.process_index,
-            process.num_processes,
-            config.data.num_workers,
-        )
+        return self.run.train_loader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         self.optimizer = optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
@@ -185,7 +178,7 @@ class HFGPTTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_states(Path(checkpoint), self.states())
+            load_states(Path(checkpoint), self.states(), self.run.rows.stream)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Do nothing: `_load_optimizer_and_scheduler` has loaded the scaler as well."""

@@ -273,8 +273,8 @@ REFUSALS = [
     # Choices.
     ("loop=trainr", "`loop` must be one of ['accelerate', 'trainer'], got 'trainr'."),
     ("train.precision=no", "`train.precision` must be one of ['fp32', 'bf16', 'fp16'], got 'no'."),
-    ("data.packing=best-fit", "`data.packing` must be one of ['contiguous'], got 'best-fit'."),
-    ("data.streaming=true", "`data.streaming` must be false"),
+    ("data.packing=best-fit", "`data.packing` must be one of ['contiguous', 'isolated', 'padded'], got 'best-fit'."),
+    ("data.streaming=true", "`data.streaming` has no effect on `data.source=pydoc`"),
     # Ranges.
     ("train.max_steps=0", "`train.max_steps` must be at least 1, got 0."),
     ("train.batch_size=0", "`train.batch_size` must be at least 1, got 0."),

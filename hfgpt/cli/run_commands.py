@@ -78,7 +78,8 @@ def train(
     if as_json and results:
         print_json(results)
     elif results:
-        talk(
-            f"{loaded.output_dir}: validation perplexity {results['val_perplexity']:.1f}; of the same tokens, a bigram "
-            f"model's is {results['bigram_perplexity']:.1f}, a unigram model's {results['unigram_perplexity']:.1f}"
-        )
+        line = f"{loaded.output_dir}: validation perplexity {results['val_perplexity']:.1f}"
+        if "bigram_perplexity" in results:
+            line += f"; of the same tokens, a bigram model's is {results['bigram_perplexity']:.1f}"
+            line += f", a unigram model's {results['unigram_perplexity']:.1f}"
+        talk(line)
