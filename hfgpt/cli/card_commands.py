@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import app
+from hfgpt.cli.app import app, busy
 
 
 @app.command()
@@ -38,5 +38,6 @@ def card(
 
         from hfgpt.weights.verify import verify as compare_with_gpt2
 
-        verified = {**asdict(compare_with_gpt2(folder)), "transformers": version("transformers")}
+        with busy(f"comparing {folder} with GPT-2"):
+            verified = {**asdict(compare_with_gpt2(folder)), "transformers": version("transformers")}
     print(write_card(folder, words, verified))
