@@ -470,6 +470,9 @@ def make_files(world):
     (world / "damaged").mkdir()
     shutil.copy(world / "small" / "config.json", world / "damaged")
     (world / "damaged" / "model.safetensors").write_bytes(b"junk")
+    for name, config in [("unfitting", "{}"), ("listed", "[]")]:
+        shutil.copytree(world / "small", world / name, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (world / name / "config.json").write_text(config)
 
 
 @pytest.fixture(scope="module")
@@ -556,6 +559,8 @@ BAD_INPUT = [
     ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
     ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
     ("evaluate damaged --data text.txt", "no model 'damaged': Error while deserializing header"),
+    ("evaluate unfitting --data text.txt", "unfitting: the weights do not fit the config. model.embed_positions"),
+    ("evaluate listed --data text.txt", "no model 'listed': config.json must hold a JSON object."),
     ("generate notes The", "notes is no model folder"),
     ("verify notes", "notes is no model folder"),
     # The options.

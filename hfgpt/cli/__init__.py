@@ -82,7 +82,8 @@ def describe(error: Exception) -> str | None:
     is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or is_torch_memory:
         return f"out of memory. Lower the batch, the rows or the model. {error}"
-    return None if isinstance(error, RuntimeError) else str(error)
+    is_ours = isinstance(error, RuntimeError) and not isinstance(error, MISUSES)
+    return None if is_ours else str(error)
 
 
 def describe_missing(error: ModuleNotFoundError) -> str | None:

@@ -61,6 +61,9 @@ def load(
     refuse_settings("a folder's config does", heads, activation)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json.")
+    for path in (Path(source) / "config.json", Path(source) / "generation_config.json"):
+        if path.is_file() and path.read_text(encoding="utf-8", errors="replace").lstrip()[:1] != "{":
+            raise ValueError(f"no model {str(source)!r}: {path.name} must hold a JSON object.")
     try:
         return HFGPTForCausalLM.from_pretrained(source, dtype=dtype, **config)
     except (OSError, SafetensorError, StrictDataclassError) as error:
