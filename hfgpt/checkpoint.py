@@ -73,7 +73,7 @@ def save_checkpoint(
     Args:
         folder: the run's output folder.
         manifest: what to go on from, and with what.
-        write_model: writes the model into the folder it is given; called on the main process only.
+        write_model: writes the model into the folder it is given; called on every process.
         states: name -> object with `state_dict()`; optimizer, schedule, scaler.
         keep_last: checkpoints to keep, this one included; the one with the lowest validation loss is kept besides.
         stream: this process's own object with `state_dict()`, if it reads its text as it comes.
@@ -97,10 +97,12 @@ def save_checkpoint(
         if stream is not None:
             torch.save(stream.state_dict(), staging / f"stream_{process.process_index}.pt")
         process.wait_for_everyone()
+        write_model(staging)
+        for name, holder in states.items():
+            state = holder.state_dict()  # put together from all processes, where it is split
+            if process.is_main_process:
+                torch.save(state, staging / f"{name}.pt")
         if process.is_main_process:
-            write_model(staging)
-            for name, holder in states.items():
-                torch.save(holder.state_dict(), staging / f"{name}.pt")
             commit(staging, final, manifest)
             prune(folder, keep_last)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError

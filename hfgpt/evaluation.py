@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hfgpt.config import DataConfig
 from hfgpt.documents import is_plain_text, read_source
 from hfgpt.loss import IGNORE_INDEX
+from hfgpt.processes import is_split
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text
 from hfgpt.weights import load
 
@@ -62,7 +63,7 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
         for batch in batches:
             targets = batch["shift_labels"]
             batch_tokens = int((targets != IGNORE_INDEX).sum())
-            if batch_tokens:
+            if batch_tokens or is_split(model):
                 inputs = {
                     name: each.to(device) for name, each in batch.items() if name in ("input_ids", "position_ids")
                 }

@@ -21,6 +21,7 @@ from hfgpt.decoding import generate, stream_text
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
+from hfgpt.processes import is_split, split_again, whole
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import (
     PLOT_FILE,
@@ -134,6 +135,7 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
     try:
         train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
     except Stopped:
+        split_again(run.model)
         return None
     line = {
         "step": position.step,
@@ -143,8 +145,11 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
         "val_perplexity": validation.perplexity,
     }
     refuse_divergence("val_loss", validation.loss, position.step)
-    if PartialState().is_main_process:
-        recorder.evaluation(line, write_sample(run))
+    is_main = PartialState().is_main_process
+    sample = write_sample(run) if is_main or is_split(run.model) else ""
+    split_again(run.model)
+    if is_main:
+        recorder.evaluation(line, sample)
     PartialState().wait_for_everyone()
     recorder.resume()
     return line
@@ -177,14 +182,15 @@ def save_checkpoint(
         FloatingPointError: a weight is no number; the checkpoints before this one stay.
     """
     for name, parameter in run.model.named_parameters():
-        if not parameter.isfinite().all():
+        if not whole(parameter.isfinite().all()):
             raise FloatingPointError(f"`{name}` is not finite at step {position.step}: {DIVERGED}")
 
     def write(folder: Path) -> None:
         save_model(run, folder)
         # Where transformers' Trainer reads its place from, and what it compares with its arguments.
         place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
-        write_json(folder / "trainer_state.json", place)
+        if PartialState().is_main_process:
+            write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
@@ -193,11 +199,14 @@ def save_checkpoint(
 
 
 def save_model(run: Run, folder: Path) -> None:
-    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load."""
-    run.model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        make_readable(path)
+    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
+    is_main = PartialState().is_main_process
+    if is_main or is_split(run.model):  # where it is split, all put it together and the first one writes
+        run.model.save_pretrained(folder)
+    if is_main:
+        run.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            make_readable(path)
 
 
 def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
@@ -230,8 +239,8 @@ def finish_run(
     if line is None:
         raise stopped(run, position)
     results: dict[str, Any] = {}
+    save_model(run, run.folder)
     if PartialState().is_main_process:
-        save_model(run, run.folder)
         baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)
         targets = run.rows.validation.pairs()[:, 1]
@@ -269,7 +278,7 @@ def describe_run(run: Run, position: Position) -> dict[str, Any]:
     It is the same in both loops, and for a run that was interrupted.
     """
     config, model = run.config, run.model.config
-    is_from_hub = config.data.source not in (None, "pydoc")
+    is_pydoc = config.data.source == "pydoc"
     tokenizer = config.tokenizer.name or config.init_from
     return {
         **starting_point(config.init_from, "base_model"),
@@ -281,8 +290,8 @@ def describe_run(run: Run, position: Position) -> dict[str, Any]:
             "sha256": run.identity["tokenizer"],
         },
         "data": {
-            "source": None if is_from_hub else config.data.source,
-            "hub_id": config.data.source if is_from_hub else None,
+            "source": "pydoc" if is_pydoc else None,
+            "hub_id": None if is_pydoc else starting_point(config.data.source, "hub_id")["hub_id"],
             **{name: getattr(config.data, name) for name in ("name", "split", "validation_split")},
             **{name: getattr(config.data, name) for name in ("block_size", "stride", "packing")},
             "streaming": config.data.streaming,

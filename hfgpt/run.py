@@ -1,14 +1,13 @@
 """A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
 import hashlib
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
@@ -23,6 +22,7 @@ from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
+from hfgpt.processes import join_processes, split_over_processes
 from hfgpt.recorder import talk
 from hfgpt.results import RESULTS_FILE
 from hfgpt.rows import TokenRows
@@ -129,7 +129,6 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     check_ids(rows.train, model.config.vocab_size, "the training split")
     check_ids(rows.validation, model.config.vocab_size, "the validation split")
     check_prompt(config, tokenizer, model)
-    model.to(PartialState().device)
 
     global_batch = config.train.batch_size * PartialState().num_processes
     rows_per_step = global_batch * config.train.gradient_accumulation_steps
@@ -155,6 +154,10 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
                 )
         position = manifest.position
         model.load_state_dict(load(resume_from).state_dict())
+    if config.train.shard and PartialState().num_processes > 1:
+        model = split_over_processes(model)
+    else:
+        model.to(PartialState().device)
     lock = None
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,21 +204,6 @@ def rows_hash(rows: TokenRows) -> str:
     for index in range(0, len(rows), 1 + len(rows) // 100_000):
         digest.update(rows[index]["input_ids"].tobytes())
     return digest.hexdigest()
-
-
-def join_processes() -> None:
-    """Let the processes of a launch find one another, before anything asks how many there are.
-
-    Raises:
-        ValueError: this is one of several processes, but they do not come together.
-    """
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if process.num_processes != started:
-        raise ValueError(
-            f"{started} processes were started, but each is alone ({process.num_processes} in its group). "
-            "Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
 
 
 def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:

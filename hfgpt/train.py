@@ -5,6 +5,7 @@ from typing import Any
 
 from hfgpt.config import RunConfig
 from hfgpt.milestones import evaluate, finish_run, is_evaluation_missing, make_recorder, stopped
+from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
 from hfgpt.stopping import StopRequest
 
@@ -33,6 +34,8 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     else:
         from hfgpt.loop import run_loop as train_loop
     recorder = make_recorder(run)
+    if (hint := hint_to_scale_out()) is not None:
+        recorder.say(hint)
     try:
         with StopRequest() as stop:
             if is_evaluation_missing(run, recorder):  # of a new model it is near ln(vocab_size)

@@ -20,6 +20,7 @@ from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
 from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
+from hfgpt.processes import OptimizerState, check_engine
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -40,6 +41,7 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     trainer = HFGPTTrainer(run, recorder, stop)
+    check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     if run.position.step >= run.total_steps:  # Trainer would train one step before it looks
@@ -164,7 +166,8 @@ class HFGPTTrainer(Trainer):
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and random numbers."""
-        states: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.lr_scheduler}
+        optimizer = OptimizerState(self.run.model, self.optimizer)
+        states: dict[str, Any] = {"optimizer": optimizer, "schedule": self.lr_scheduler}
         if self.accelerator.scaler is not None:
             states["scaler"] = self.accelerator.scaler
         return states
