@@ -48,6 +48,7 @@ def run(names: list[str], overrides: list[str]) -> None:
         if name not in STEPS:
             raise ValueError(f"there is no step {name!r}. There are {', '.join(STEPS)}.")
     lecture = make_lecture(overrides)
+    lecture.refuse_another_run()
     for name, step in STEPS.items():
         if names and name not in names:
             continue

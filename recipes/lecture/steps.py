@@ -5,7 +5,6 @@ Shape letters: B texts, T tokens, V vocabulary.
 
 import hashlib
 import json
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -67,8 +66,12 @@ class Lecture:
         return "\n\n".join(self.documents.train["text"][:])
 
     @cached_property
+    def validation_text(self) -> str:
+        return "\n\n".join(self.documents.validation["text"][:])
+
+    @cached_property
     def text(self) -> str:
-        return self.training_text + "\n\n".join(self.documents.validation["text"][:])
+        return self.training_text + self.validation_text
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -91,14 +94,17 @@ class Lecture:
         return len(self.loaders.train) * self.config.train.batch_size * self.config.data.block_size
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must have in common to be the same."""
-        recipe = asdict(self.config)
-        del recipe["output_dir"], recipe["data"]["files"], recipe["sample"]
+        """What two runs must have in common to be the same, in types of JSON."""
+        config = self.config
+        optim, train = config.optim, config.train
+        parts = (self.training_text, self.validation_text)
         return {
-            "init": self.init,
-            "recipe": recipe,
-            "text": hashlib.sha256(self.text.encode()).hexdigest(),
+            "text": [hashlib.sha256(part.encode()).hexdigest() for part in parts],
             "tokenizer": tokenizer_hash(self.tokenizer),
+            "rows": [config.data.block_size, config.data.stride, config.data.packing],
+            "model": [self.init, config.seed, config.model],
+            "optim": [optim.learning_rate, list(optim.betas), optim.weight_decay],
+            "train": [train.epochs, train.batch_size, train.eval_every, train.eval_rows],
         }
 
     def encode(self, text: str) -> Tensor:
@@ -121,7 +127,20 @@ class Lecture:
 
     def keep(self, name: str, measured: dict[str, Any]) -> None:
         """Write down what a step measured, and on what."""
-        write_json(self.folder / FIGURES, {**self.figures(), name: measured, "environment": environment()})
+        about = {"identity": self.identity(), "environment": environment()}
+        write_json(self.folder / FIGURES, {**self.figures(), name: measured, **about})
+
+    def refuse_another_run(self) -> None:
+        """Refuse to mix this run's figures with those of another recipe or text.
+
+        Raises:
+            ValueError: the folder holds such.
+        """
+        identity = self.identity()
+        if self.figures().get("identity", identity) != identity:
+            raise ValueError(
+                f"{self.folder} holds figures of another recipe or text. Name another `output_dir`, or remove it."
+            )
 
     def newest(self) -> tuple[Path, Manifest]:
         """The newest checkpoint.
@@ -133,11 +152,8 @@ class Lecture:
             raise ValueError(f"{self.folder} holds no trained model. Run the step `training` first.")
         path = checkpoints(self.folder)[0]
         manifest = verify_checkpoint(path)
-        # Through JSON, as the manifest's own went.
-        if manifest.identity != json.loads(json.dumps(self.identity())):
-            raise ValueError(
-                f"{path} was trained by another recipe or on another text. Name another `output_dir`, or remove it."
-            )
+        if manifest.identity != self.identity():
+            raise ValueError(f"{path} was trained by another recipe or on another text. Name another `output_dir`.")
         return path, manifest
 
 
@@ -287,7 +303,8 @@ def training(lecture: Lecture) -> dict[str, Any]:
             lecture.folder, manifest, model.save_pretrained, {"optimizer": optimizer}, config.train.keep_last
         )
     plot({f"{lecture.init} initialisation": figures["records"]}, lecture.folder / "loss.png", lecture.tokens_per_epoch)
-    print(describe_overfitting(figures["records"], lecture.training_text, config.sample.prompt))
+    figures["overfitting"] = describe_overfitting(figures["records"], lecture.training_text, config.sample.prompt)
+    print(figures["overfitting"])
     print(f"The two curves are in {lecture.folder / 'loss.png'}.")
     return figures
 

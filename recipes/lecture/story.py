@@ -55,8 +55,12 @@ def find_story(config: RunConfig) -> RunConfig:
         "The numbers will be others than the book's. With a copy of the story: `data.files=the-verdict.txt`."
     )
     substitute = path.with_name("pydoc.txt")
-    text = "\n\n".join(pydoc_source.documents())[:CHARACTERS]
-    write_atomically(substitute, text.encode())
+    text = ""
+    for document in pydoc_source.documents():  # of 2 million characters; reading them all takes seconds
+        text += document + "\n\n"
+        if len(text) >= CHARACTERS:
+            break
+    write_atomically(substitute, text[:CHARACTERS].encode())
     return replace(config, data=replace(config.data, files=str(substitute)))
 
 
