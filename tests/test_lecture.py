@@ -452,6 +452,26 @@ def test_the_table_in_each_readme_is_what_was_measured(name, language):
     assert render(MEASURED, language) in readme
 
 
+def test_the_commands_of_the_readme_name_steps_and_keys_that_there_are(world, tmp_path):
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m recipes\.lecture( .*)?$", readme, flags=re.MULTILINE)
+
+    for command in commands:
+        words = command.partition("#")[0].split()
+        assert {word for word in words if "=" not in word} <= {*STEPS}
+        here = [f"data.files={world / 'my.txt'}", f"output_dir={tmp_path}"]
+        make_lecture([*(word for word in words if "=" in word), *here])  # refuses what has no effect
+    assert len(commands) >= 4
+
+
+def test_the_row_in_the_main_readme_is_what_was_measured():
+    row = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "| [lecture]" in line)
+
+    val_loss = evaluations(MEASURED["training"]["records"])[-1]["val_loss"]
+
+    assert f"| {math.exp(val_loss):.0f}, " in row
+
+
 def test_both_readmes_tell_the_same():
     english, korean = ((FOLDER / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
 
