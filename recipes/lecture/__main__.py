@@ -12,7 +12,9 @@ from .steps import STEPS, Lecture
 RECIPE = Path(__file__).with_name("lecture.yaml")
 
 KNOBS = (
-    *("output_dir", "seed", "model", "tokenizer", "data", "sample.prompt", "sample.max_new_tokens"),
+    *("output_dir", "seed", "model", "tokenizer", "sample.prompt", "sample.max_new_tokens"),
+    *("data.source", "data.name", "data.files", "data.validation_files", "data.text_column", "data.split"),
+    *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.block_size", "data.stride"),
     *("optim.learning_rate", "optim.betas", "optim.weight_decay"),
     *("train.epochs", "train.batch_size", "train.eval_every", "train.eval_rows"),
 )
