@@ -21,7 +21,7 @@ from recipes.lecture import story
 from recipes.lecture.__main__ import RECIPE, main, make_lecture
 from recipes.lecture.book import make_model, prepare
 from recipes.lecture.steps import EXAMPLES, STEPS
-from recipes.lecture.table import render
+from recipes.lecture.table import largest_difference, render
 from recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
 
 ROOT = Path(__file__).parents[1]
@@ -450,6 +450,15 @@ def test_the_table_in_each_readme_is_what_was_measured(name, language):
     readme = (FOLDER / name).read_text(encoding="utf-8")
 
     assert render(MEASURED, language) in readme
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_the_numbers_in_the_text_of_each_readme_are_those_that_were_measured(name):
+    readme = (FOLDER / name).read_text(encoding="utf-8")
+
+    assert f"> {MEASURED['training']['overfitting']}\n" in readme
+    assert f" {largest_difference(MEASURED):.4f}" in readme
+    assert re.search(rf"\b{MEASURED['training']['elapsed_seconds'] / 60:.0f}( minutes|분)", readme)
 
 
 def test_the_commands_of_the_readme_name_steps_and_keys_that_there_are(world, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import sys
 import urllib.request
 from dataclasses import replace
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def find_story(config: RunConfig) -> RunConfig:
         with urllib.request.urlopen(URL, timeout=20) as response:
             content = response.read()
         reason = None if hashlib.sha256(content).hexdigest() == SHA256 else "what came is not the story"
-    except OSError as error:
+    except (OSError, HTTPException) as error:  # the second: the connection broke off in the middle
         reason = str(error)
     if reason is None:
         write_atomically(path, content)

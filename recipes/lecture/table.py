@@ -113,6 +113,13 @@ def render(measured: dict[str, Any], language: str = "english") -> str:
     return "\n".join(lines)
 
 
+def largest_difference(measured: dict[str, Any]) -> float:
+    """How far the losses of the training lie from the published ones at the most, in nats per token."""
+    published = json.loads((HERE / "published.json").read_text(encoding="utf-8"))
+    pairs = zip(*(evaluations(figures["training"]["records"]) for figures in (measured, published)), strict=True)
+    return max(abs(ours[name] - theirs[name]) for ours, theirs in pairs for name in ("train_loss", "val_loss"))
+
+
 def cell(read: Callable[[dict[str, Any]], str], figures: dict[str, Any]) -> str:
     try:
         return read(figures)
