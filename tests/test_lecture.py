@@ -492,6 +492,8 @@ def test_both_readmes_tell_the_same():
         )
 
     assert skeleton(english) == skeleton(korean)
+    for term in ("교차 엔트로피", "퍼플렉서티(혼란도)", "문맥 길이", "탐욕적 디코딩", "온도 스케일링", "top-k 샘플링"):
+        assert term in korean
     for name in STEPS:
         assert f"`{name}`" in english
         assert f"`{name}`" in korean
