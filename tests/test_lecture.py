@@ -438,8 +438,9 @@ def test_what_was_measured_is_what_the_book_published():
     for name in ("train_loss", "val_loss"):
         assert MEASURED["before"]["book"][name] == pytest.approx(PUBLISHED["before"]["book"][name], abs=1e-5)
     assert [each["step"] for each in scored] == [each["step"] for each in published]
-    assert scored[0]["train_loss"] == pytest.approx(published[0]["train_loss"], abs=5e-4)  # three digits were printed
-    assert scored[0]["val_loss"] == pytest.approx(published[0]["val_loss"], abs=5e-4)
+    assert largest_difference(MEASURED) < 1e-3  # three digits were published
+    assert MEASURED["top_k"]["greedy"] == PUBLISHED["top_k"]["greedy"]
+    assert MEASURED["top_k"]["text"] == PUBLISHED["top_k"]["text"]
     assert scored[-1]["train_loss"] < 1
     assert 6 <= scored[-1]["val_loss"] <= 6.6
     assert MEASURED["temperature"]["counts"] == PUBLISHED["temperature"]["counts"]

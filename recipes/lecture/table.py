@@ -37,9 +37,9 @@ def counts(temperature: str) -> Callable[[dict[str, Any]], str]:
 
 ROWS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     (
-        "characters, tokens of the story",
-        "이야기의 글자 수, 토큰 수",
-        lambda figures: f"{figures['text']['characters']:,}, {figures['text']['tokens']:,}",
+        "characters / tokens of the story",
+        "이야기의 글자 수 / 토큰 수",
+        lambda figures: f"{figures['text']['characters']:,} / {figures['text']['tokens']:,}",
     ),
     (
         "an untrained model goes on",
@@ -57,9 +57,9 @@ ROWS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
         lambda figures: f"{figures['perplexity']['perplexity']:,.2f}",
     ),
     (
-        "tokens in windows: training, validation",
-        "창에 담긴 토큰: 훈련, 검증",
-        lambda figures: f"{figures['windows']['training_tokens']:,}, {figures['windows']['validation_tokens']:,}",
+        "tokens in windows: training / validation",
+        "창에 담긴 토큰: 훈련 / 검증",
+        lambda figures: f"{figures['windows']['training_tokens']:,} / {figures['windows']['validation_tokens']:,}",
     ),
     (
         "losses before training, the book's initialisation",
