@@ -6,7 +6,7 @@ Shape letters: T tokens of the text, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from hfgpt.decoding import apply_history, next_logits, refuse_nan, shape_distribution
 from hfgpt.generation import Writer
 from hfgpt.rules import Rules
-from hfgpt.settings import HISTORY, SAMPLING, Settings
+from hfgpt.settings import HISTORY, SAMPLING, Settings, make_variants, parse_settings
 from hfgpt.text_stream import REPLACEMENT_CHARACTER, TextStream
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -143,6 +143,19 @@ class Exploration:
         return {**asdict(self), "perplexity": self.perplexity}
 
 
+def explored_variants(texts: Sequence[str]) -> dict[str, Settings]:
+    """Settings to compare the next token under, by the words that they were given in; see `parse_settings`.
+
+    Raises:
+        ValueError: a value that cannot be, or one that has no effect on the choice of one token.
+    """
+    for text in texts:
+        for name in parse_settings(text):
+            if name not in (*SAMPLING, *HISTORY):
+                raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
+    return make_variants(UNCHANGED, texts)
+
+
 @torch.no_grad()
 def explore(
     writer: Writer, text: str, variants: Mapping[str, Settings], *, top: int = 10, steps: int = 8, alternatives: int = 3
@@ -152,7 +165,7 @@ def explore(
     Args:
         writer: see `hfgpt.generation.load_writer`.
         text: may be empty: then a document is begun.
-        variants: settings to compare the next token under, by label; only those about one token matter.
+        variants: settings to compare the next token under, by label; see `explored_variants`.
         top: candidates to show, at least 1.
         steps: tokens of the likeliest way on, at least 0.
         alternatives: other tokens to show at each step, at least 0.

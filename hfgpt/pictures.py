@@ -51,7 +51,8 @@ def draw_distributions(found: Exploration) -> bytes:
     places = [float(index) for index in range(len(found.candidates))] + [len(found.candidates) + 0.5]
     count = len(found.distributions)
     bar = 0.8 / count
-    width = min(24.0, max(7.0, 1.6 + len(places) * (0.35 + 0.16 * count)))
+    group = 0.35 + 0.16 * count  # inches
+    width = min(24.0, max(7.0, 1.6 + len(places) * group))
     figure = Figure(figsize=(width, FIGURE_HEIGHT), dpi=120, layout="constrained")
     highest = max(height for each in found.distributions for height in (*each.probabilities, each.rest))
     axes = figure.add_subplot(ylabel="probability", ylim=(0, min(1, 1.05 * highest)))
@@ -60,7 +61,7 @@ def draw_distributions(found: Exploration) -> bytes:
         name = drawable(f"{each.label}  ({each.entropy:.2f} bits)")
         heights = [*each.probabilities, each.rest]
         axes.bar([place + shift for place in places], heights, bar * 0.92, label=name, color=f"C{index % 10}")
-    is_long = any(len(label) > 7 for label in labels[:-1])
+    is_long = max(map(len, labels[:-1]), default=0) * 0.085 > group  # inches that a character is wide, about
     axes.set_xticks(places, labels, rotation=40 if is_long else 0, ha="right" if is_long else "center")
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, places[-1] + 0.6)
@@ -68,7 +69,9 @@ def draw_distributions(found: Exploration) -> bytes:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    legend = figure.legend(loc="outside lower center", ncols=min(count, 4), frameon=False)
+    longest = max(len(each.label) for each in found.distributions) + len("  (10.00 bits)")
+    columns = max(1, min(count, int(width / (0.6 + 0.085 * longest))))
+    legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     for text in [*axes.get_xticklabels(), *legend.get_texts()]:
         text.set_fontfamily(installed_fonts())
     after = f"Next token after “{shortened(found.text)}”" if found.text else "First token of a document"

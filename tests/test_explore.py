@@ -13,10 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from hfgpt.explore import EXPLORED, UNCHANGED, entropy_bits, explore, token_label
+from hfgpt.explore import EXPLORED, entropy_bits, explore, explored_variants, token_label
 from hfgpt.generation import Written, load_writer
 from hfgpt.pictures import draw_distributions, drawable, render_page
-from hfgpt.settings import make_variants
 from hfgpt.terminal import percent, print_comparison, print_exploration, printable, shortened, stream_to
 
 TEXT = "The object 한국 <b> of"
@@ -46,7 +45,7 @@ def writer(folder):
 
 @pytest.fixture(scope="module")
 def found(writer):
-    return explore(writer, TEXT, make_variants(UNCHANGED, EXPLORED), top=6, steps=5, alternatives=2)
+    return explore(writer, TEXT, explored_variants(EXPLORED), top=6, steps=5, alternatives=2)
 
 
 @torch.no_grad()
@@ -122,17 +121,17 @@ def test_the_way_on_is_greedy_and_its_alternatives_are_the_next_likeliest(folder
 def test_the_way_on_ends_where_the_model_has_no_position_left(writer, tokenizer):
     text = "x" * 46
 
-    found = explore(writer, text, make_variants(UNCHANGED, ["top_k=3"]), steps=5)
+    found = explore(writer, text, explored_variants(["top_k=3"]), steps=5)
 
     assert len(tokenizer(text)["input_ids"]) == 46
     assert len(found.path) == 2
-    assert explore(writer, "x" * 48, make_variants(UNCHANGED, ["top_k=3"]), steps=5).path == []
+    assert explore(writer, "x" * 48, explored_variants(["top_k=3"]), steps=5).path == []
     with pytest.raises(ValueError, match=r"the text has 49 tokens, more than the model's .* \(48\)"):
-        explore(writer, "x" * 49, make_variants(UNCHANGED, ["top_k=3"]))
+        explore(writer, "x" * 49, explored_variants(["top_k=3"]))
 
 
 def test_an_empty_text_shows_how_documents_begin(folder, writer, tokenizer):
-    found = explore(writer, "", make_variants(UNCHANGED, EXPLORED), steps=1)
+    found = explore(writer, "", explored_variants(EXPLORED), steps=1)
 
     expected = reference(folder, [tokenizer.eos_token_id])[:320].softmax(-1)
     assert found.distributions[0].probabilities == pytest.approx(expected.topk(10).values.tolist(), rel=1e-4)
@@ -143,14 +142,27 @@ def test_an_empty_text_shows_how_documents_begin(folder, writer, tokenizer):
 
 
 def test_rules_about_earlier_tokens_and_temperature_zero_can_be_compared(writer):
-    found = explore(writer, TEXT, make_variants(UNCHANGED, ["temperature=0", "repetition_penalty=3"]))
+    found = explore(writer, TEXT, explored_variants(["temperature=0", "repetition_penalty=3"]))
 
     certain, penalized = found.distributions
     assert (certain.probabilities[0], certain.entropy, certain.kept) == (1, 0, 1)
     assert (
         penalized.probabilities
-        != explore(writer, TEXT, make_variants({}, ["temperature=1"])).distributions[0].probabilities
+        != explore(writer, TEXT, explored_variants(["temperature=1"])).distributions[0].probabilities
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_beams=4", "'num_beams=4': `num_beams` has no effect on the distribution of the next token"),
+        ("temperature=2,stop=x", "`stop` has no effect on the distribution"),
+        ("temperature=0,top_k=3", "`top_k` has no effect: at `temperature` 0"),
+    ],
+)
+def test_settings_that_do_nothing_to_one_token_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        explored_variants(["top_p=0.9", text])
 
 
 def test_labels_show_white_space_and_bytes(tokenizer):

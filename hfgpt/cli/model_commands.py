@@ -180,10 +180,9 @@ def explore(
 ) -> None:
     """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
     from hfgpt.disk import check_new_file, write_atomically
-    from hfgpt.explore import EXPLORED, UNCHANGED, explore
-    from hfgpt.settings import make_variants
+    from hfgpt.explore import EXPLORED, explore, explored_variants
 
-    variants = make_variants(UNCHANGED, compare or EXPLORED)
+    variants = explored_variants(compare or EXPLORED)
     for path, ending in ((plot, ".png"), (html, ".html")):
         if path is not None:
             check_new_file(path, ending, overwrite)
