@@ -6,7 +6,7 @@ Shape letters: T tokens of the text, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,17 +16,11 @@ from torch import Tensor
 from hfgpt.decoding import apply_history, next_logits, refuse_nan, shape_distribution
 from hfgpt.generation import Writer
 from hfgpt.rules import Rules
-from hfgpt.settings import HISTORY, SAMPLING, Settings, make_variants, parse_settings
+from hfgpt.settings import HISTORY, SAMPLING, Settings
 from hfgpt.text_stream import REPLACEMENT_CHARACTER, TextStream
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 """White space made visible, for labels of tokens."""
-
-EXPLORED = ("temperature=1", "temperature=0.1", "temperature=5", "top_k=3")
-"""The settings compared where none are named: the lecture's temperatures, and top-k."""
-
-UNCHANGED: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
-"""What they differ from: the model's own distribution."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +137,6 @@ class Exploration:
         return {**asdict(self), "perplexity": self.perplexity}
 
 
-def explored_variants(texts: Sequence[str]) -> dict[str, Settings]:
-    """Settings to compare the next token under, by the words that they were given in; see `parse_settings`.
-
-    Raises:
-        ValueError: a value that cannot be, or one that has no effect on the choice of one token.
-    """
-    for text in texts:
-        for name in parse_settings(text):
-            if name not in (*SAMPLING, *HISTORY):
-                raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
-    return make_variants(UNCHANGED, texts)
-
-
 @torch.no_grad()
 def explore(
     writer: Writer, text: str, variants: Mapping[str, Settings], *, top: int = 10, steps: int = 8, alternatives: int = 3
@@ -165,7 +146,7 @@ def explore(
     Args:
         writer: see `hfgpt.generation.load_writer`.
         text: may be empty: then a document is begun.
-        variants: settings to compare the next token under, by label; see `explored_variants`.
+        variants: settings to compare the next token under, by label; see `hfgpt.settings.explored_variants`.
         top: candidates to show, at least 1.
         steps: tokens of the likeliest way on, at least 0.
         alternatives: other tokens to show at each step, at least 0.

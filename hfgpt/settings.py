@@ -15,6 +15,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 HISTORY = ("repetition_penalty", "no_repeat_ngram_size")
 SEARCH = ("length_penalty", "early_stopping")
 
+EXPLORED = ("temperature=1", "temperature=0.1", "temperature=5", "top_k=3")
+"""The settings compared where none are named: the lecture's temperatures, and top-k."""
+
+UNCHANGED: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
+"""What they differ from: the model's own distribution."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -170,3 +176,16 @@ def make_variants(given: Mapping[str, Any], texts: Sequence[str]) -> dict[str, S
         if all(reasons):
             raise ValueError(str(reasons[0]))
     return variants
+
+
+def explored_variants(texts: Sequence[str]) -> dict[str, Settings]:
+    """Settings to compare the next token under, by the words that they were given in; see `parse_settings`.
+
+    Raises:
+        ValueError: a value that cannot be, or one that has no effect on the choice of one token.
+    """
+    for text in texts:
+        for name in parse_settings(text):
+            if name not in (*SAMPLING, *HISTORY):
+                raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
+    return make_variants(UNCHANGED, texts)

@@ -180,13 +180,14 @@ def explore(
 ) -> None:
     """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
     from hfgpt.disk import check_new_file, write_atomically
-    from hfgpt.explore import EXPLORED, explore, explored_variants
+    from hfgpt.settings import EXPLORED, explored_variants
 
     variants = explored_variants(compare or EXPLORED)
     for path, ending in ((plot, ".png"), (html, ".html")):
         if path is not None:
             check_new_file(path, ending, overwrite)
 
+    from hfgpt.explore import explore
     from hfgpt.generation import load_writer
     from hfgpt.recorder import talk
     from hfgpt.terminal import open_console, print_exploration
