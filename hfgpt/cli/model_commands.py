@@ -68,12 +68,6 @@ def evaluate(
         talk(f"the tasks' figures are in {saved_in}, too")
 
 
-# What `generate`, `play` and `explore` share: without a default here, because only what is given can be told to have no
-# effect. hfgpt/settings.py has the defaults.
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="Divides the logits; 0 takes the likeliest token.  [default: 0.8]", show_default=False),
-]
 Compare = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE,...", help="Settings to see beside others, such as `temperature=0.5,top_k=40`."),
@@ -89,10 +83,12 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; with beam search the best ones.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts written together.")] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write.  [default: 100]")] = None,
-    temperature: Temperature = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write. Without it 100.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 takes the likeliest token. Without it 0.8.")
+    ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Likeliest tokens to draw from; 0 draws from all.  [default: 50]")
+        int | None, typer.Option(help="Likeliest tokens to draw from; 0 draws from all. Without it 50.")
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Probability of the likeliest tokens to draw from.")] = None,
     min_p: Annotated[
@@ -122,7 +118,8 @@ def generate(
         raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
     from hfgpt.settings import make_settings, make_variants, parse_value
 
-    numbers = {
+    # The options have no defaults, so that only what was given is told to have no effect; `Settings` has them.
+    options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -136,7 +133,7 @@ def generate(
         "stop": tuple(text for each in stop for text in parse_value("stop", each)) if stop else None,
         "seed": seed,
     }
-    given = {name: value for name, value in numbers.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     variants = make_variants(given, compare) if compare else {"": make_settings(given)}
 
     from hfgpt.generation import continue_text, load_writer, read_prompts, write_texts
