@@ -17,9 +17,10 @@ from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
 from hfgpt.config import DROPOUT_FIELDS, RunConfig
 from hfgpt.data import Rows, eval_loader
-from hfgpt.decoding import generate, stream_text
+from hfgpt.decoding import generate
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
+from hfgpt.generation import unknown_ids
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.processes import is_split, split_again, whole
 from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
@@ -36,6 +37,7 @@ from hfgpt.results import (
 from hfgpt.rows import TokenRows
 from hfgpt.run import Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest
+from hfgpt.text_stream import stream_text
 from hfgpt.tokenizer import bytes_of_ids
 
 SHAPE_FIELDS = (
@@ -161,6 +163,7 @@ def write_sample(run: Run) -> str:
     if sample.max_new_tokens == 0:
         return ""
     device = run.model.device
+    is_unknown = unknown_ids(run.tokenizer, run.model.config.vocab_size)
     ids = generate(
         run.model,
         prompt_ids(run.config, run.tokenizer).to(device),
@@ -168,6 +171,7 @@ def write_sample(run: Run) -> str:
         temperature=sample.temperature,
         top_k=sample.top_k,
         eos_token_id=run.tokenizer.eos_token_id,
+        is_unknown=None if is_unknown is None else is_unknown.to(device),
         generator=torch.Generator(device).manual_seed(run.config.seed),
     )
     return "".join(stream_text(run.tokenizer, ids[0]))

@@ -23,6 +23,7 @@ from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
 from hfgpt.config import MODEL_FIELDS, RunConfig, flatten, load_config
 from hfgpt.measure import measure, render
+from hfgpt.settings import Settings
 from hfgpt.tokenizer import load_tokenizer
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -339,24 +340,80 @@ def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
 
 
 def test_generate_hands_every_option_on(world, monkeypatch):
-    heard = {}
+    heard = []
     monkeypatch.setattr(
         "hfgpt.generation.continue_text",
-        lambda source, prompt, **settings: iter([heard.update(source=source, prompt=prompt, **settings) or "!"]),
+        lambda writer, prompt, settings: iter([heard.append((writer.source, prompt, settings)) or "!"]),
     )
 
-    options = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --seed 9"
-    hfgpt("generate", "folder", "a b", *options.split())
+    sampling = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.1 --seed 9 --stop a\\n --stop b"
+    searching = (
+        "--num-beams 3 --length-penalty 0.5 --early-stopping never --repetition-penalty 2 --no-repeat-ngram-size 3"
+    )
+    for options in (sampling, searching):
+        hfgpt("generate", "out/accelerate", "a b", *options.split())
 
-    assert heard == {
-        "source": "folder",
-        "prompt": "a b",
-        "max_new_tokens": 7,
-        "temperature": 0.5,
-        "top_k": 4,
-        "top_p": 0.75,
-        "seed": 9,
-    }
+    sampled = Settings(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
+    searched = Settings(
+        num_beams=3, length_penalty=0.5, early_stopping="never", repetition_penalty=2.0, no_repeat_ngram_size=3
+    )
+    assert heard == [("out/accelerate", "a b", sampled), ("out/accelerate", "a b", searched)]
+
+
+def test_generate_answers_many_prompts_in_their_order(world):
+    Path("p.jsonl").write_text('{"prompt": "The", "id": 7}\n{"id": 8, "prompt": "한국어"}\n', encoding="utf-8")
+    words = ["generate", "out/accelerate", "--prompts", "p.jsonl", "--samples", 2, "--max-new-tokens", 8, "--seed", 3]
+
+    as_json, printed = hfgpt(*words, "--json", "--batch-size", 3), hfgpt(*words)
+
+    records = [json.loads(line) for line in as_json.out.splitlines()]
+    assert (as_json.code, as_json.err, printed.code, printed.err) == (0, "", 0, "")
+    assert [(each["id"], each["prompt"], each["seed"]) for each in records] == [
+        *((7, "The", 3), (7, "The", 4), (8, "한국어", 3), (8, "한국어", 4))
+    ]
+    alone = hfgpt("generate", "out/accelerate", "한국어", "--max-new-tokens", 8, "--seed", 4).out
+    assert records[3]["text"] + "\n" == alone
+    for number, each in enumerate(records):
+        heading = f"--- prompt {number // 2 + 1}/2, sample {number % 2 + 1}/2, seed {each['seed']} ---"
+        assert f"{heading}\n{each['text']}\n" in printed.out
+
+
+def test_generate_compares_settings(world):
+    words = ["generate", "out/accelerate", "The", "--seed", 3, "--max-new-tokens", 8]
+    words += ["--compare", "temperature=2", "--compare", "num_beams=2"]
+
+    as_json, printed = hfgpt(*words, "--json"), hfgpt(*words)
+
+    hot, searched = (json.loads(line) for line in as_json.out.splitlines())
+    assert (hot["settings"], searched["settings"]) == ("temperature=2", "num_beams=2")
+    assert (hot["seed"], "seed" in searched, searched["score"] < 0) == (3, False, True)
+    assert hot["text"] + "\n" == hfgpt(*words[:7], "--temperature", 2).out
+    for each in (hot, searched):
+        assert re.search(rf"--- {each['settings']} \(.*\) ---\n{re.escape(each['text'])}\n", printed.out)
+
+
+def test_explore_prints_tables_and_writes_what_it_is_asked_for(world):
+    words = ["explore", "out/accelerate", "The object is", "--plot", "next.png", "--html", "page.html"]
+
+    printed, again, replaced = hfgpt(*words), hfgpt(*words), hfgpt(*words, "--overwrite", "--json")
+
+    assert (printed.code, printed.err) == (0, "wrote next.png\nwrote page.html\n")
+    assert "temperature=0.1" in printed.out
+    assert Path("next.png").read_bytes().startswith(b"\x89PNG")
+    assert "The object is" in Path("page.html").read_text(encoding="utf-8")
+    assert (again.code, again.out) == (2, "")
+    assert "next.png exists. Name another file, or add `--overwrite`." in again.err
+    found = json.loads(replaced.out)
+    assert (replaced.code, found["text"], len(found["distributions"])) == (0, "The object is", 4)
+
+
+def test_play_answers_lines_from_a_pipe(world, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The\n/set temprature=1\n"))
+
+    said = hfgpt("play", "out/accelerate", "--set", "max_new_tokens=8,seed=3")
+
+    assert said.out == hfgpt("generate", "out/accelerate", "The", "--max-new-tokens", 8, "--seed", 3).out
+    assert (said.code, said.err) == (2, "error: `temprature` is no setting. Did you mean `temperature`?\n")
 
 
 def test_verify_passes_a_trained_model(world):
@@ -629,6 +686,17 @@ BAD_INPUT = [
     ("generate small The --temperature -1", "`temperature` must be a finite number of at least 0, got -1.0."),
     ("generate small The --top-p 2", "`top_p` must be above 0 and at most 1, got 2.0."),
     ("generate small The\udcff", r"'The\udcff' is not UTF-8."),
+    ("generate small The --num-beams 2 --top-k 5", "`top_k` has no effect: beam search (`num_beams` 2)"),
+    ("generate small The --samples 2 --temperature 0", "`samples` (2): at `temperature` 0 each would be the same"),
+    ("generate small The --compare tok_p=1", "`tok_p` is no setting. Did you mean `top_p`?"),
+    ("generate small --prompts empty.txt", "empty.txt holds no prompt"),
+    ("generate small --prompts missing.txt", "No such file or directory: 'missing.txt'"),
+    ("explore small The --plot text.txt", "text.txt: the name must end in .png."),
+    ("explore small The --html nowhere/x.html", "nowhere is no folder. Make it first."),
+    ("explore small The --compare top_q=3", "`top_q` is no setting. Did you mean `top_p`?"),
+    ("explore mixed The", "the model's `vocab_size` is 300. They do not belong together."),
+    ("play small --set top_q=3", "`top_q` is no setting. Did you mean `top_p`?"),
+    ("play notes", "notes is no model folder"),
     ("verify", "give a model or `--random SIZE`, one of them."),
     ("verify small --random small", "give a model or `--random SIZE`, one of them."),
     ("verify small --layers 1", "`--layers` has no effect without `--random`."),
@@ -665,6 +733,7 @@ MISUSE = [
     ("evaluate small --data a.txt --batch-size 0", "invalid value for '--batch-size': "),
     ("evaluate small large --data a.txt", "got unexpected extra argument"),
     ("generate small", "missing argument"),
+    ("explore small", "missing argument"),
     ("generate small The --seed", "option '--seed' requires an argument."),
 ]
 

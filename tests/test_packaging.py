@@ -51,7 +51,7 @@ def test_the_package_explains_every_public_name():
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_code_the_demo_recipe_and_the_card_template(tmp_path):
+def test_a_wheel_carries_the_code_the_page_the_demo_recipe_and_the_card_template(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("hfgpt-*.whl")
@@ -63,6 +63,7 @@ def test_a_wheel_carries_the_code_the_demo_recipe_and_the_card_template(tmp_path
     carried = {path.relative_to(installed) for path in installed.rglob("*.py")}
     assert carried == {path.relative_to(ROOT) for path in (ROOT / "hfgpt").rglob("*.py")}
     assert (installed / "hfgpt" / TEMPLATE).read_bytes() == (ROOT / TEMPLATE).read_bytes()
+    assert (installed / "hfgpt" / "explore.html").is_file()
     program = "from hfgpt.config import find_recipe; import sys; sys.stdout.write(str(find_recipe('demo')))"
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=installed, check=True, capture_output=True, text=True
