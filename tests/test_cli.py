@@ -732,7 +732,7 @@ MISUSE = [
     ("evaluate small --data a.txt --batch-size many", "invalid value for '--batch-size': "),
     ("evaluate small --data a.txt --batch-size 0", "invalid value for '--batch-size': "),
     ("evaluate small large --data a.txt", "got unexpected extra argument"),
-    ("generate small", "missing argument"),
+    ("generate small", "give a PROMPT or `--prompts FILE`, one of them."),
     ("explore small", "missing argument"),
     ("generate small The --seed", "option '--seed' requires an argument."),
 ]
