@@ -5,8 +5,6 @@ sha256 is written last, and only then the folder gets its name: `checkpoint-N` i
 are removed after that. Going on takes the newest whose manifest holds.
 """
 
-import hashlib
-import json
 import os
 import random
 import re
@@ -22,8 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from hfgpt.disk import make_readable, sync
+from hfgpt.manifest import MANIFEST, check_files, read_manifest, seal, sha256, unseal
 
-MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
 SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin another
 
@@ -154,40 +152,14 @@ def verify_checkpoint(folder: Path) -> Manifest:
     Raises:
         ValueError: naming the folder and the first fault.
     """
-    manifest_path = folder / MANIFEST
-    if not manifest_path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    content = read_manifest(folder)
     try:
-        content = unseal(manifest_path.read_text(encoding="utf-8"))
         manifest = Manifest(Position(**content["position"]), content["identity"], content["val_loss"])
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest_path} is damaged: {error}.") from error
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing.")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise ValueError(f"{path} is damaged: it is not what was written.")
-    return manifest
-
-
-def seal(manifest: dict[str, Any]) -> str:
-    """The manifest as JSON, with a checksum of its own content in it."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=2) + "\n"
-
-
-def unseal(text: str) -> dict[str, Any]:
-    """What `seal` was given.
-
-    Raises:
-        ValueError: it is not that any more.
-    """
-    manifest = json.loads(text)
-    digest = manifest.pop("sha256")
-    if hashlib.sha256(json.dumps(manifest).encode()).hexdigest() != digest:
-        raise ValueError("its content does not match its checksum")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}.") from error
+    check_files(folder)
     return manifest
 
 
@@ -290,8 +262,3 @@ def restore_random_states(checkpoint: Path, seed: int) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
