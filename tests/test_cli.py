@@ -607,7 +607,7 @@ BAD_INPUT = [
     ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
     ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
     ("evaluate damaged --data text.txt", "damaged/model.safetensors: Error while deserializing header"),
-    ("evaluate unfitting --data text.txt", "has no model type None."),
+    ("evaluate unfitting --data text.txt", "no model 'unfitting': its config.json names no `model_type`."),
     ("generate unfitting The", "unfitting"),
     ("generate listed The", "no model 'listed': config.json must hold a JSON object."),
     ("evaluate listed --data text.txt", "no model 'listed': config.json must hold a JSON object."),
