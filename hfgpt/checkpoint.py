@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from hfgpt.disk import make_readable, sync
+from hfgpt.disk import make_readable, sync, write_atomically
 
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
@@ -168,6 +168,12 @@ def verify_checkpoint(folder: Path) -> Manifest:
         if path.stat().st_size != size or sha256(path) != digest:
             raise ValueError(f"{path} is damaged: it is not what was written.")
     return manifest
+
+
+def record_score(folder: Path, val_loss: float) -> None:
+    """Add to a checkpoint the validation loss of its weights, which were scored only after it was written."""
+    content = unseal((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_atomically(folder / MANIFEST, seal({**content, "val_loss": val_loss}).encode())
 
 
 def seal(manifest: dict[str, Any]) -> str:

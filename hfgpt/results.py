@@ -221,17 +221,23 @@ def fenced(text: str) -> str:
 
 
 def plot_losses(
-    metrics: list[dict[str, Any]], path: str | Path, *, baselines: Mapping[str, float] | None = None
+    metrics: list[dict[str, Any]],
+    path: str | Path,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    best_step: int | None = None,
 ) -> None:
     """Draw loss.png: training and evaluation losses against tokens seen. Equal input gives equal bytes.
 
     The axes show tokens (below), steps (above), loss in nats per token (left) and perplexity (right). What is
-    higher than the rest in the first 2 % of the run is cut off, so that it does not squash the rest.
+    higher than the rest in the first 2 % of the run is cut off, so that it does not squash the rest. Between the two
+    evaluation losses lies, in grey, their gap.
 
     Args:
         metrics: training and evaluation lines of metrics.jsonl, in any mixture.
         path: the PNG file to write, `FIGURE_SIZE` times `FIGURE_DPI` pixels.
         baselines: perplexities to compare with, at least 1, by name; they become horizontal lines.
+        best_step: of the evaluation to mark as the best.
 
     Raises:
         ValueError: `metrics` holds no loss.
@@ -260,6 +266,17 @@ def plot_losses(
             )
             losses += [record[key] for record in records]
             settled_losses += [record[key] for record in records if record["tokens"] >= 0.02 * last_tokens]
+    tokens, validation = [record["tokens"] for record in evaluations], [record["val_loss"] for record in evaluations]
+    axes.fill_between(
+        tokens, [record["train_loss"] for record in evaluations], validation, color="0.5", alpha=0.15, linewidth=0
+    )
+    for record in evaluations:
+        if record["step"] == best_step:
+            label = f"best: step {best_step:,}, validation loss {record['val_loss']:.3f}"
+            axes.plot(
+                record["tokens"], record["val_loss"], label=label, linestyle="", marker="*", markersize=13, color="C1"
+            )
+            break
     for index, (name, loss) in enumerate(baseline_losses.items()):
         label = f"{name} (perplexity {math.exp(loss):,.1f})"
         axes.axhline(loss, color="0.3", linewidth=1, linestyle=("--", ":", "-.")[index % 3], label=label)

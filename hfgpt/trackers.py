@@ -1,0 +1,126 @@
+"""The lines of metrics.jsonl, sent to trackers as well, through accelerate's own classes for them.
+
+They hear numbers and knobs, nothing else: no environment variable, no path above the last name, no address with its
+password. Both loops speak to them through the recorder.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from hfgpt.config import RunConfig
+
+PROJECT = "hfgpt"
+"""Under which trackers that have projects file a run; its name is that of its folder."""
+
+TRACKERS_FOLDER = "trackers"
+"""Inside the run's folder, where trackers that write files do so. They put the machine's name into them."""
+
+PATHS = ("output_dir", "init_from", "tokenizer.name", "data.files", "data.validation_files")
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ValueError: saying what to install.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            package = '"hfgpt[trackers]"' if name in ("tensorboard", "trackio") else name
+            raise ValueError(
+                f"`train.trackers` names {name!r}, which is not installed: `pip install {package}`, or leave it out."
+            )
+
+
+class Trackers:
+    """The trackers of a run, as one; on the main process, others have none.
+
+    Args:
+        config: of the run; names the trackers.
+        folder: of the run.
+        step: optimizer steps done where training starts. Above 0 the trackers go on with the run that is there, as
+            far as they can: TensorBoard hides what lies after it, trackio and wandb go on in the run of the same
+            name, MLflow begins another.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+        resume = "allow" if step else "never"
+        settings: dict[str, dict[str, Any]] = {
+            "tensorboard": {
+                "run_name": "tensorboard",
+                "logging_dir": folder / TRACKERS_FOLDER,
+                "purge_step": step + 1 if step else 0,
+            },
+            "trackio": {
+                "run_name": PROJECT,
+                "name": folder.name,
+                "resume": resume,
+                "auto_log_cpu": False,
+                "auto_log_gpu": False,
+            },
+            "wandb": {
+                "run_name": PROJECT,
+                "name": folder.name,
+                "id": re.sub(r"[^\w-]", "-", folder.name) if step else None,
+                "resume": resume,
+                # Without these it takes the command line, the program, git's remote and the terminal along.
+                "settings": {"x_disable_meta": True, "disable_git": True, "disable_code": True, "console": "off"},
+            },
+            "mlflow": {"experiment_name": PROJECT, "run_name": folder.name},
+        }
+        self.started: list[GeneralTracker] = []
+        for name in dict.fromkeys(config.train.trackers):
+            tracker = LOGGER_TYPE_TO_CLASS[name](**settings[name])
+            with redirect_stdout(sys.stderr):  # where results are printed, nobody else talks
+                tracker.start()
+                if not step:
+                    tracker.store_init_configuration(public_knobs(config))
+            self.started.append(tracker)
+
+    def log(self, line: Mapping[str, Any], kind: str) -> None:
+        """Send the numbers of a line of metrics.jsonl, as `kind/name`."""
+        numbers = {
+            f"{kind}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"
+        }
+        for tracker in self.started:
+            with redirect_stdout(sys.stderr):
+                tracker.log(numbers, step=line["step"])
+
+    def finish(self) -> None:
+        """Bring everything to where it belongs."""
+        for tracker in self.started:
+            with redirect_stdout(sys.stderr):
+                tracker.finish()
+        self.started.clear()
+
+
+def public_knobs(config: RunConfig) -> dict[str, int | float | str | bool]:
+    """Every knob of a run as `section.name`, without what names a folder, a user or a password."""
+    knobs = dict(flatten(asdict(config)))
+    for name in PATHS:
+        if name in knobs:
+            knobs[name] = last_name(str(knobs[name]))
+    return knobs
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, int | float | str | bool]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{name}", ", ".join(last_name(str(item)) for item in value)
+        elif value is not None:
+            yield f"{prefix}{name}", value
+
+
+def last_name(path: str) -> str:
+    """A path or address without what stands before its last `/`, and what stands behind a `?`."""
+    return Path(path.partition("?")[0]).name
