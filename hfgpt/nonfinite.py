@@ -109,7 +109,7 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Any], targets: Any) -> str
         loss = model(**batch, num_items_in_batch=targets, skip_logits=True).loss
     if layers and layers[0]:  # the whole model, whose name is empty, is not where it comes from
         return f"the output of `{layers[0]}` is the first that is not finite"
-    if not math.isfinite(float(loss)):
+    if not loss.isfinite():
         return "the loss is the first that is not finite"
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)

@@ -98,7 +98,12 @@ class Trackers:
         """Bring everything to where it belongs."""
         for tracker in self.started:
             with redirect_stdout(sys.stderr):
-                tracker.finish()
+                if tracker.name == "trackio":  # 0.43 ends a run again when the program does, unless told itself
+                    import trackio
+
+                    trackio.finish()
+                else:
+                    tracker.finish()
         self.started.clear()
 
 
