@@ -29,6 +29,7 @@ MADE_BY = "hfgpt compare"
 LOSS_KNOBS = (
     *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
+    *("data.streaming", "data.validation_documents"),
     *("data.block_size", "tokenizer.name", "tokenizer.vocab_size", "init_from", "seed"),
 )
 """Knobs that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""

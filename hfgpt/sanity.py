@@ -148,7 +148,9 @@ def check_duplicates(train: TokenStream, validation: TokenStream) -> Check:
     text = f"{share:.1%} of the validation text is in the training text"
     is_normal = share < 0.05
     return Check(
-        share, is_normal, text if is_normal else f"{text}, {WINDOW} tokens and more at a stretch: split it otherwise."
+        share,
+        is_normal,
+        text if is_normal else f"{text}, {WINDOW} tokens and more at a stretch: the validation loss flatters.",
     )
 
 

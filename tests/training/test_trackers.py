@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 
 import pytest
@@ -28,16 +27,6 @@ def trackio_folder(tmp_path_factory):
 
         assert folder == trackio.utils.TRACKIO_DIR
         yield folder
-
-
-def test_a_program_with_trackers_prints_its_result_and_nothing_else(recipe, cache, trackio_folder):
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "TRACKIO_DIR": str(trackio_folder)}
-    words = ["train", recipe, f"output_dir={recipe.parent / 'printed'}", *TRACKED, "--json"]
-
-    done = subprocess.run([sys.executable, "-m", "hfgpt", *words], env=environment, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["step"] == 10
 
 
 def in_tensorboard(folder):
@@ -72,7 +61,7 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_trackers_hold_every_number_of_the_metrics(recipe, monkeypatch, trackio_folder, loop):
+def test_trackers_hold_every_number_of_the_metrics(recipe, monkeypatch, capsys, trackio_folder, loop):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     folder = run(recipe, f"seen-{loop}", f"loop={loop}", *TRACKED)
 
@@ -83,6 +72,9 @@ def test_trackers_hold_every_number_of_the_metrics(recipe, monkeypatch, trackio_
     assert {key: value for key, value in trackio.items() if not key[0].startswith("check/")} == wanted
     for key, value in wanted.items():
         assert tensorboard[key] == [pytest.approx(value, rel=1e-6)]  # TensorBoard keeps fp32
+    # Results go to stdout, nothing else, and no run is left that would end once more with the program and say so.
+    assert capsys.readouterr().out == ""
+    assert sys.modules["trackio"].context_vars.current_run.get() is None
     # Neither the token nor the folders above the run's own; file names of TensorBoard hold the machine's.
     written = [path for root in (folder / "trackers", trackio_folder) for path in root.rglob("*") if path.is_file()]
     private = [CANARY, str(recipe.parent), os.environ["PATH"]]
