@@ -4,9 +4,8 @@ They hear numbers and knobs, nothing else: no environment variable, no path abov
 password. Both loops speak to them through the recorder.
 """
 
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -24,6 +23,12 @@ TRACKERS_FOLDER = "trackers"
 """Inside the run's folder, where trackers that write files do so. They put the machine's name into them."""
 
 PATHS = ("output_dir", "init_from", "tokenizer.name", "data.files", "data.validation_files")
+
+RUN_IDS: dict[str, Callable[[Any], str]] = {
+    "wandb": lambda tracker: tracker.tracker.id,
+    "mlflow": lambda tracker: tracker.tracker.info.run_id,
+}
+"""How to find the name that a tracker has given to a run; it is kept, for going on with that run."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -46,43 +51,23 @@ class Trackers:
     Args:
         config: of the run; names the trackers.
         folder: of the run.
-        step: optimizer steps done where training starts. Above 0 the trackers go on with the run that is there, as
-            far as they can: TensorBoard hides what lies after it, trackio and wandb go on in the run of the same
-            name, MLflow begins another.
+        step: optimizer steps done where training starts. Above 0 the trackers go on with the run that is there.
+            TensorBoard then hides what lies after that step; the others keep it, and see those steps once more.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
-        resume = "allow" if step else "never"
-        settings: dict[str, dict[str, Any]] = {
-            "tensorboard": {
-                "run_name": "tensorboard",
-                "logging_dir": folder / TRACKERS_FOLDER,
-                "purge_step": step + 1 if step else 0,
-            },
-            "trackio": {
-                "run_name": PROJECT,
-                "name": folder.name,
-                "resume": resume,
-                "auto_log_cpu": False,
-                "auto_log_gpu": False,
-            },
-            "wandb": {
-                "run_name": PROJECT,
-                "name": folder.name,
-                "id": re.sub(r"[^\w-]", "-", folder.name) if step else None,
-                "resume": resume,
-                # Without these it takes the command line, the program, git's remote and the terminal along.
-                "settings": {"x_disable_meta": True, "disable_git": True, "disable_code": True, "console": "off"},
-            },
-            "mlflow": {"experiment_name": PROJECT, "run_name": folder.name},
-        }
         self.started: list[GeneralTracker] = []
         for name in dict.fromkeys(config.train.trackers):
-            tracker = LOGGER_TYPE_TO_CLASS[name](**settings[name])
+            id_file = folder / TRACKERS_FOLDER / f"{name}.id"
+            run_id = id_file.read_text(encoding="utf-8") if step and id_file.is_file() else None
+            tracker = LOGGER_TYPE_TO_CLASS[name](**settings(name, folder, step, run_id))
             with redirect_stdout(sys.stderr):  # where results are printed, nobody else talks
                 tracker.start()
                 if not step:
                     tracker.store_init_configuration(public_knobs(config))
+            if name in RUN_IDS:
+                id_file.parent.mkdir(exist_ok=True)
+                id_file.write_text(RUN_IDS[name](tracker), encoding="utf-8")
             self.started.append(tracker)
 
     def log(self, line: Mapping[str, Any], kind: str) -> None:
@@ -105,6 +90,33 @@ class Trackers:
                 else:
                     tracker.finish()
         self.started.clear()
+
+
+def settings(name: str, folder: Path, step: int, run_id: str | None) -> dict[str, Any]:
+    """What accelerate's class for a tracker is made with, and hands on to the tracker."""
+    if name == "tensorboard":
+        logging_dir = folder / TRACKERS_FOLDER
+        return {"run_name": "tensorboard", "logging_dir": logging_dir, "purge_step": step + 1 if step else 0}
+    if name == "trackio":
+        resume = "allow" if step else "never"
+        return {
+            "run_name": PROJECT,
+            "name": folder.name,
+            "resume": resume,
+            "auto_log_cpu": False,
+            "auto_log_gpu": False,
+        }
+    if name == "wandb":
+        # Without these it takes command line, program, packages, git's remote and the terminal along.
+        private = {
+            **{"x_disable_meta": True, "x_save_requirements": False, "console": "off"},
+            **{"disable_git": True, "disable_code": True},
+        }
+        going_on = "allow" if run_id else None
+        return {"run_name": PROJECT, "name": folder.name, "id": run_id, "resume": going_on, "settings": private}
+    # Of its own accord MLflow would name the user and the path of the program.
+    tags = {"mlflow.user": PROJECT, "mlflow.source.name": PROJECT}
+    return {"experiment_name": PROJECT, "run_name": folder.name, "run_id": run_id, "tags": tags}
 
 
 def public_knobs(config: RunConfig) -> dict[str, int | float | str | bool]:
