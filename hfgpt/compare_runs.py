@@ -20,7 +20,7 @@ from PIL import Image
 from hfgpt.config import load_config
 from hfgpt.disk import write_atomically
 from hfgpt.overfitting import best_evaluation
-from hfgpt.results import FIGURE_DPI, add_perplexity_axis, read_metrics
+from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
 
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
@@ -88,7 +88,8 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
         check_picture(picture)
     names = short_names(folders)
     metrics = [read_run_metrics(folder) for folder in folders]
-    runs = [summarize(*each) for each in zip(folders, names, metrics, strict=True)]
+    results = [read_results(folder) for folder in folders]
+    runs = [summarize(*each) for each in zip(folders, names, metrics, results, strict=True)]
     differing = differing_knobs(runs)
     warnings = [
         f"`{name}` differs: the losses may be of different text or different tokens, and then do not compare"
@@ -96,7 +97,7 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
         if name in LOSS_KNOBS
     ]
     if picture is not None:
-        draw(runs, metrics, picture)
+        draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)], picture)
     shown = [{key: value for key, value in asdict(run).items() if key != "knobs"} for run in runs]
     return {"runs": shown, "differing_knobs": differing, "warnings": warnings}
 
@@ -131,10 +132,14 @@ def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def summarize(folder: Path, name: str, metrics: list[dict[str, Any]]) -> RunSummary:
-    """Read what a run has come to."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """What results.json holds; nothing before the end of a run."""
     path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: dict[str, Any]) -> RunSummary:
+    """Put together what a run has come to."""
     evaluations = [line for line in metrics if "val_loss" in line]
     last = results or evaluations[-1]
     best = best_evaluation(evaluations)
@@ -230,7 +235,7 @@ def draw(runs: Sequence[RunSummary], metrics: Sequence[list[dict[str, Any]]], pa
     """
     figure = Figure(figsize=PICTURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, key, title in ((left, "val_loss", "validation rows"), (right, "train_loss", "training rows")):
+    for axes, key, title in ((left, "val_loss", "validation loss"), (right, "train_loss", "training loss")):
         axes.set(title=title, xlabel="tokens seen")
         axes.grid(alpha=0.3)
         for index, (run, lines) in enumerate(zip(runs, metrics, strict=True)):
@@ -272,6 +277,7 @@ def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str,
                 alpha=0.45,
             )
     label = f"{run.name}: validation loss {run.val_loss:.3f}, perplexity {run.val_perplexity:,.1f}"
+    label += "" if run.is_finished else " (unfinished)"
     axes.plot(
         [line["tokens"] for line in evaluations],
         [line[key] for line in evaluations],

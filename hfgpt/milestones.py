@@ -21,7 +21,7 @@ from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
-from hfgpt.results import environment, peak_memory_bytes, plot_losses, read_metrics, write_json
+from hfgpt.results import comparable_lines, environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.rows import TokenRows
 from hfgpt.run import RESULTS_FILE, Run, prompt_ids
 from hfgpt.speed import matmul_peak, training_flops_per_token
@@ -284,7 +284,9 @@ def finish_run(
     try:
         line = score(run, position, limit=0, stop=stop)
         # Compared with the other evaluations on their rows, not on all.
-        comparable = score(run, position, run.config.train.eval_rows, stop)
+        limit = run.config.train.eval_rows
+        is_same = not limit or limit >= min(len(run.rows.validation), len(run.rows.train))
+        comparable = line if is_same else score(run, position, limit, stop)
     except Stopped:
         raise stopped(run, position) from None
     refuse_spoilt_weights(run.model, position.step)
@@ -303,6 +305,8 @@ def finish_run(
             "last_step": last_step,
             "best_step": best["step"],
             "best_val_loss": best["val_loss"],
+            "eval_rows_train_loss": comparable["train_loss"],
+            "eval_rows_val_loss": comparable["val_loss"],
             "skipped_steps": sum("skipped" in each for each in metrics),
             **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
             "parameters": run.model.num_parameters(),
@@ -315,10 +319,11 @@ def finish_run(
             "environment": environment(),
         }
         plot_losses(
-            metrics,
+            comparable_lines(metrics, results),
             run.folder / PLOT_FILE,
             baselines=baselines,
             best_step=best["step"],
+            final_val_loss=None if is_same or is_best_wanted else line["val_loss"],
         )
         say_what_is_kept(recorder, best, comparable, last_step)
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
