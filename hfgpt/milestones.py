@@ -295,7 +295,7 @@ def finish_run(
         best = best_evaluation([*recorder.evaluations, comparable])
         assert best is not None
         if not is_best_wanted:  # or the lines go back to an earlier step
-            recorder.evaluation(line, write_sample(run))
+            recorder.evaluation(line, write_sample(run), comparable)
         save_model(run, run.folder)
         baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)

@@ -168,10 +168,16 @@ class Recorder:
         steps = {line["step"] for line in self.metrics.read() if "skipped" in line}
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
-    def evaluation(self, line: dict[str, Any], sample: str) -> None:
-        """Write an evaluation line and its sample text; the main process calls it."""
+    def evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:
+        """Write an evaluation line and its sample text; the main process calls it.
+
+        Args:
+            line: for metrics.jsonl.
+            sample: what the model wrote; nothing if it is empty.
+            comparable: the same evaluation on the rows of all others, if `line` is of more.
+        """
         self.write(line, "evaluation")
-        self.evaluations.append(line)
+        self.evaluations.append(comparable or line)
         if sample:
             self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)
         best = best_evaluation(self.evaluations)
@@ -180,7 +186,8 @@ class Recorder:
             f"step {line['step']}/{self.total_steps}  train loss {line['train_loss']:.3f}  "
             f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}  "
             f"gap {gap:.3f}"
-            + ("" if best in (None, line) else f"  (best {best['val_loss']:.3f} at step {best['step']})")
+            + ("  over all rows" if comparable is not None and comparable is not line else "")
+            + ("" if best in (None, comparable or line) else f"  (best {best['val_loss']:.3f} at step {best['step']})")
         )
         if sample:
             self.say("  " + " ".join(sample.split()))

@@ -129,6 +129,20 @@ def test_without_patience_the_last_weights_are_kept_and_overfitting_is_said(reci
     assert f"(best {losses[best]:.3f} at step {best})" in said  # in the lines of the evaluations after it
 
 
+def test_the_last_evaluation_is_compared_with_the_others_on_their_rows_and_not_on_all(recipe, losses_of, capsys):
+    few = ["train.eval_rows=2", "train.eval_every=5", "train.epochs=null", "optim.schedule=constant"]
+    out = run(recipe, "out", *few, "train.max_steps=10")
+    said = capsys.readouterr().err
+    longer = run(recipe, "longer", *few, "train.max_steps=15")
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["eval_rows_val_loss"] == losses_of(longer)[10]  # what it would have been in the middle of a run
+    assert results["val_loss"] == losses_of(out)[10] != losses_of(longer)[10]
+    best = min((5, 10), key=losses_of(longer).get)
+    assert (results["best_step"], results["best_val_loss"]) == (best, losses_of(longer)[best])
+    assert "over all rows" in said
+
+
 def test_patience_without_checkpoints_is_refused(recipe):
     with pytest.raises(ValueError, match=r"`train\.patience` \(2\) keeps the best weights in a checkpoint"):
         load_config(recipe, ["train.patience=2", "train.save_every=0"])
