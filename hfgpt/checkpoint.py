@@ -5,8 +5,6 @@ sha256 is written last, and only then the folder gets its name: `checkpoint-N` i
 are removed after that. Going on takes the newest whose manifest holds.
 """
 
-import hashlib
-import json
 import os
 import random
 import re
@@ -22,8 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from hfgpt.disk import make_readable, sync, write_atomically
+from hfgpt.manifest import MANIFEST, check_files, read_manifest, seal, sha256, unseal
 
-MANIFEST = "manifest.json"
 STAGING_PREFIX = ".tmp-checkpoint-"
 SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin another
 
@@ -73,7 +71,7 @@ def save_checkpoint(
     Args:
         folder: the run's output folder.
         manifest: what to go on from, and with what.
-        write_model: writes the model into the folder it is given; called on the main process only.
+        write_model: writes the model into the folder it is given; called on every process.
         states: name -> object with `state_dict()`; optimizer, schedule, scaler.
         keep_last: checkpoints to keep, this one included; the one with the lowest validation loss is kept besides.
         stream: this process's own object with `state_dict()`, if it reads its text as it comes.
@@ -97,10 +95,12 @@ def save_checkpoint(
         if stream is not None:
             torch.save(stream.state_dict(), staging / f"stream_{process.process_index}.pt")
         process.wait_for_everyone()
+        write_model(staging)
+        for name, holder in states.items():
+            state = holder.state_dict()  # put together from all processes, where it is split
+            if process.is_main_process:
+                torch.save(state, staging / f"{name}.pt")
         if process.is_main_process:
-            write_model(staging)
-            for name, holder in states.items():
-                torch.save(holder.state_dict(), staging / f"{name}.pt")
             commit(staging, final, manifest)
             prune(folder, keep_last)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -152,21 +152,14 @@ def verify_checkpoint(folder: Path) -> Manifest:
     Raises:
         ValueError: naming the folder and the first fault.
     """
-    manifest_path = folder / MANIFEST
-    if not manifest_path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    content = read_manifest(folder)
     try:
-        content = unseal(manifest_path.read_text(encoding="utf-8"))
         manifest = Manifest(Position(**content["position"]), content["identity"], content["val_loss"])
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest_path} is damaged: {error}.") from error
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing.")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise ValueError(f"{path} is damaged: it is not what was written.")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}.") from error
+    check_files(folder)
     return manifest
 
 
@@ -174,25 +167,6 @@ def record_score(folder: Path, val_loss: float) -> None:
     """Add to a checkpoint the validation loss of its weights, which were scored only after it was written."""
     content = unseal((folder / MANIFEST).read_text(encoding="utf-8"))
     write_atomically(folder / MANIFEST, seal({**content, "val_loss": val_loss}).encode())
-
-
-def seal(manifest: dict[str, Any]) -> str:
-    """The manifest as JSON, with a checksum of its own content in it."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=2) + "\n"
-
-
-def unseal(text: str) -> dict[str, Any]:
-    """What `seal` was given.
-
-    Raises:
-        ValueError: it is not that any more.
-    """
-    manifest = json.loads(text)
-    digest = manifest.pop("sha256")
-    if hashlib.sha256(json.dumps(manifest).encode()).hexdigest() != digest:
-        raise ValueError("its content does not match its checksum")
-    return manifest
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -294,8 +268,3 @@ def restore_random_states(checkpoint: Path, seed: int) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

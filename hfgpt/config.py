@@ -113,6 +113,8 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     precision: str = "fp32"
     """fp32, bf16 or fp16 (autocast)."""
+    shard: bool = False
+    """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each process holds them whole (DDP)."""  # noqa: E501
     compile: bool = False
     """Whether the model runs through torch.compile."""
     log_every: int = 1
@@ -381,6 +383,9 @@ def check(config: RunConfig) -> RunConfig:
         value = getattr(data, name)
         if is_without_effect and value != getattr(DataConfig, name):
             raise ValueError(f"`data.{name}` ({value!r}) has no effect: {reason}. Leave it out.")
+    for name, value in [("compile", train.compile), ("precision", train.precision == "fp16" and "fp16")]:
+        if train.shard and value:
+            raise ValueError(f"`train.shard` does not go with `train.{name}` ({value!r}) yet. Leave one of them out.")
     if (train.max_steps is None) == (train.epochs is None):
         raise ValueError(
             f"give `train.max_steps` or `train.epochs`, one of them: got {train.max_steps} and {train.epochs}."

@@ -33,8 +33,7 @@ def new_path(dest: Path) -> Iterator[Path]:
         FileExistsError: it exists.
         FileNotFoundError: its folder does not exist.
     """
-    if dest.exists():
-        raise FileExistsError(f"{dest} exists. Name a new one.")
+    refuse_existing(dest)
     parent = dest.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} is no folder. Make it first.")
@@ -44,8 +43,19 @@ def new_path(dest: Path) -> Iterator[Path]:
         make_readable(staged)
         for path in [staged, *staged.rglob("*")]:
             sync(path)
+        refuse_existing(dest)  # once more: writing took its time
         os.rename(staged, dest)
     sync(parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse a place that is taken, if only by a link that leads nowhere.
+
+    Raises:
+        FileExistsError: naming it.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists. Name a new one.")
 
 
 def sync(path: Path) -> None:

@@ -1,23 +1,19 @@
-"""Loss and perplexity of a causal language model over rows of tokens.
+"""Loss and perplexity of a causal language model over rows of tokens, as training makes them.
 
 One pass, every target once, no logits kept. Loss is in nats per token, the mean over all targets.
 """
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from hfgpt.config import DataConfig
-from hfgpt.documents import is_plain_text, read_source
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text
-from hfgpt.weights import load
+from hfgpt.perplexity import e_to
+from hfgpt.processes import is_split
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """E to the loss; infinite where that is beyond floating point, NaN where the loss is."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        return e_to(self.loss)
 
 
 @torch.no_grad()
@@ -62,7 +58,7 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
         for batch in batches:
             targets = batch["shift_labels"]
             batch_tokens = int((targets != IGNORE_INDEX).sum())
-            if batch_tokens:
+            if batch_tokens or is_split(model):
                 inputs = {
                     name: each.to(device) for name, each in batch.items() if name in ("input_ids", "position_ids")
                 }
@@ -76,55 +72,6 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
     if not tokens:
         raise ValueError("there is nothing to score: no row holds a target.")
     return Score(float(total) / tokens, tokens)
-
-
-def evaluate_files(source: str, files: list[str], text_column: str = "text", batch_size: int = 8) -> Score:
-    """Score every token of some files but the first, in windows of the model's context.
-
-    Documents are one stream with `<|endoftext|>` between them, cut as for training; the last, shorter window is scored
-    as well. Within a window a token is scored from those before it in the window.
-
-    Args:
-        source: folder or Hub id of an hfgpt or GPT-2 model with its tokenizer.
-        files: see `hfgpt.config.DataConfig`.
-        text_column: see there.
-        batch_size: windows in one forward pass.
-
-    Raises:
-        ValueError: there is no such model or file, no text in it, or an id that the model does not know.
-    """
-    data = DataConfig(files=files, text_column=text_column)
-    if text_column != DataConfig.text_column and is_plain_text(data):
-        raise ValueError(f"`--text-column` ({text_column!r}) has no effect: plain text has no columns.")
-    model, tokenizer = load(source), load_tokenizer(source)
-    documents = read_source(data, files, None)
-    if len(documents) > 1:
-        require_end_of_text(tokenizer, source)
-    encoded = encode_ids(tokenizer, documents["text"][:])
-    stream = [token_id for ids in encoded for token_id in (tokenizer.eos_token_id, *ids)][1:]
-    if len(stream) < 2:
-        raise ValueError(f"{', '.join(files)}: {len(stream)} token; the second one would be the first to be scored.")
-    if max(stream) >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} makes the id {max(stream)}, the model's `vocab_size` is "
-            f"{model.config.vocab_size}. They do not belong together."
-        )
-    model.to(PartialState().device)
-    return score_batches(model, windows(torch.tensor(stream), model.config.max_position_embeddings, batch_size))
-
-
-def windows(stream: Tensor, context: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Cut a stream of N ids into windows of `context` targets that overlap by one id; the last one may be filled up.
-
-    Yields:
-        `input_ids` and `shift_labels`, (B, T); what fills up has no target, and nothing before it sees it.
-    """
-    filler = -(len(stream) - 1) % context
-    inputs = F.pad(stream[:-1], (0, filler)).view(-1, context)
-    targets = F.pad(stream[1:], (0, filler), value=IGNORE_INDEX).view(-1, context)
-    for start in range(0, len(inputs), batch_size):
-        chunk = slice(start, start + batch_size)
-        yield {"input_ids": inputs[chunk], "shift_labels": targets[chunk]}
 
 
 def sum_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 hfgpt/trainer.py tells the same story through transformers' Trainer, step for step the same.
 """
 
-from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -27,6 +26,7 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
+from hfgpt.processes import OptimizerState, check_engine, exchange_gradients, prepare, whole
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -56,9 +56,10 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     loader = run.train_loader()
-    model, optimizer = accelerator.prepare(run.model, make_optimizer(run.model, config.optim))
+    check_engine(accelerator)
+    model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
-    states: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
+    states: dict[str, Any] = {"optimizer": OptimizerState(run.model, optimizer), "schedule": schedule}
     if accelerator.scaler is not None:
         states["scaler"] = accelerator.scaler
     seed_training(config)
@@ -87,10 +88,9 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
 
             step_loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches, start=1):
-                # Processes exchange gradients once a step, with the last micro-batch.
-                with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
+                with exchange_gradients(accelerator, model, is_last=number == len(micro_batches)):
                     # Each loss is a sum divided by all targets of the step, so that the step's loss is their mean
-                    # however unequal the micro-batches are. DDP averages over processes: the factor undoes that.
+                    # however unequal the micro-batches are. DDP and FSDP average over processes: the factor undoes it.
                     output = model(
                         **send_to_device(batch, accelerator.device), num_items_in_batch=targets, skip_logits=True
                     )
@@ -99,7 +99,8 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
                 step_loss += loss.detach()
 
             # A limit of infinity measures the norm and leaves the gradients as they are.
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or float("inf"))
+            limit = config.optim.max_grad_norm or float("inf")
+            grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), limit))
             learning_rate = schedule.get_last_lr()[0]
             position = run.next_position(position, len(micro_batches), int(targets))
             is_finite = guard.allows(position, grad_norm, micro_batches, targets)

@@ -20,6 +20,7 @@ from hfgpt.evaluation import Score, score_batches
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
+from hfgpt.processes import is_split, load_weights, split_again
 from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import comparable_lines, environment, peak_memory_bytes, plot_losses, read_metrics, write_json
 from hfgpt.rows import TokenRows
@@ -177,12 +178,23 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
     try:
         line = score(run, position, limit, stop)
     except Stopped:
+        split_again(run.model)
         return None
-    if PartialState().is_main_process:
-        recorder.evaluation(line, write_sample(run))
-    PartialState().wait_for_everyone()
+    record_evaluation(run, recorder, line)
     recorder.resume()
     return line
+
+
+def record_evaluation(
+    run: Run, recorder: Recorder, line: dict[str, Any], comparable: dict[str, Any] | None = None
+) -> None:
+    """Write an evaluation and a sample text; every process calls it. See `Recorder.evaluation`."""
+    is_main = PartialState().is_main_process
+    sample = write_sample(run) if is_main or is_split(run.model) else ""
+    split_again(run.model)
+    if is_main:
+        recorder.evaluation(line, sample, comparable)
+    PartialState().wait_for_everyone()
 
 
 def score(run: Run, position: Position, limit: int, stop: StopRequest) -> dict[str, Any]:
@@ -235,7 +247,8 @@ def save_checkpoint(
         save_model(run, folder)
         # Where transformers' Trainer reads its place from, and what it compares with its arguments.
         place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
-        write_json(folder / "trainer_state.json", place)
+        if PartialState().is_main_process:
+            write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
@@ -244,11 +257,14 @@ def save_checkpoint(
 
 
 def save_model(run: Run, folder: Path) -> None:
-    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load."""
-    run.model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        make_readable(path)
+    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
+    is_main = PartialState().is_main_process
+    if is_main or is_split(run.model):  # where it is split, all put it together and the first one writes
+        run.model.save_pretrained(folder)
+    if is_main:
+        run.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            make_readable(path)
 
 
 def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
@@ -290,13 +306,15 @@ def finish_run(
     except Stopped:
         raise stopped(run, position) from None
     refuse_spoilt_weights(run.model, position.step)
+    if is_best_wanted:
+        split_again(run.model)
+    else:  # with the best weights the lines would go back to an earlier step
+        record_evaluation(run, recorder, line, comparable)
     results: dict[str, Any] = {}
+    save_model(run, run.folder)
     if PartialState().is_main_process:
         best = best_evaluation([*recorder.evaluations, comparable])
         assert best is not None
-        if not is_best_wanted:  # or the lines go back to an earlier step
-            recorder.evaluation(line, write_sample(run), comparable)
-        save_model(run, run.folder)
         baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)
         results = {
@@ -341,7 +359,7 @@ def restore_best(run: Run) -> Position:
     if best is None:
         raise ValueError(f"{run.folder} has lost the checkpoint of its best evaluation. Train in another folder.")
     manifest = checkpoint.verify_checkpoint(best)
-    run.model.load_state_dict(load(best).state_dict())
+    load_weights(run.model, load(best).state_dict())
     return manifest.position
 
 

@@ -109,7 +109,13 @@ class HFGPTPreTrainedModel(PreTrainedModel):
         # A model made from a GPT-2 config still carries the mark, by which transformers would write GPT-2's layout.
         self.config.__dict__.pop("model_type", None)
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        dressed = type(self)
+        # FSDP2 puts a class of its own before the model's; transformers (5.23) would copy the code of that, torch's.
+        self.__class__ = next(each for each in dressed.__mro__ if not each.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = dressed
 
 
 class WeightsDoNotFitError(ValueError, RuntimeError):

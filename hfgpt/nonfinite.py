@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hfgpt.checkpoint import Position
 from hfgpt.config import TrainConfig
+from hfgpt.processes import is_split, whole
 from hfgpt.recorder import DIVERGED, Recorder
 
 MOST_SKIPPED_IN_A_ROW = 10
@@ -73,7 +74,7 @@ class StepGuard:
 def first_nonfinite_weight(model: nn.Module) -> str | None:
     """The first parameter, from the embedding to the head, that holds NaN or infinity, in words; None if none does."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not whole(parameter.isfinite().all()):
             return f"the weights `{name}` are not finite"
     return None
 
@@ -81,10 +82,10 @@ def first_nonfinite_weight(model: nn.Module) -> str | None:
 def repeat_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], targets: Any) -> str | None:
     """Do a step's forward and backward passes again and say where NaN or infinity comes up first; None if nowhere.
 
-    Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where another
-    engine holds the parameters in shards, only the weights are looked at, not this.
+    Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where the
+    model is split over processes only its weights are looked at, not this.
     """
-    if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if is_split(model) or AcceleratorState().distributed_type == DistributedType.FSDP:
         return None
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):

@@ -1,14 +1,14 @@
 """A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
 import hashlib
-import os
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
@@ -23,6 +23,7 @@ from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
+from hfgpt.processes import join_processes, split_over_processes
 from hfgpt.recorder import talk
 from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
@@ -128,10 +129,10 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         tokenizer, rows = load_text(config)
     set_seed(config.seed)
     model = make_model(config, tokenizer)
-    check_ids(rows.train, model.config.vocab_size, "the training split")
-    check_ids(rows.validation, model.config.vocab_size, "the validation split")
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # else no id can be too large: spare the look
+        check_ids(rows.train, model.config.vocab_size, "the training split")
+        check_ids(rows.validation, model.config.vocab_size, "the validation split")
     check_prompt(config, tokenizer, model)
-    model.to(PartialState().device)
 
     global_batch = config.train.batch_size * PartialState().num_processes
     rows_per_step = global_batch * config.train.gradient_accumulation_steps
@@ -157,6 +158,10 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
                 )
         position = manifest.position
         model.load_state_dict(load(resume_from).state_dict())
+    if config.train.shard and PartialState().num_processes > 1:
+        model = split_over_processes(model)
+    else:
+        model.to(PartialState().device)
     lock = None
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,26 +203,11 @@ def lock_folder(folder: Path) -> FileLock:
 
 
 def rows_hash(rows: TokenRows) -> str:
-    """SHA-256 of the ids of up to 100,000 rows, spread over all: a token more or less anywhere shifts what follows."""
+    """SHA-256 of the ids of up to 10,000 rows, spread over all: a token more or less anywhere shifts what follows."""
     digest = hashlib.sha256(f"{len(rows)}".encode())
-    for index in range(0, len(rows), 1 + len(rows) // 100_000):
+    for index in range(0, len(rows), 1 + len(rows) // 10_000):
         digest.update(rows[index]["input_ids"].tobytes())
     return digest.hexdigest()
-
-
-def join_processes() -> None:
-    """Let the processes of a launch find one another, before anything asks how many there are.
-
-    Raises:
-        ValueError: this is one of several processes, but they do not come together.
-    """
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if process.num_processes != started:
-        raise ValueError(
-            f"{started} processes were started, but each is alone ({process.num_processes} in its group). "
-            "Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
 
 
 def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
@@ -296,6 +286,72 @@ def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
     documents = load_documents(config.data, config.seed)
     tokenizer = make_tokenizer(config, documents.train)
     return tokenizer, load_rows(documents, tokenizer, config.data)
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """What one split of a text has become.
+
+    Attributes:
+        documents: documents that are not empty.
+        rows: of `data.block_size` targets.
+        tokens: see `hfgpt.data.SplitCounts`, as for the rest.
+        targets: see there.
+        remainder: see there.
+        padding: see there.
+    """
+
+    documents: int
+    rows: int
+    tokens: int
+    targets: int
+    remainder: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text that is ready to train on.
+
+    Attributes:
+        train: the training split.
+        validation: the validation split.
+        token_ids: how many the tokenizer knows.
+        reading_seconds: until the documents were stored, or found in the cache.
+        tokenizer_seconds: until the tokenizer was trained or loaded.
+        tokenizing_seconds: until the ids were stored, or found in the cache.
+    """
+
+    train: PreparedSplit
+    validation: PreparedSplit
+    token_ids: int
+    reading_seconds: float
+    tokenizer_seconds: float
+    tokenizing_seconds: float
+
+
+def prepare_text(config: RunConfig) -> PreparedText:
+    """Read, tokenize and cache the text of a run, as its first step does, and count it.
+
+    Raises:
+        ValueError: the text is read as it comes, or cannot be read.
+    """
+    if config.data.streaming:
+        raise ValueError("`data.streaming` reads the text as it comes: there is nothing to prepare.")
+    started_at = time.perf_counter()
+    documents = load_documents(config.data, config.seed)
+    read_at = time.perf_counter()
+    tokenizer = make_tokenizer(config, documents.train)
+    trained_at = time.perf_counter()
+    rows = load_rows(documents, tokenizer, config.data)
+    done_at = time.perf_counter()
+    train, validation = (
+        PreparedSplit(documents=len(part.stream.document_starts), rows=len(part), **asdict(counts))
+        for part, counts in ((rows.train, rows.train_counts), (rows.validation, rows.validation_counts))
+    )
+    return PreparedText(
+        train, validation, len(tokenizer), read_at - started_at, trained_at - read_at, done_at - trained_at
+    )
 
 
 def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hfgpt.data import collate
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.processes import is_split, split_again
 from hfgpt.recorder import Recorder
 from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.run import Run
@@ -46,19 +47,22 @@ class Check:
 def check_start(run: Run, recorder: Recorder) -> None:
     """Look at a run that has not begun, after its first evaluation; write and say what was found.
 
-    Only the main process looks. Nothing is drawn from the random number generators of training.
+    Every process calls it, the main one speaks. Nothing is drawn from the random number generators of training.
     """
+    recorder.pause()
+    rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
+    if recorder.speaks or is_split(run.model):  # a model that is split runs on all processes together
+        next_token = check_next_token(run.model, rows)
+        split_again(run.model)
     if not recorder.speaks:
         return
-    recorder.pause()
     (start,) = (line for line in recorder.evaluations if line["step"] == 0)
     is_new = run.config.init_from is None
-    rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
     vocab_size = run.model.config.vocab_size
     checks = {
         "initial_loss": check_loss(start["val_loss"], vocab_size, is_new),
         "label_shift": check_shift(rows),
-        "next_token_loss": check_next_token(run.model, rows),
+        "next_token_loss": next_token,
         "ids_out_of_range": check_range(rows, vocab_size),
         "padding": check_padding(run.rows.train_counts.padding, run.rows.train_counts.targets),
         "duplicates": check_duplicates(run.rows.train.stream, run.rows.validation.stream),

@@ -105,14 +105,19 @@ def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
     return [ids.tolist() for ids in encode_arrays(tokenizer, texts)]
 
 
-def encode_arrays(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """Like `encode_ids`, as int32 arrays of shape (tokens,); memory stays bounded for texts of any length."""
+def encode_arrays(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], split_special_tokens: bool = True
+) -> list[np.ndarray]:
+    """Like `encode_ids`, as int32 arrays of shape (tokens,); memory stays bounded for texts of any length.
+
+    Without `split_special_tokens` a literal `<|endoftext|>` becomes that token.
+    """
 
     def encode(batch: list[str]) -> list[list[int]]:
         return tokenizer(
             batch,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=split_special_tokens,
             return_attention_mask=False,
             verbose=False,  # The ids are cut into rows later: longer than the model's longest sequence is fine here.
         )["input_ids"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from hfgpt.config import RunConfig
 from hfgpt.milestones import catch_up, finish_run, make_recorder
+from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
 from hfgpt.sanity import check_start
 from hfgpt.stopping import StopRequest
@@ -34,6 +35,8 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     else:
         from hfgpt.loop import run_loop as train_loop
     recorder = make_recorder(run)
+    if (hint := hint_to_scale_out()) is not None:
+        recorder.say(hint)
     try:
         with StopRequest() as stop:
             catch_up(run, recorder, stop)

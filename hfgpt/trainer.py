@@ -31,6 +31,7 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
+from hfgpt.processes import OptimizerState, check_engine
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -51,6 +52,7 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     trainer = HFGPTTrainer(run, recorder, stop)
+    check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     is_over = run.position.step == run.total_steps or judge(run, recorder).is_enough
@@ -190,7 +192,8 @@ class HFGPTTrainer(Trainer):
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and random numbers."""
-        states: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.lr_scheduler}
+        optimizer = OptimizerState(self.run.model, self.optimizer)
+        states: dict[str, Any] = {"optimizer": optimizer, "schedule": self.lr_scheduler}
         if self.accelerator.scaler is not None:
             states["scaler"] = self.accelerator.scaler
         return states

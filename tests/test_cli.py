@@ -8,13 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import datasets
 import pytest
-import torch
 import typer
 from accelerate.state import AcceleratorState
 
@@ -22,7 +21,7 @@ from hfgpt.cli import join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, app
 from hfgpt.config import load_config
 from hfgpt.doctor import Finding
-from hfgpt.evaluation import evaluate_files
+from hfgpt.measure import measure, render
 from hfgpt.tokenizer import load_tokenizer
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -136,13 +135,12 @@ def test_a_tiny_recipe_trains_evaluates_and_generates(finished, world, loop):
     generated = hfgpt("generate", f"out/{loop}", "The", "--max-new-tokens", 20, "--seed", 1)
 
     assert (evaluated.code, evaluated.err) == (0, "")
-    score = json.loads(evaluated.out)
-    assert score == {
-        "loss": evaluate_files(f"out/{loop}", ["text.txt"]).loss,
-        "perplexity": pytest.approx(torch.tensor(score["loss"]).double().exp().item()),
-        "tokens": score["tokens"],
-    }
-    assert 2 < score["loss"] < 6.3  # less than log(512)
+    expected = measure(f"out/{loop}", ["text.txt"])
+    printed = json.loads(evaluated.out)
+    assert (printed["model"], printed["tasks"]) == (f"out/{loop}", {})
+    for result, measured in zip(printed["text"]["measurements"], expected.text.measurements, strict=True):
+        assert {**result, "elapsed_seconds": None} == {**asdict(measured), "elapsed_seconds": None}
+        assert 2 < result["loss"] < 6.3  # less than log(512)
     assert (generated.code, generated.err) == (0, "")
     assert generated.out.startswith("The")
     assert len(generated.out) > len("The\n")
@@ -243,16 +241,42 @@ def test_config_prints_yaml_that_loads_equal(world):
     assert load_config("printed.yaml") == load_config("demo", ["sample.prompt=${x}: 1e3", "model.n_embd=96"])
 
 
-def test_evaluate_prints_lines_to_read(world):
-    printed = hfgpt("evaluate", "out/accelerate", "--data", "text.txt", "--data", "text.txt", "--batch-size", 3)
+def test_evaluate_prints_a_table_to_read(world):
+    words = ["--stride", 7, "--stride", 20, "--context", 40, "--first-token", "text", "--device", "cpu"]
+    printed = hfgpt("evaluate", "out/accelerate", "--data", "text.txt", "--batch-size", 50, *words)
 
-    score = evaluate_files("out/accelerate", ["text.txt", "text.txt"])
+    report = measure("out/accelerate", ["text.txt"], strides=[7, 20], context=40, first_token="text", batch_size=50)
     assert (printed.code, printed.err) == (0, "")
-    assert printed.out == (
-        f"loss        {score.loss:.4f} nats/token\n"
-        f"perplexity  {score.perplexity:.2f}\n"
-        f"tokens      {score.tokens:,} scored, in windows of the model's context\n"
-    )
+
+    def measured(text):
+        return [line for line in text.splitlines() if not line.startswith(("time", "peak memory"))]
+
+    assert measured(printed.out) == measured(render(report))
+
+
+def test_evaluate_puts_the_figures_of_tasks_beside_a_run_s_own(world):
+    rows = [{"text": f"The {word}"} for word in ("object", "value", "name")]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "nouns",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "The",
+        "doc_to_target": "{{text[3:]}}",
+        "metric_list": [{"metric": "perplexity"}],
+    }
+    Path("nouns.yaml").write_text(json.dumps(task))
+    before = json.loads(Path("out/accelerate/results.json").read_text())
+
+    printed = hfgpt("evaluate", "out/accelerate", "--tasks", "nouns.yaml", "--json")
+
+    assert printed.code == 0
+    assert printed.err.splitlines()[-1] == "the tasks' figures are in out/accelerate/results.json, too"
+    (figures,) = json.loads(printed.out)["tasks"].values()
+    assert figures["perplexity"] > 1
+    assert json.loads(Path("out/accelerate/results.json").read_text()) == {**before, "lm_eval": {"nouns": figures}}
 
 
 def test_generate_prints_prompt_and_text_as_json(world):
@@ -367,6 +391,29 @@ def test_doctor_prints_lines_to_read_or_one_object_and_fails_on_faults(monkeypat
     assert (faulty.code, faulty.out.splitlines()[-1].split()) == (1, ["FAULT", "no", "disk."])
 
 
+def test_data_prepare_counts_every_token_of_the_run(world):
+    printed, as_json = hfgpt("data", "prepare", "tiny.yaml"), hfgpt("data", "prepare", "tiny.yaml", "--json")
+
+    assert printed.code == as_json.code == 0
+    result = json.loads(as_json.out)
+    for name in ("train", "validation"):
+        split = result[name]
+        assert split["tokens"] == split["targets"] + 1 + split["remainder"]
+        assert f"{split['documents']:,} documents, {split['tokens']:,} tokens in {split['rows']:,} rows" in printed.out
+    assert result["train"]["tokens"] == json.loads(Path("out/accelerate/results.json").read_text())["train_tokens"]
+    assert not Path("out/run").exists()
+
+
+STREAM = ["data.streaming=true", "tokenizer.name=out/accelerate", "tokenizer.vocab_size=4096"]
+
+
+def test_data_prepare_has_nothing_to_do_for_a_stream(world):
+    refused = hfgpt("data", "prepare", "tiny.yaml", *STREAM)
+
+    assert refused.code == 2
+    assert "there is nothing to prepare" in refused.err
+
+
 # --- help
 
 
@@ -378,7 +425,7 @@ def test_help_lists_the_commands_in_the_order_of_the_job():
     assert commands == [name for name in ORDER_OF_THE_JOB if name in COMMANDS]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train"])
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train", "data prepare"])
 def test_every_command_explains_itself(command):
     printed = hfgpt(*command.split(), "--help")
 
@@ -519,7 +566,7 @@ BAD_INPUT = [
     ),
     ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
     ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
-    ("evaluate damaged --data text.txt", "no model 'damaged': Error while deserializing header"),
+    ("evaluate damaged --data text.txt", "damaged/model.safetensors: Error while deserializing header"),
     ("generate notes The", "notes is no model folder"),
     ("verify notes", "notes is no model folder"),
     # The options.
@@ -527,6 +574,14 @@ BAD_INPUT = [
     ("evaluate small --data empty.txt", "holds no text: every document is empty."),
     ("evaluate small --data lines.jsonl --text-column body", "lines.jsonl has no column 'body', only ['text']."),
     ("evaluate small --data text.txt --text-column body", "`--text-column` ('body') has no effect"),
+    ("evaluate small", "give `--data`, `--tasks` or both: there is nothing to measure the model on."),
+    ("evaluate small --data text.txt --stride 65", "`--stride` must be between 1 and the context (64), got 65."),
+    ("evaluate small --data text.txt --context 65", "`--context` (65) is longer than the model's (64). Lower it."),
+    ("evaluate small --data text.txt --first-token bos", "`--first-token` must be one of ['lm-eval', 'text', 'skip']"),
+    ("evaluate small --data text.txt --dtype int8", "`--dtype` must be one of ['auto', 'fp32', 'bf16', 'fp16']"),
+    ("evaluate small --data text.txt --device tpu", "`--device` ('tpu') is not here"),
+    ("evaluate small --data text.txt --limit 3", "`--limit` (3) has no effect without `--tasks`."),
+    ("evaluate small --tasks typo.yaml", "'typo.yaml' is no task"),
     ("generate small The --max-new-tokens 64", "`max_new_tokens` (64) are together longer than the model's"),
     ("generate small The --max-new-tokens 0", "`max_new_tokens` must be at least 1, got 0."),
     ("generate small The --temperature -1", "`temperature` must be a finite number of at least 0, got -1.0."),
@@ -563,7 +618,7 @@ def test_bad_input_gets_one_clear_line_and_leaves_everything_as_it_was(bad_world
     assert contents(bad_world) == before
 
 
-@pytest.mark.parametrize("words", ["train", "trian demo", "train demo --fast", "evaluate small", "generate small"])
+@pytest.mark.parametrize("words", ["train", "trian demo", "train demo --fast", "evaluate", "generate small"])
 def test_a_wrong_command_line_exits_with_2(words):
     said = hfgpt(*words.split())
 

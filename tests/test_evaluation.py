@@ -1,26 +1,16 @@
-"""Loss and perplexity: right against brute force, every target once, and without holding all logits."""
+"""Loss and perplexity of rows: right against brute force, every target once, and without holding all logits."""
 
 import math
 
-import datasets
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2LMHeadModel
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.data import collate
-from hfgpt.evaluation import Score, evaluate_files, score_batches, windows
+from hfgpt.evaluation import Score, score_batches
 from hfgpt.loss import CHUNK_TOKENS
-from hfgpt.tokenizer import encode_ids
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture
@@ -38,12 +28,13 @@ def stream():
     return torch.randint(320, (150,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def model_folder(make_gpt2, tokenizer, tmp_path):
-    """A GPT-2 folder with its tokenizer."""
-    make_gpt2().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+def windows(stream, context, batch_size):
+    """Batches of windows of `context` targets, overlapping by one id; the last one is filled up."""
+    filler = -(len(stream) - 1) % context
+    inputs = torch.nn.functional.pad(stream[:-1], (0, filler)).view(-1, context)
+    targets = torch.nn.functional.pad(stream[1:], (0, filler), value=-100).view(-1, context)
+    for chunk in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        yield dict(zip(("input_ids", "shift_labels"), chunk, strict=True))
 
 
 @torch.no_grad()
@@ -73,22 +64,6 @@ def test_the_batch_size_does_not_change_the_score(model, stream, batch_size):
     whole = score_batches(model, windows(stream, 64, 100))
     assert score.tokens == whole.tokens
     assert score.loss == pytest.approx(whole.loss, abs=1e-6)
-
-
-@pytest.mark.parametrize("length", [2, 8, 9, 10, 17, 18, 150])
-@pytest.mark.parametrize("context", [1, 8, 64])
-def test_every_token_but_the_first_is_a_target_once(length, context):
-    stream = torch.arange(length)
-
-    batches = list(windows(stream, context, batch_size=3))
-
-    inputs = torch.cat([batch["input_ids"].flatten() for batch in batches])
-    targets = torch.cat([batch["shift_labels"].flatten() for batch in batches])
-    is_target = targets != -100
-    assert targets[is_target].tolist() == list(range(1, length))
-    assert torch.equal(inputs[is_target] + 1, targets[is_target])  # each is asked for after the one before it
-    assert {batch["input_ids"].shape[1] for batch in batches} == {context}
-    assert int((~is_target).sum()) < context
 
 
 @torch.no_grad()
@@ -195,58 +170,3 @@ def test_perplexity_is_e_to_the_loss():
     assert Score(math.log(50257), 1).perplexity == pytest.approx(50257)
     assert Score(1e4, 1).perplexity == math.inf
     assert math.isnan(Score(math.nan, 1).perplexity)
-
-
-@torch.no_grad()
-def test_files_are_scored_as_a_loop_by_hand_scores_them(model_folder, tokenizer, lines, tmp_path):
-    parts = ["\n".join(lines[:20]), "\n".join(lines[20:30])]
-    for name, part in zip(("a.txt", "b.txt"), parts, strict=True):
-        (tmp_path / name).write_text(part, encoding="utf-8")
-
-    score = evaluate_files(model_folder, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], batch_size=3)
-
-    first, second = encode_ids(tokenizer, parts)
-    stream = torch.tensor([*first, tokenizer.eos_token_id, *second])
-    gpt2 = GPT2LMHeadModel.from_pretrained(model_folder)
-    total, count = 0.0, 0
-    for start in range(0, len(stream) - 1, 64):
-        window = stream[start : start + 65]
-        logits = gpt2(window[None, :-1]).logits[0].double()
-        total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-        count += len(window) - 1
-    assert score.tokens == count == len(stream) - 1
-    assert (len(stream) - 1) % 64 != 0  # the last window is a partial one
-    assert score.loss == pytest.approx(total / count, abs=1e-6)
-
-
-def test_a_table_is_read_by_its_column(model_folder, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"words": "one two three"}\n{"words": "four"}\n')
-    (tmp_path / "a.txt").write_text("one two three")
-    (tmp_path / "b.txt").write_text("four")
-
-    table = evaluate_files(model_folder, [str(tmp_path / "a.jsonl")], text_column="words")
-
-    assert table == evaluate_files(model_folder, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-
-
-def test_a_text_column_without_a_table_is_refused(model_folder, tmp_path):
-    (tmp_path / "a.txt").write_text("one two three")
-
-    with pytest.raises(ValueError, match=r"`--text-column` \('words'\) has no effect: plain text has no columns"):
-        evaluate_files(model_folder, [str(tmp_path / "a.txt")], text_column="words")
-
-
-def test_a_text_of_one_token_is_refused(model_folder, tmp_path):
-    (tmp_path / "a.txt").write_text("e")
-
-    with pytest.raises(ValueError, match=r"a\.txt: 1 token; the second one would be the first to be scored"):
-        evaluate_files(model_folder, [str(tmp_path / "a.txt")])
-
-
-def test_ids_that_the_model_does_not_know_are_refused(make_gpt2, tokenizer, lines, tmp_path):
-    make_gpt2(vocab_size=300).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "a.txt").write_text("\n".join(lines))
-
-    with pytest.raises(ValueError, match=r"makes the id 319, the model's `vocab_size` is 300"):
-        evaluate_files(str(tmp_path / "model"), [str(tmp_path / "a.txt")])

@@ -51,6 +51,7 @@ def folder(tmp_path_factory, lines, tokenizer):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text("\n".join(lines), encoding="utf-8")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "LICENSE").symlink_to(ROOT / "LICENSE")
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "tiny-gpt2")
     tokenizer.save_pretrained(folder / "tiny-gpt2")
@@ -107,7 +108,19 @@ def test_the_table_of_formats_names_all_that_can_be_written():
 
     rows = re.findall(r"^\| `([\w.-]+)`: .*\| ✔ \| ✔ \| bit for bit \|$", README, flags=re.MULTILINE)
 
-    assert {*rows} == {*WRITERS}  # test_convert.py takes each there and back
+    assert {*rows} == {*WRITERS}  # test_round_trips.py takes each there and back
+
+
+def test_the_readme_measures_what_lm_eval_measures():
+    tables = README.partition("## Measure a model")[2].partition("```text\n")[2].partition("```")[0]
+
+    ours = dict(re.findall(r"^(\w+(?: \w+)+) +([\d,.]+) +[\d,.]+$", tables, flags=re.MULTILINE))
+    theirs = dict(re.findall(r"^license +(\w+) +([\d,.]+) ", tables, flags=re.MULTILINE))
+
+    assert set(theirs) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    for name, value in theirs.items():
+        mine = ours[name.replace("_", " ")]
+        assert float(mine.replace(",", "")) == pytest.approx(float(value.replace(",", "")), rel=1e-6)
 
 
 def test_numbers_in_the_readme_are_those_that_were_measured():

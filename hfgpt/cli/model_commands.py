@@ -9,23 +9,62 @@ from hfgpt.cli.app import Json, Model, app, print_json
 
 @app.command()
 def evaluate(
-    model: Model,
-    data: Annotated[list[str], typer.Option(help="File or folder of text; may be given more than once.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of any causal language model.", metavar="MODEL")],
+    data: Annotated[list[str] | None, typer.Option(help="File or folder of text; may be given more than once.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of the text in .jsonl, .csv and .parquet.")] = "text",
+    stride: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens that a window adds, 1 to the context; may be given more than once.",
+            show_default="half the context",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Longest window, in tokens.", show_default="the model's")
+    ] = None,
+    first_token: Annotated[
+        str, typer.Option(help="lm-eval: as it does; text: without what the tokenizer adds; skip: do not score it.")
+    ] = "lm-eval",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: the file's.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the first accelerator")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id.", show_default="the model's")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between: names, YAML files, folders of them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default="all")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure loss and perplexity of a model on a text."""
-    from hfgpt.evaluation import evaluate_files
+    """Measure a model on texts (loss, perplexities, bits per byte) and on tasks of lm-eval."""
+    from accelerate import PartialState
 
-    score = evaluate_files(model, data, text_column, batch_size)
-    result = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+    from hfgpt.measure import measure, render, save_tasks, to_json
+    from hfgpt.recorder import talk
+
+    report = measure(
+        model,
+        data or [],
+        text_column=text_column,
+        tokenizer_name=tokenizer,
+        strides=stride,
+        context=context,
+        first_token=first_token,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
+        limit=limit,
+    )
+    if not PartialState().is_main_process:
+        return
     if as_json:
-        print_json(result)
+        print_json(to_json(report))
     else:
-        print(f"loss        {score.loss:.4f} nats/token")
-        print(f"perplexity  {score.perplexity:.2f}")
-        print(f"tokens      {score.tokens:,} scored, in windows of the model's context")
+        print(render(report))
+    if saved_in := save_tasks(model, report.tasks):
+        talk(f"the tasks' figures are in {saved_in}, too")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Commands about a run: its recipe, its tokenizer, its training."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from hfgpt.cli.app import Json, Overrides, Recipe, app, print_json
 
 tokenizer_app = typer.Typer(help="Train a tokenizer by itself.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare the text of a run by itself.", no_args_is_help=True)
 
 
 @app.command()
@@ -44,6 +46,32 @@ def tokenizer_train(
 
 
 app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@data_app.command("prepare")
+def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
+    from hfgpt.config import load_config
+    from hfgpt.run import prepare_text
+
+    prepared = prepare_text(load_config(recipe, overrides or []))
+    if as_json:
+        print_json(asdict(prepared))
+        return
+    for name, split in (("train", prepared.train), ("validation", prepared.validation)):
+        print(
+            f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
+            f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
+        )
+    tokens = prepared.train.tokens + prepared.validation.tokens
+    print(
+        f"documents in {prepared.reading_seconds:.1f} s, tokenizer of {prepared.token_ids:,} ids in "
+        f"{prepared.tokenizer_seconds:.1f} s, tokens in {prepared.tokenizing_seconds:.1f} s "
+        f"({tokens / prepared.tokenizing_seconds:,.0f} tokens/s; what is in the cache already takes no time)"
+    )
+
+
+app.add_typer(data_app, name="data")
 
 
 @app.command()

@@ -47,20 +47,34 @@ def convert(
     dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).")],
     to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, gguf or onnx.")],
     source_format: Annotated[str, typer.Option("--from", help="One of the first six, or auto: find out.")] = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse to fill, cut, drop or round anything.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse whatever loses or changes anything.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run both, each its own way; compare the logits.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, for gguf q8_0; else the source's.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not say it.")] = None,
     activation: Annotated[str | None, typer.Option(help="The MLP's, if the file does not say it.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Cut the padding after so many tokens.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder, Hub id or meta.pkl, to go along.")] = None,
+    nearest: Annotated[bool, typer.Option("--nearest", help="Take the GELU that the format knows.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model in another format, and say what was done to each tensor."""
     from hfgpt.weights.convert import convert, give_freed_tensors_back, render
 
     give_freed_tensors_back()
-    result = convert(source, dest, to, source_format, strict, verify, dtype, heads, activation, vocab_size, tokenizer)
+    result = convert(
+        source,
+        dest,
+        to,
+        source_format=source_format,
+        strict=strict,
+        verify=verify,
+        dtype=dtype,
+        heads=heads,
+        activation=activation,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        nearest=nearest,
+    )
     if as_json:
         print_json(asdict(result))
     else:

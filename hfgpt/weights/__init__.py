@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.files import is_foreign, read_any, refuse_settings
+from hfgpt.weights.files import read_any
 from hfgpt.weights.gpt2 import to_gpt2
-from hfgpt.weights.tables import Parts, Step, build_from, take_apart
+from hfgpt.weights.tables import Parts, Step, build_from, refuse_several_types, take_apart
 
 __all__ = ["WRITERS", "load", "save", "to_gpt2"]
 
@@ -32,7 +30,7 @@ WRITERS: dict[str, Callable[[Parts, Path], list[Step]]] = {
 
 def load(
     source: str | Path,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | None = None,
     heads: int | None = None,
     activation: str | None = None,
     **config: Any,
@@ -42,30 +40,26 @@ def load(
     Args:
         source: folder or Hub id of an hfgpt or GPT-2 model; folder of OpenAI's original GPT-2; file of nanoGPT, minGPT,
             build-nanogpt, LLMs-from-scratch or llm.c.
-        dtype: of the weights in memory; "auto" keeps that of the file.
+        dtype: of the weights in memory; None keeps that of the file.
         heads: number of attention heads, for a file that does not say it.
         activation: the MLP's, for a file that does not say it.
-        **config: fields of a folder's config that shall differ, such as `resid_pdrop`.
+        **config: fields of its config that shall differ, such as `resid_pdrop`.
 
     Raises:
-        ValueError: there is no such model, it is of another kind or damaged, or its weights do not fit its config.
+        ValueError: there is no such model, it is of another kind or damaged, its weights do not fit its config, or they
+            are of several types and none is chosen.
     """
-    if is_foreign(Path(source)):
-        _, checkpoint = read_any(source, heads, activation)
-        for name, value in canonical_fields(config).items():
-            if name not in HFGPTConfig.__dataclass_fields__:
-                raise ValueError(unknown_field_message(name))
-            setattr(checkpoint.config, name, value)
-        model, _ = build_from(source, checkpoint)
-        return model if dtype == "auto" else model.to(dtype)
-    refuse_settings("a folder's config does", heads, activation)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} is no model folder: it has no config.json.")
-    try:
-        return HFGPTForCausalLM.from_pretrained(source, dtype=dtype, **config)
-    except (OSError, SafetensorError, StrictDataclassError) as error:
-        # What transformers explains in paragraphs becomes one line.
-        raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error
+    _, checkpoint = read_any(source, heads, activation)
+    for name, value in canonical_fields(config).items():
+        if name not in HFGPTConfig.__dataclass_fields__:
+            raise ValueError(unknown_field_message(name))
+        setattr(checkpoint.config, name, value)
+    checkpoint.config.validate_architecture()
+    model, _ = build_from(source, checkpoint)
+    if dtype is None:
+        refuse_several_types(model)
+        return model
+    return model.to(dtype)
 
 
 def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> None:

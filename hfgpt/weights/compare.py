@@ -39,7 +39,7 @@ class Comparison:
         max_abs_diff: largest |Δlogit|, over the vocabulary that both have.
         kl: mean divergence of the next-token distributions, in nats.
         argmax_agreement: share of positions with the same likeliest token, in [0, 1].
-        tolerance: what `max_abs_diff` may be; None if the conversion rounded or cut: then it is measured, not judged.
+        tolerance: what `max_abs_diff` may be; None if a change was asked for: then it is measured, not judged.
     """
 
     source_by: str
@@ -106,7 +106,7 @@ def compare(
 def render(result: Comparison) -> str:
     """The comparison as a line to read."""
     verdict = (
-        "measured, after rounding or cutting"
+        "measured, after a change that was asked for"
         if result.tolerance is None
         else ("verified" if result.passed else "FAILED, another model")
         + f": at most {result.tolerance:.1e} was to be expected"

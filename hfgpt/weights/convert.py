@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.tokenizer import load_tokenizer
-from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai
+from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai, tables
 from hfgpt.weights.files import read_any
-from hfgpt.weights.tables import Checkpoint, Step, build_from, take_apart
+from hfgpt.weights.tables import SAME_AS, Checkpoint, Step, build_from, refuse_several_types, take_apart
 
 FORMATS = tuple(WRITERS)
 """What can be read, and written too."""
@@ -25,7 +26,16 @@ FORMATS = tuple(WRITERS)
 FOLDERS = ("hfgpt", "gpt2")
 """What has its tokenizer beside it."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WITH_TOKENIZER = (*FOLDERS, "openai", "gguf")
+"""What a tokenizer can go along with."""
+
+ONLY_ACTIVATION = {
+    "nanogpt": "gelu",
+    **dict.fromkeys(("openai", "llms-from-scratch", "llm.c", "gguf"), "gelu_new"),
+}
+"""What the formats compute that know one activation: the exact GELU, or GPT-2's, which approximates it by a tanh."""
+
+DTYPES = {name: dtype for name, dtype in tables.DTYPES.items() if name != "fp64"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Conversion:
     Attributes:
         source_format: what the source was found to be.
         steps_in: what was done to each tensor of the source.
-        steps_between: what `dtype` and `vocab_size` changed, by hfgpt's names.
+        steps_between: what `nearest`, `vocab_size` and `dtype` changed, by hfgpt's names.
         steps_out: what was done to each tensor of the destination, by its name there.
         notes: what else a user should know.
         parameters: of the model.
@@ -52,7 +62,7 @@ class Conversion:
 
     @property
     def lossy(self) -> list[Step]:
-        """The steps that filled, cut, dropped or rounded something."""
+        """The steps that filled, cut, dropped, rounded or exchanged something."""
         return [step for step in [*self.steps_in, *self.steps_between, *self.steps_out] if not step.is_exact]
 
 
@@ -68,6 +78,7 @@ def convert(
     activation: str | None = None,
     vocab_size: int | None = None,
     tokenizer: str | None = None,
+    nearest: bool = False,
 ) -> Conversion:
     """Write a model in another format.
 
@@ -76,13 +87,14 @@ def convert(
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
-        strict: whether to refuse a conversion that fills, cuts, drops or rounds anything.
+        strict: whether to refuse a conversion that fills, cuts, drops, rounds or exchanges anything.
         verify: whether to run the source and the destination, and compare their logits.
         dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf_file.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
         vocab_size: keep so many tokens and cut the rest, which is padding.
         tokenizer: folder, Hub id or nanoGPT's meta.pkl, to go along; None takes the one beside the source.
+        nearest: whether to take the GELU that the destination knows, where it does not know the model's.
 
     Raises:
         ValueError: the source is damaged or of another kind, or the destination's format cannot hold the model.
@@ -90,20 +102,22 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
-    refuse_settings(to, verify, dtype)
+    refuse_settings(to, verify, dtype, tokenizer)
     with new_path(dest) as staged:  # first of all, so that a destination that exists costs nobody a wait
         found, checkpoint = open_source(source, source_format, heads, activation)
         model, steps_in = build_from(source, checkpoint)
-        steps_between = cut_vocabulary(model, vocab_size)
-        if to != "gguf":
-            steps_between += change_dtype(model, dtype)
-        notes = list(checkpoint.notes)
+        notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
         if verify and found == "llm.c":
             notes += check_debug_state(model, Path(source))
+        goes_along = tokenizer_for(source, found, tokenizer) if to in WITH_TOKENIZER else None
+        steps_between = exchange_activation(model.config, to) if nearest else []
+        steps_between += cut_vocabulary(model, vocab_size)
+        refuse_ids_beyond(model.config, goes_along)
+        if to != "gguf":
+            steps_between += change_dtype(model, dtype)
         parameters, config = model.num_parameters(), model.config
         parts = take_apart(model)
         del model  # so that the writers can let each tensor go
-        goes_along = tokenizer_for(source, found, tokenizer) if to in (*FOLDERS, "gguf") else None
         if to == "gguf":
             if goes_along is None:
                 raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}. Give `--tokenizer`.")
@@ -112,7 +126,10 @@ def convert(
             steps_out = onnx_file.write(parts, staged)
         else:
             steps_out = WRITERS[to](parts, staged)
-            if goes_along is not None:
+            if goes_along is not None and to == "openai":
+                openai.write_tokenizer(goes_along, staged)
+            elif goes_along is not None:
+                goes_along.init_kwargs.pop("auto_map", None)  # names code that does not go along
                 goes_along.save_pretrained(staged)
         result = Conversion(found, steps_in, steps_between, steps_out, notes, parameters, None)
         if strict and result.lossy:
@@ -139,16 +156,18 @@ def give_freed_tensors_back() -> None:
             mallopt(m_mmap_threshold, 2**20)
 
 
-def refuse_settings(to: str, verify: bool, dtype: str | None) -> None:
+def refuse_settings(to: str, verify: bool, dtype: str | None, tokenizer: str | None) -> None:
     """Refuse what cannot be asked for.
 
     Raises:
-        ValueError: there is no such format or dtype, or the format cannot be verified.
+        ValueError: there is no such format or dtype, or the format cannot be verified or has no place for a tokenizer.
     """
     if to not in (*FORMATS, "gguf", "onnx"):
         raise ValueError(f"`--to` must be one of {sorted([*FORMATS, 'gguf', 'onnx'])}, got {to!r}.")
     if to == "gguf" and verify:
         raise ValueError("`--verify` cannot read GGUF again: llama.cpp does.")
+    if tokenizer is not None and to not in WITH_TOKENIZER:
+        raise ValueError(f"`--tokenizer` has no effect: {to} has no place for one, {', '.join(WITH_TOKENIZER)} have.")
     if to != "gguf" and dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {sorted(DTYPES)}, got {dtype!r}.")
 
@@ -167,6 +186,29 @@ def open_source(
     if source_format not in ("auto", found):
         raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
     return found, checkpoint
+
+
+def exchange_activation(config: HFGPTConfig, to: str) -> list[Step]:
+    """Take the GELU that the destination knows, in place, if the model's is the other one.
+
+    They differ by at most 4.7e-4 per unit, which the layers above make more of or less.
+    """
+    has, needed = config.activation_function, ONLY_ACTIVATION.get(to)
+    if needed is None or {SAME_AS.get(has, has), needed} != {"gelu", "gelu_new"}:
+        return []
+    config.activation_function = needed
+    return [Step("activation_function", (), f"exchanged: {has} for {needed}", is_exact=False)]
+
+
+def refuse_ids_beyond(config: HFGPTConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        ValueError: naming the largest id.
+    """
+    largest = -1 if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ValueError(f"the tokenizer has id {largest}, the model `vocab_size` ({config.vocab_size}).")
 
 
 def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Step]:
@@ -200,9 +242,7 @@ def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Step]:
         ValueError: a number is beyond the dtype, or the file has several and none is chosen.
     """
     if dtype is None:
-        kinds = {parameter.dtype for parameter in model.parameters()}
-        if len(kinds) > 1:
-            raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
+        refuse_several_types(model)
         return []
     steps = []
     for name, parameter in model.named_parameters():
@@ -260,6 +300,15 @@ def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrain
         return None  # a repository on the Hub without one
 
 
+def left_behind(source: Path, found: str, to: str) -> list[str]:
+    """A note on a tokenizer that lies beside the weights, where the destination has no place for one."""
+    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.with_name(nanogpt.META)}
+    tokenizer = beside.get(found, source / "tokenizer.json")
+    if to in WITH_TOKENIZER or not tokenizer.is_file():
+        return []
+    return [f"the tokenizer stays behind, in {tokenizer}: {to} has no place for one."]
+
+
 def render(result: Conversion) -> str:
     """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
     parts = {"in:": result.steps_in, "changed:": result.steps_between, "out:": result.steps_out}
@@ -271,7 +320,8 @@ def render(result: Conversion) -> str:
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:
         lines.append(compare.render(result.comparison))
-    losses = f"{len(result.lossy)} filled, cut, dropped or rounded" if result.lossy else "nothing lost"
+    lost = len(result.lossy)
+    losses = f"{lost} filled, cut, dropped, rounded or exchanged" if lost else "nothing lost"
     lines.append(
         f"{result.parameters:,} parameters from {len(result.steps_in)} tensors ({result.source_format}) to "
         f"{len(result.steps_out)}; {losses}"

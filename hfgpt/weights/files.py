@@ -4,14 +4,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+
 from hfgpt.weights import folders, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.stored import in_pickle, in_safetensors
-from hfgpt.weights.tables import Checkpoint
+from hfgpt.weights.tables import Checkpoint, named
 
-
-def is_foreign(source: Path) -> bool:
-    """Whether a source is none of transformers' folders or repositories."""
-    return source.is_file() or openai.recognises(source)
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
+"""Of files; what is called so and is not there is not looked for on the Hub."""
 
 
 def read_any(source: str | Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
@@ -23,18 +24,39 @@ def read_any(source: str | Path, heads: int | None, activation: str | None) -> t
         activation: the MLP's, where the source does not say it.
 
     Raises:
-        ValueError: it is damaged, or of no format that is known.
+        ValueError: it is damaged, or of no format that is known; in one line that names it.
     """
     path = Path(source)
-    if path.is_file():
-        return read_file(path, heads, activation)
-    if openai.recognises(path):
-        refuse_settings("OpenAI's do", heads, activation)
-        return "openai", openai.read(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{source} is no model folder: it has no config.json.")
-    refuse_settings("a folder's config does", heads, activation)
-    return folders.read_folder(source)
+    try:
+        if path.is_file():
+            return read_file(path, heads, activation)
+        if openai.recognises(path):
+            refuse_settings("OpenAI's do", heads, activation)
+            return "openai", openai.read(path)
+        refuse_what_is_not_there(source)
+        refuse_settings("a folder's config does", heads, activation)
+        return folders.read_folder(source)
+    except (ValueError, StrictDataclassError) as error:  # a config of strange values raises the latter
+        raise named(source, error) from error
+
+
+def refuse_what_is_not_there(source: str | Path) -> None:
+    """Refuse what is no folder of a model here, and can be none on the Hub.
+
+    Raises:
+        ValueError: naming it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} is no model folder: it has no config.json.")
+        return
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError as error:
+        raise ValueError(f"{source}: no such file or folder, and no name that the Hub could know.") from error
+    if path.suffix in SUFFIXES:
+        raise ValueError(f"{source}: no such file.")
 
 
 def refuse_settings(who_says: str, heads: int | None, activation: str | None) -> None:
@@ -53,17 +75,16 @@ def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[st
     Raises:
         ValueError: it is damaged, or of no format that is known.
     """
-    if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+    if llmc.recognises(file) or (file.suffix == ".bin" and not zipfile.is_zipfile(file)):
         refuse_settings("llm.c's do", heads, activation)
         return "llm.c", llmc.read(file)
     content: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, nanogpt.allowed_classes())
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors.")
+    if folders.holds(content):
+        raise ValueError(f"{file}: one of transformers' files. Give its folder, where its config.json is.")
     for name, family in (("nanogpt", nanogpt), ("llms-from-scratch", llms_from_scratch)):
         if family.recognises(content):
-            try:
-                return name, family.read(content, heads, activation)
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}") from error
+            return name, family.read(content, heads, activation)
     some = ", ".join(sorted(map(str, content))[:3])
     raise ValueError(f"{file}: no format that hfgpt knows; it holds {some}, ...")

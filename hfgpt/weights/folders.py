@@ -1,13 +1,17 @@
 """Folders and Hub repositories of transformers: hfgpt's own and GPT-2's; in shards or not, .safetensors or .bin."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GenerationConfig, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -15,11 +19,22 @@ from transformers.utils import (
     cached_file,
 )
 
-from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfig
+from hfgpt.manifest import MANIFEST, check_files
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
 from hfgpt.weights import gpt2
 from hfgpt.weights.stored import Stored, in_pickle, in_safetensors
-from hfgpt.weights.tables import Checkpoint, Entry, Parts, Step, drop_tied_head, put_together
+from hfgpt.weights.tables import (
+    Checkpoint,
+    Entry,
+    Parts,
+    Step,
+    drop_tied_head,
+    empty_model,
+    put_together,
+    refuse_missing_blocks,
+    tensors_in,
+)
 
 OTHER_HEADS = HEADS - {"lm_head"} | {
     "classifier",
@@ -36,12 +51,13 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
     try:
         config = HFGPTConfig.from_pretrained(source)
         files = weight_files(source)
-    except (OSError, StrictDataclassError) as error:
+        ignored = ignored_keys(HFGPTConfig.get_config_dict(source)[0])
+    except (OSError, TypeError, AttributeError, StrictDataclassError) as error:
         # What transformers explains in paragraphs becomes one line.
         raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error
-    tensors: dict[str, Stored | Tensor] = {}
-    for file in files:
-        tensors |= in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, [])
+    check_manifest(source)
+    tensors = read_files(files)
+    refuse_missing_blocks(config, tensors)
     is_gpt2 = config.model_type == GPT2_SOURCE
     config.__dict__.pop("model_type", None)
     prefix = "transformer." if is_gpt2 else "model."
@@ -66,8 +82,55 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
         return logits_of_transformers(source, ids_BT, dtype) if is_gpt2 else logits_of_hfgpt(source, ids_BT, dtype)
 
     return "gpt2" if is_gpt2 else "hfgpt", Checkpoint(
-        tensors, config, table, logits, dropped=dropped, steps=steps, generation=generation_of(source)
+        tensors, config, table, logits, dropped=dropped, steps=steps, notes=ignored, generation=generation_of(source)
     )
+
+
+def holds(content: Mapping[Any, Any]) -> bool:
+    """Whether a file of these tensors is one of such a folder, and says nothing of their config."""
+    matrices = [content[name] for name in content if str(name).endswith("h.0.attn.c_attn.weight")]
+    is_gpt2 = any(
+        tuple(each.shape[1:]) == (3 * each.shape[0],) for each in matrices if isinstance(each, Stored | Tensor)
+    )
+    return is_gpt2 or any(str(name).endswith("embed_tokens.weight") for name in content)
+
+
+def ignored_keys(config: dict[str, Any]) -> list[str]:
+    """A note on what a config.json says that neither hfgpt nor transformers' GPT-2 knows."""
+    known = {*HFGPTConfig.__dataclass_fields__, *HFGPTConfig.attribute_map, *GPT2Config().to_dict(), *TRANSFORMERS_KEYS}
+    strange = sorted(set(config) - known - {"hfgpt_source"})
+    return [f"{CONFIG_NAME}: ignored what hfgpt does not know: {', '.join(strange)}."] if strange else []
+
+
+def check_manifest(source: str | Path) -> None:
+    """Compare what is read of a folder with its manifest, if it has one, as checkpoints of hfgpt do.
+
+    Raises:
+        ValueError: a file is not what was written.
+        OSError: there are no weights.
+    """
+    folder = Path(source)
+    if (folder / MANIFEST).is_file():
+        others = [name for name in (CONFIG_NAME, GENERATION_CONFIG_NAME) if (folder / name).is_file()]
+        check_files(folder, [*others, *(file.name for file in weight_files(source))])
+
+
+def read_files(files: list[Path]) -> dict[str, Stored | Tensor]:
+    """The tensors of all files together.
+
+    Raises:
+        ValueError: a file is damaged, or two of them have the same tensor: which one is meant, nobody knows.
+    """
+    tensors: dict[str, Stored | Tensor] = {}
+    for file in files:
+        found: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, [])
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}: holds a {type(found).__name__}, not a dictionary of tensors.")
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise ValueError(f"{file}: {min(twice)} is in another shard too.")
+        tensors |= tensors_in(found, "state_dict")
+    return tensors
 
 
 def weight_files(source: str | Path) -> list[Path]:
@@ -76,25 +139,32 @@ def weight_files(source: str | Path) -> list[Path]:
     Raises:
         OSError: there are none, or not all of them.
     """
-
-    def find(name: str, is_needed: bool = False) -> str | None:
-        return cached_file(
-            source,
-            name,
-            _raise_exceptions_for_missing_entries=is_needed,
-            _raise_exceptions_for_gated_repo=is_needed,
-            _raise_exceptions_for_connection_errors=is_needed,
-        )
-
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        found = find(name)
+        found = find(source, name)
         if found is None:
             continue
         if name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-            return [Path(found)]
-        return [Path(str(find(shard, is_needed=True))) for shard in shards_of(Path(found))]
-    find(SAFE_WEIGHTS_NAME, is_needed=True)
+            return [found]
+        fetched = (find(source, shard, is_needed=True) for shard in shards_of(found))
+        return [shard for shard in fetched if shard is not None]
+    find(source, SAFE_WEIGHTS_NAME, is_needed=True)
     raise OSError(f"{source} has no weights.")
+
+
+def find(source: str | Path, name: str, is_needed: bool = False) -> Path | None:
+    """A file of a folder or repository, fetched where it is on the Hub; None if there is none.
+
+    Raises:
+        OSError: there is none, and it is needed.
+    """
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=is_needed,
+        _raise_exceptions_for_gated_repo=is_needed,
+        _raise_exceptions_for_connection_errors=is_needed,
+    )
+    return None if found is None else Path(found)
 
 
 def shards_of(index: Path) -> list[str]:
@@ -114,17 +184,23 @@ def shards_of(index: Path) -> list[str]:
 
 
 def generation_of(source: str | Path) -> GenerationConfig | None:
-    """The settings of generation_config.json, or None where there is no such file."""
+    """The settings of generation_config.json, or None where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if find(source, GENERATION_CONFIG_NAME) is None:
+        return None
     try:
         return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return None
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}/{GENERATION_CONFIG_NAME}: no settings of generation: {reason}") from error
 
 
 def own_names(config: HFGPTConfig, prefix: str) -> list[Entry]:
     """The table of hfgpt's own files, which changes nothing."""
-    with torch.device("meta"):
-        names = HFGPTForCausalLM(config).state_dict()
+    names = empty_model(config).state_dict()
     table = [Entry(prefix + name.removeprefix("model."), (name,)) for name in names if name != "lm_head.weight"]
     return table if config.tie_word_embeddings else [*table, Entry("lm_head.weight", ("lm_head.weight",))]
 

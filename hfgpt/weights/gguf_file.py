@@ -3,13 +3,14 @@
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.weights import bpe
 from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, settings_of, walk_out
 
 if TYPE_CHECKING:
@@ -80,12 +81,17 @@ def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantiza
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for place, step in enumerate(steps):
-        array = converted.pop(step.name).float().numpy()
-        is_rounded = array.ndim == 2 and step.name != "position_embd.weight" and quantization != "fp32"
-        if is_rounded:
-            array = rounded(step.name, array, quantization)
-            steps[place] = Step(step.name, step.shape, f"{step.action}, rounded to {quantization}", is_exact=False)
-        writer.add_tensor(step.name, array, raw_dtype=kind if is_rounded else None)
+        tensor = converted.pop(step.name)
+        array = tensor.float().numpy()
+        is_small = tensor.ndim == 2 and step.name != "position_embd.weight" and quantization != "fp32"
+        is_exact = torch.equal(tensor, torch.from_numpy(array).to(tensor.dtype))  # fp64 has no place in the file
+        if is_small:
+            before, array = array, rounded(step.name, array, quantization)
+            is_exact = is_exact and array.dtype == np.float16 and np.array_equal(before, array)
+        if not is_exact:
+            stored_as = quantization if is_small else "fp32"
+            steps[place] = Step(step.name, step.shape, f"{step.action}, rounded to {stored_as}", is_exact=False)
+        writer.add_tensor(step.name, array, raw_dtype=kind if is_small else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,24 +120,17 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, voca
     """Write tokens, their kinds, and merges; rows of the embedding without a token get a name that no text has."""
     from gguf import TokenType
 
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    if backend["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(backend["pre_tokenizer"]):
-        raise ValueError("llama.cpp's GPT-2 needs a byte-level BPE; the model's tokenizer is none.")
-    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    if max(names) >= vocab_size:
-        raise ValueError(f"the tokenizer has id {max(names)}, the model `vocab_size` ({vocab_size}).")
-    special = set(tokenizer.all_special_ids)
-    tokens, kinds = [], []
-    for token_id in range(vocab_size):
-        tokens.append(names.get(token_id, f"[PAD{token_id}]"))
-        is_known = token_id in names
-        kinds.append(TokenType.CONTROL if token_id in special else TokenType.NORMAL if is_known else TokenType.UNUSED)
+    vocabulary, merges = bpe.take_apart(tokenizer)
+    names = {token_id: token for token, token_id in vocabulary.items()}
+    kinds = dict.fromkeys(names, TokenType.NORMAL)
+    for token_id, token in tokenizer.added_tokens_decoder.items():  # what is kept whole
+        kinds[token_id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+    tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = backend["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_token_types([kinds.get(token_id, TokenType.UNUSED) for token_id in range(vocab_size)])
+    writer.add_token_merges(merges)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.eos_token_id is not None:

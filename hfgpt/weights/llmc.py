@@ -26,10 +26,10 @@ from hfgpt.weights.tables import (
     Entry,
     Parts,
     Step,
+    empty_model,
     expand,
     refuse_other_inner_width,
     settings_of,
-    take_apart,
     walk_in,
     walk_out,
 )
@@ -90,6 +90,12 @@ def shapes_in_order(width: int, positions: int, padded_vocab_size: int, layers: 
     }
 
 
+def recognises(file: Path) -> bool:
+    """Whether a file begins as a model does, in either byte order, whatever it is called."""
+    with file.open("rb") as stream:
+        return stream.read(4) in (MAGIC.to_bytes(4, "little"), MAGIC.to_bytes(4, "big"))
+
+
 def read(file: Path) -> Checkpoint:
     """Read a model file; the tensors stay on the disk until they are used.
 
@@ -107,6 +113,9 @@ def read(file: Path) -> Checkpoint:
     tensors = places(file, HEADER_BYTES, shapes, dtype)
     steps = []
     if padded > vocab_size:
+        padding = Stored(file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype)
+        if padding.read().any():
+            raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
         steps.append(Step("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
         tensors["wte"] = Stored(file, tensors["wte"].offset, (vocab_size, width), dtype)
     config = HFGPTConfig(
@@ -142,6 +151,10 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
     Raises:
         ValueError: the file is shorter or longer than that.
     """
+    size = file.stat().st_size
+    expected = start + dtype.itemsize * sum(map(prod, shapes.values()))
+    if size != expected:  # first of all: a header may speak of billions of blocks
+        raise ValueError(f"{file}: {size} bytes, by its header it should have {expected}.")
     in_blocks = {row.foreign for row in EACH_BLOCK}
     tensors: dict[str, Stored] = {}
     for name, shape in shapes.items():
@@ -149,9 +162,6 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
         for key, part in parts:
             tensors[key] = Stored(file, start, part, dtype)
             start += prod(part) * dtype.itemsize
-    size = file.stat().st_size
-    if size != start:
-        raise ValueError(f"{file}: {size} bytes, by its header it should have {start}.")
     return tensors
 
 
@@ -255,8 +265,8 @@ class DebugState:
 
 
 def debug_state_beside(file: Path) -> Path:
-    """Where llm.c keeps the debug state of a model file."""
-    return file.with_name(f"{file.stem}_debug_state.bin")
+    """Where llm.c keeps the debug state of a model file, of the bf16 one beside that of the fp32 one."""
+    return file.with_name(f"{file.stem.removesuffix('_bf16')}_debug_state.bin")
 
 
 def make_debug_state(model: HFGPTForCausalLM, ids_BT: Tensor, targets_BT: Tensor) -> DebugState:
@@ -307,9 +317,7 @@ def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
     shapes = shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers)
     gradients = places(file, start + 4, shapes, torch.float32)
     gradients["wte"] = Stored(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
-    with torch.device("meta"):
-        model = HFGPTForCausalLM(config)
-    shapes_here = {name: tuple(each.shape) for name, each in take_apart(model).tensors.items()}
+    shapes_here = {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
     named, _ = walk_in(table(layers), gradients, shapes_here)
     ids, targets, expected = (each.read() for each in batches)
     return DebugState(ids, targets, expected, float(loss.read()), named)

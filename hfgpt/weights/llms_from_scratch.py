@@ -26,9 +26,11 @@ from hfgpt.weights.tables import (
     drop_tied_head,
     expand,
     heads_of,
+    names_in,
     refuse_other_inner_width,
     settings_of,
     shape_of,
+    tensors_in,
     walk_out,
 )
 
@@ -79,9 +81,9 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[Entry]:
     return rows if tied else [*rows, HEAD]
 
 
-def recognises(content: Any) -> bool:
+def recognises(content: dict[Any, Any]) -> bool:
     """Whether what `torch.load` or safetensors gave is of this family."""
-    return "tok_emb.weight" in content.get("model_state_dict", content)
+    return "tok_emb.weight" in names_in(content, "model_state_dict")
 
 
 def read(content: dict[str, Any], heads: int | None, activation: str | None) -> Checkpoint:
@@ -95,7 +97,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     Raises:
         ValueError: the number of heads is not to be known, or a matrix is missing.
     """
-    tensors = dict(content.get("model_state_dict", content))
+    tensors = tensors_in(content, "model_state_dict")
     is_tied, steps = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
     vocab_size, width = shape_of(tensors, "tok_emb.weight")
     positions, _ = shape_of(tensors, "pos_emb.weight")

@@ -29,9 +29,11 @@ from hfgpt.weights.tables import (
     drop_tied_head,
     expand,
     heads_of,
+    names_in,
     refuse_other_inner_width,
     settings_of,
     shape_of,
+    tensors_in,
     walk_out,
 )
 
@@ -62,6 +64,9 @@ HEAD = Entry("lm_head.weight", ("lm_head.weight",))
 META = "meta.pkl"
 """Where nanoGPT's character-level data sets keep their vocabulary."""
 
+SETTINGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
+"""What nanoGPT's `model_args` say, and build-nanogpt's config."""
+
 PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
 
 
@@ -70,10 +75,9 @@ def table(num_layers: int, tied: bool) -> list[Entry]:
     return rows if tied else [*rows, HEAD]
 
 
-def recognises(content: Any) -> bool:
+def recognises(content: dict[Any, Any]) -> bool:
     """Whether what `torch.load` gave is of this family."""
-    tensors = content.get("model", content)
-    return isinstance(tensors, dict) and any(name.endswith("transformer.wte.weight") for name in tensors)
+    return any(name.endswith("transformer.wte.weight") for name in names_in(content, "model"))
 
 
 def read(content: dict[str, Any], heads: int | None, activation: str | None) -> Checkpoint:
@@ -87,7 +91,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     Raises:
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
-    tensors = {strip(name): tensor for name, tensor in content.get("model", content).items()}
+    tensors = {strip(name): tensor for name, tensor in tensors_in(content, "model").items()}
     is_tied, steps = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
     vocab_size, width = shape_of(tensors, "transformer.wte.weight")
     positions, _ = shape_of(tensors, "transformer.wpe.weight")
@@ -95,15 +99,18 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     found = {"n_layer": num_layers, "n_embd": width, "block_size": positions, "vocab_size": vocab_size}
     dropout, default, notes = 0.0, "gelu_new", []
     if "model_args" in content:
-        heads, default = said_heads(content["model_args"], found, heads), "gelu"
-        dropout = content["model_args"].get("dropout", 0.0)
+        settings = fields_of(content["model_args"])
+        heads, default = said_heads(settings, found, heads), "gelu"
+        dropout = settings.get("dropout", 0.0)
         if activation is None:
             notes.append("activation gelu, nanoGPT's since its PR 274; for an older one give `--activation gelu_new`.")
     elif "config" in content:
-        heads = said_heads(vars(content["config"]), found, heads)
+        heads = said_heads(fields_of(content["config"]), found, heads)
     else:
         heads, notes = heads_of(width, heads)
         dropout = 0.1
+        if activation is None:
+            notes.append("activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`.")
     config = HFGPTConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -127,6 +134,19 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     )
 
 
+def fields_of(settings: Any) -> dict[Any, Any]:
+    """The settings in a file, a dictionary or an object of build-nanogpt's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(settings, GPTConfig):
+        return vars(settings)
+    if not isinstance(settings, dict):
+        raise ValueError(f"the file's settings are a {type(settings).__name__}, not a dictionary.")
+    return settings
+
+
 def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | None) -> int:
     """The number of heads that a file's own settings say.
 
@@ -136,8 +156,12 @@ def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | Non
         asked: what the user says of the heads.
 
     Raises:
-        ValueError: the settings do not say it, or say something else than the tensors or the user.
+        ValueError: the settings do not say it, say something else than the tensors or the user, or something that
+            nanoGPT's do not say, whose mathematics may then be other ones too.
     """
+    unknown = sorted(map(str, settings.keys() - SETTINGS))
+    if unknown:
+        raise ValueError(f"the file's settings have `{unknown[0]}`, which nanoGPT does not know: another model.")
     for name, value in found.items():
         if settings.get(name, value) != value:
             raise ValueError(f"the file says `{name}` = {settings[name]!r}, its tensors say {value}.")

@@ -34,13 +34,15 @@ def write(parts: Parts, file: Path) -> list[Step]:
     """Export a model.
 
     Raises:
-        ValueError: the packages for it are not installed, or the model is too large for one file.
+        ValueError: the packages for it are not installed, or the model is too large for one file or in bf16.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs two packages: `pip install onnx onnxscript`.") from error
+    if parts.dtype == torch.bfloat16:
+        raise ValueError("onnxruntime has no bf16 on CPUs. Give `--dtype fp32` or `--dtype fp16`.")
     size = sum(tensor.nbytes for tensor in parts.tensors.values())
     if size > 0.95 * LARGEST_FILE:
         raise ValueError(f"the weights take {size / 1e9:.1f} GB, an .onnx file at most 2. Try `--dtype fp16`.")

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
-from hfgpt.weights import mathematics
+from hfgpt.weights import bpe, mathematics
 from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
     QKV,
@@ -29,15 +29,18 @@ from hfgpt.weights.tables import (
     Parts,
     Step,
     expand,
+    refuse_missing_blocks,
     refuse_other_inner_width,
     settings_of,
     walk_out,
 )
 
+VOCABULARY, MERGES = "encoder.json", "vocab.bpe"
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
 FLOAT32 = 1  # TensorFlow's number for it
+PARTS = 7  # the field of a variable that is stored in several
 
 WHOLE_MODEL = (
     Entry("model/wte", ("embed_tokens.weight",)),
@@ -96,6 +99,9 @@ def read(folder: Path) -> Checkpoint:
             raise ValueError(f"{folder / name} is missing.")
     try:
         shape = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
+        unknown = sorted(set(shape) - {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"})
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}")
         config = HFGPTConfig(
             vocab_size=shape["n_vocab"],
             max_position_embeddings=shape["n_ctx"],
@@ -104,17 +110,19 @@ def read(folder: Path) -> Checkpoint:
             num_attention_heads=shape["n_head"],
             **{name: value for name, value in GPT2_TOKEN_IDS.items() if value < shape["n_vocab"]},
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{folder / HPARAMS}: not OpenAI's shape of a GPT-2: {error!r}.") from error
 
     file = folder / DATA
     tensors: dict[str, Stored] = {}
     for key, value in table_entries(folder / INDEX):
-        if not key:
-            continue  # the header of the whole
         name, place = key.decode(), parse(value)
-        if place.get(1) != FLOAT32:
-            raise ValueError(f"{folder / INDEX}: {name} is of TensorFlow's type {place.get(1)}, not fp32.")
+        if not key:  # the header of the whole: the number of data files, the byte order
+            if place.get(1) != 1 or place.get(2, 0) != 0:
+                raise ValueError(f"{folder / INDEX}: big-endian, or of several data files; hfgpt reads GPT-2's kind.")
+            continue
+        if place.get(1) != FLOAT32 or PARTS in place or place.get(3, 0) != 0:
+            raise ValueError(f"{folder / INDEX}: {name} is in parts, or of another type than fp32, TensorFlow's 1.")
         dims = [parse(dim).get(1, 0) for dim in repeated(place.get(2, b""), 2)]
         start, length = place.get(4, 0), place.get(5, 0)
         if start + length > file.stat().st_size or length != 4 * prod(dims):
@@ -123,6 +131,10 @@ def read(folder: Path) -> Checkpoint:
         shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
         check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
         tensors[name] = Stored(file, start, tuple(shape), torch.float32, check=check)
+    expected = 4 * sum(prod(each.shape) for each in tensors.values())
+    if file.stat().st_size != expected:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, by the index it should have {expected}.")
+    refuse_missing_blocks(config, tensors)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     return Checkpoint(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads))
 
@@ -159,15 +171,26 @@ def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The byte-level BPE of `encoder.json` and `vocab.bpe`, or None if they are not there."""
-    vocabulary, merges = folder / "encoder.json", folder / "vocab.bpe"
+    vocabulary, merges = folder / VOCABULARY, folder / MERGES
     if not (vocabulary.is_file() and merges.is_file()):
         return None
-    bpe = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    length = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"]
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, model_max_length=length)
+    return bpe.put_together(vocabulary, merges, json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"])
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the two files that OpenAI's encoder.py reads.
+
+    Raises:
+        ValueError: the tokenizer is not of their kind.
+    """
+    vocabulary, merges = bpe.take_apart(tokenizer)
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
+    if added:
+        raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
+    in_order = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    (folder / VOCABULARY).write_text(json.dumps(in_order), encoding="utf-8")
+    lines = ["#version: 0.2", *merges, ""]  # encoder.py leaves the first and the last out
+    (folder / MERGES).write_bytes("\n".join(lines).encode())
 
 
 def table_entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -180,9 +203,9 @@ def table_entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
     if len(content) < FOOTER_BYTES or int.from_bytes(content[-8:], "little") != TABLE_MAGIC:
         raise ValueError(f"{file}: no TensorFlow index, or cut short.")
     footer = content[-FOOTER_BYTES:]
-    _, at = handle(footer, 0)
-    index, _ = handle(footer, at)
     try:
+        _, at = handle(footer, 0)
+        index, _ = handle(footer, at)
         for _, value in block_entries(block(content, *index)):
             yield from block_entries(block(content, *handle(value, 0)[0]))
     except (IndexError, ValueError) as error:
@@ -220,9 +243,15 @@ def handle(content: bytes, at: int) -> tuple[tuple[int, int], int]:
 
 
 def varint(content: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where the next one begins."""
+    """A number of seven bits a byte, and where the next one begins.
+
+    Raises:
+        ValueError: it has no end.
+    """
     value = shift = 0
     while True:
+        if at >= len(content):
+            raise ValueError("a number is cut short.")
         byte = content[at]
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
@@ -231,7 +260,13 @@ def varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of the fields of a protocol buffer message."""
+    """Numbers and values of the fields of a protocol buffer message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(message, bytes):
+        raise ValueError("a number where a message was to be expected, in the index.")
     at = 0
     while at < len(message):
         tag, at = varint(message, at)

@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -98,47 +98,93 @@ def in_safetensors(file: Path) -> dict[str, Stored]:
 def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
     """What `torch.save` wrote, with nothing in it executed; tensors in dictionaries are `Stored`.
 
-    Files from before PyTorch 1.6 are no archives, and their tensors are read at once.
+    Files from before PyTorch 1.6 are no archives, and their tensors are read at once. So are those of an archive that
+    another program has packed again: torch reckons where its own packing would have put them.
 
     Args:
         file: to open.
         allowed_classes: what may be unpickled besides tensors and plain values, see `torch.serialization.safe_globals`.
 
     Raises:
-        ValueError: it is damaged, or wants to run something.
+        ValueError: it is damaged, wants to run something, or holds tensors that are no plain numbers.
     """
-    is_archive = zipfile.is_zipfile(file)
-    if is_archive:
-        check_archive(file)
+    if zipfile.is_zipfile(file):
+        records = records_of(file)
+        with FakeTensorMode():  # reads no numbers, and notes where they lie
+            content = unpickled(file, allowed_classes)
+        if all(lies_in(records, tensor) for tensor in plain_tensors(content, file)):
+            return place(content, file)
+    content = unpickled(file, allowed_classes)
+    list(plain_tensors(content, file))
+    return content
+
+
+def unpickled(file: Path, allowed_classes: list[Any]) -> Any:
+    """What `torch.load` makes of a file, in one line where it makes nothing of it."""
     try:
         with torch.serialization.safe_globals(allowed_classes):
-            if not is_archive:
-                return torch.load(file, map_location="cpu", weights_only=True)
-            with FakeTensorMode():  # reads no numbers, and notes where they lie
-                content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants to run {wanted.group(1)}" if wanted else "it is no file of torch.save's"
         raise ValueError(f"{file}: not opened, {reason}.") from error
-    except (EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead the unpickler to
         reason = str(error).partition("\n")[0] or "it ends too soon"
         raise ValueError(f"{file}: damaged or no file of torch.save's: {reason}.") from error
-    return place(content, file)
 
 
-def check_archive(file: Path) -> None:
-    """Compare the records of a zip archive with their checksums.
+def records_of(file: Path) -> dict[int, int]:
+    """Where the data of each record of an archive begins, and how many bytes it has, once its checksum fits.
 
     Raises:
-        ValueError: one does not match, or there is no whole archive.
+        ValueError: it is damaged, or something that `torch.save` does not write: compressed (a bomb, perhaps, and its
+            tensors could not be read in place), longer inside than outside, encrypted or big-endian.
     """
-    with zipfile.ZipFile(file) as archive:
-        try:
+    try:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+            records = archive.infolist()
+            is_stored = all(each.compress_type == zipfile.ZIP_STORED for each in records)
+            if not is_stored or sum(each.file_size for each in records) > file.stat().st_size:
+                raise ValueError(f"{file}: a compressed archive; torch.save compresses nothing.")
             damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{file}: {error}.") from error
-    if damaged is not None:
-        raise ValueError(f"{file}: {damaged} does not match its checksum.")
+            if damaged is not None:
+                raise ValueError(f"{file}: {damaged} does not match its checksum.")
+            for each in records:
+                if each.filename.endswith("/byteorder") and archive.read(each) != b"little":
+                    raise ValueError(f"{file}: big-endian; hfgpt reads little-endian files.")
+            result = {}
+            for each in records:
+                stream.seek(each.header_offset + 26)
+                lengths = int.from_bytes(stream.read(2), "little") + int.from_bytes(stream.read(2), "little")
+                result[each.header_offset + 30 + lengths] = each.file_size
+            return result
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{file}: {error}.") from error
+
+
+def plain_tensors(content: Any, file: Path) -> Iterator[Tensor]:
+    """Every tensor in nested dictionaries.
+
+    Raises:
+        ValueError: one of them is not made of plain numbers.
+    """
+    if isinstance(content, dict):
+        for value in content.values():
+            yield from plain_tensors(value, file)
+    elif isinstance(content, Tensor):
+        if content.layout is not torch.strided or content.is_quantized or content.is_neg() or content.is_conj():
+            raise ValueError(f"{file}: holds a tensor that is sparse, quantized or negated by a flag.")
+        yield content
+
+
+def lies_in(records: dict[int, int], tensor: Tensor) -> bool:
+    """Whether a tensor without numbers lies, from its first to its last, in a record of an archive."""
+    begin: Any = tensor.untyped_storage()._checkpoint_offset
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end: Any = tensor.storage_offset() + (extent if tensor.numel() else 0)
+    return end * tensor.dtype.itemsize <= records.get(begin, -1)
 
 
 def place(content: Any, file: Path) -> Any:

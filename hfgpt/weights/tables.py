@@ -23,6 +23,15 @@ NONE = r"(?!)"
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights are stored as; whatever else floats, such as fp8, means something only with scales beside it."""
+
+MASKS = (".attn.bias", ".att.mask")
+"""How names of causal masks end, which older files keep as buffers; the dot spares `c_attn.bias`."""
+
+SAME_AS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
+"""Activations that are another one, computed another way."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -162,6 +171,8 @@ def walk_in(
     for name in sorted(left_over):
         if not re.search(dropped, name):
             raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
+        if name.endswith(MASKS):
+            refuse_other_mask(name, read(tensors[name]))
     filled: list[Entry] = []
     for row in table:
         if row.foreign not in tensors:
@@ -173,8 +184,8 @@ def walk_in(
         wanted = shape_there(row, shapes)
         if tuple(stored.shape) != wanted:
             raise ValueError(f"{row.foreign}: expected shape {wanted}, got {tuple(stored.shape)}.")
-        if not stored.dtype.is_floating_point:
-            raise ValueError(f"{row.foreign}: holds {stored.dtype}, and weights are floating-point numbers.")
+        if stored.dtype not in DTYPES.values():
+            raise ValueError(f"{row.foreign}: holds {stored.dtype}, and weights are {', '.join(DTYPES)}.")
         tensor = read(stored)
         if not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{row.foreign}: holds NaN or infinity.")
@@ -192,6 +203,23 @@ def walk_in(
     for name in sorted(left_over):
         steps.append(Step(name, tuple(tensors[name].shape), "dropped", is_exact=False))
     return result, steps
+
+
+def refuse_other_mask(name: str, mask: Tensor) -> None:
+    """Refuse a mask buffer that is not causal: dropped, it would be another attention.
+
+    Args:
+        name: of the buffer.
+        mask: (..., T, T), with numbers other than zero either for what a position sees or for what it does not.
+
+    Raises:
+        ValueError: naming it.
+    """
+    size = mask.shape[-1] if mask.ndim else 0
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    found = mask.bool().reshape(-1, size, size) if mask.ndim >= 2 and mask.shape[-2] == size else None
+    if found is None or len(found) != 1 or not (torch.equal(found[0], causal) or torch.equal(found[0], ~causal)):
+        raise ValueError(f"{name}: no causal mask; hfgpt's attention is causal and nothing else.")
 
 
 def shape_there(row: Entry, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -231,9 +259,7 @@ def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
     Raises:
         ValueError: the tensors do not fit.
     """
-    with torch.device("meta"):
-        empty = HFGPTForCausalLM(checkpoint.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    shapes = {name: tuple(each.shape) for name, each in empty_model(checkpoint.config).state_dict().items()}
     tensors, steps = walk_in(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
     return put_together(Parts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
 
@@ -243,15 +269,32 @@ def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, l
     try:
         return build(checkpoint)
     except ValueError as error:
-        reason = str(error)
-        raise ValueError(reason if reason.startswith(str(source)) else f"{source}: {reason}") from error
+        raise named(source, error) from error
+
+
+def named(source: Any, error: Exception) -> ValueError:
+    """An error in one line that names the source."""
+    reason = " ".join(str(error).split())
+    return ValueError(reason if str(source) in reason else f"{source}: {reason}")
+
+
+def empty_model(config: HFGPTConfig) -> HFGPTForCausalLM:
+    """A model of shapes alone, on the meta device.
+
+    Raises:
+        ValueError: its sizes are beyond what 64 bits count.
+    """
+    try:
+        with torch.device("meta"):
+            return HFGPTForCausalLM(config)
+    except RuntimeError as error:
+        raise ValueError(f"impossible sizes: {str(error).partition(chr(10))[0]}.") from error
 
 
 def put_together(parts: Parts) -> HFGPTForCausalLM:
     """The model of these parts, in eval mode; the tensors are not copied, and belong to it from now on."""
     parts.config.tie_word_embeddings = parts.is_tied
-    with torch.device("meta"):
-        model = HFGPTForCausalLM(parts.config)
+    model = empty_model(parts.config)
     head = {"lm_head.weight": parts.tensors["model.embed_tokens.weight"]} if parts.is_tied else {}
     model.load_state_dict(parts.tensors | head, assign=True)
     parts.tensors.clear()
@@ -269,6 +312,17 @@ def take_apart(model: HFGPTForCausalLM) -> Parts:
     return Parts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
 
 
+def refuse_several_types(model: HFGPTForCausalLM) -> None:
+    """Refuse a model whose tensors have not all the same type, in which no format and no forward pass is at home.
+
+    Raises:
+        ValueError: naming the types.
+    """
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(kinds) > 1:
+        raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
+
+
 def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 
@@ -277,9 +331,39 @@ def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: st
     """
     if head not in tensors:
         return True, []
-    if not torch.equal(read(tensors[head]), read(tensors[embedding])):
+    ours, theirs = tensors[head], tensors.get(embedding)
+    if theirs is None or ours.dtype != theirs.dtype or not torch.equal(read(ours), read(theirs)):
         return False, []
     return True, [Step(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
+
+
+def names_in(content: dict[Any, Any], wrapped_as: str) -> list[str]:
+    """The names in a file's dictionary of tensors, which is its content or lies in that under a name."""
+    tensors = content.get(wrapped_as, content)
+    return [name for name in tensors if isinstance(name, str)] if isinstance(tensors, dict) else []
+
+
+def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, Stored | Tensor]:
+    """That dictionary itself, once it is known to be one.
+
+    Raises:
+        ValueError: something in it has no name or is no tensor.
+    """
+    tensors = dict(content.get(wrapped_as, content))
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, Stored | Tensor)):
+            raise ValueError(f"{name!r}: a {type(tensor).__name__}, where named tensors were to be expected.")
+    return tensors
+
+
+def refuse_missing_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
+    """Refuse a config with more blocks than there are tensors, before a table of them fills the memory.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(f"`n_layer` is {config.num_hidden_layers}, and there are {len(tensors)} tensors in all.")
 
 
 def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
@@ -312,8 +396,10 @@ def settings_of(config: HFGPTConfig, **needed: Any) -> None:
         ValueError: a field of the config is not what the format needs, naming both.
     """
     for name, value in needed.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"the format needs `{name}` = {value!r}, the model has {getattr(config, name)!r}.")
+        has = getattr(config, name)
+        if has != value and SAME_AS.get(has) != value:
+            hint = " Take it with `--nearest`." if {SAME_AS.get(has, has), value} == {"gelu", "gelu_new"} else ""
+            raise ValueError(f"the format needs `{name}` = {value!r}, the model has {has!r}.{hint}")
 
 
 def refuse_other_inner_width(config: HFGPTConfig) -> None:

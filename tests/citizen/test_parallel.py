@@ -1,5 +1,6 @@
 """One model on two processes (gloo, CPU), each kind by transformers' own DistributedConfig."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,3 +104,15 @@ def test_what_two_processes_save_one_loads(folder, seen, alone, kind):
     again = hfgpt.HFGPTForCausalLM.from_pretrained(folder / kind)
 
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "fsdp"])
+def test_a_split_model_saves_its_own_code_and_not_that_of_the_engine(seen, folder, kind):
+    # FSDP2 gives the model a class of torch's, which transformers takes for the code that runs it.
+    config = json.loads((folder / kind / "config.json").read_text())
+
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hfgpt.HFGPTForCausalLM"
+    assert config["architectures"] == ["HFGPTForCausalLM"]
+    assert sorted(path.name for path in (folder / kind).glob("*.py")) == [
+        *("configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"),
+    ]

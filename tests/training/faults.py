@@ -6,10 +6,14 @@ any time. What it leaves is compared, bit for bit, with a run of the same recipe
 
 import argparse
 import contextlib
+import itertools
+import json
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,14 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import safetensors.torch
 import torch
 import yaml
 from conftest import TEXT_LENGTH
 from runs import DROPOUT, files, metrics
+from transformers import PreTrainedTokenizerFast
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
-from hfgpt.config import load_config
+from hfgpt.config import DataConfig, load_config
+from hfgpt.data import load_documents, load_rows
+from hfgpt.rows import TokenRows
+from hfgpt.tokenizer import train_tokenizer
 from hfgpt.train import train
 
 EVENTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod")
@@ -242,12 +251,177 @@ def damages(whole: Path, place: Path, offsets: int, flips: int, seed: int = 0) -
     return f"{found} of {tried} found, the one before taken"
 
 
+DYING = """
+import os, signal, sys
+from pathlib import Path
+import datasets, torch
+datasets.config.HF_DATASETS_CACHE, datasets.config.IN_MEMORY_MAX_SIZE = Path(sys.argv[1]), 0
+datasets.disable_progress_bars()
+torch.set_num_threads(1)
+from hfgpt import checkpoint, loop, milestones
+from hfgpt.config import load_config
+from hfgpt.train import train
+
+place, recipe, overrides = sys.argv[2], sys.argv[3], sys.argv[4:]
+calls = 0
+
+def dies(function, number):
+    def dying(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return dying
+
+if os.environ["RANK"] == "1":
+    if place == "a step":
+        loop.exchange_gradients = dies(loop.exchange_gradients, 15)
+    if place == "a save":
+        torch.save = dies(torch.save, 7)
+    if place == "an evaluation":
+        milestones.score_batches = dies(milestones.score_batches, 5)
+train(load_config(recipe, overrides), resume=True)
+"""
+"""What each of two processes runs; the second one dies in the place that is named."""
+
+
+def two_processes(recipe: Path, folder: Path, place: str = "nowhere", *overrides: str) -> tuple[int, float]:
+    """Run a recipe on two processes; returns the launcher's exit code, and the seconds it took."""
+    program = folder.parent / "dying.py"
+    program.write_text(DYING)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
+    words += [datasets.config.HF_DATASETS_CACHE, place, recipe, f"output_dir={folder}", *overrides]
+    started = time.monotonic()
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            timeout=300,
+            check=False,
+        )
+    return done.returncode, time.monotonic() - started
+
+
+def killed_ranks(recipe: Path, place: Path) -> str:
+    """Kill one of two processes in a step, in a save and in an evaluation: all end, and the run goes on bit for bit."""
+    code, duration = two_processes(recipe, place / "two")
+    assert code == 0, (place / "two.log").read_text()[-3000:]
+    slowest = 0.0
+    moments = ("a step", "a save", "an evaluation")
+    for moment in moments:
+        folder = place / f"killed in {moment}"
+        code, seconds = two_processes(recipe, folder, moment)
+        assert code != 0, f"nothing died in {moment}"
+        slowest = max(slowest, seconds)
+        assert two_processes(recipe, folder)[0] == 0, (place / f"{folder.name}.log").read_text()[-3000:]
+        assert_bit_equal(place / "two", folder)
+    assert slowest < 60 + duration, slowest
+    return f"{len(moments)} of {len(moments)} bit-equal; all processes gone after {slowest:.0f} s, starting included"
+
+
+def a_single_validation_row(recipe: Path, place: Path) -> str:
+    """Score a validation text of one row on two processes, and on one: the very same before training."""
+    overrides = ["data.validation_fraction=0.03", "train.max_steps=3", "train.save_every=0", "optim.warmup_steps=1"]
+    code, _ = two_processes(recipe, place / "single", "nowhere", *overrides)
+    assert code == 0, (place / "single.log").read_text()[-3000:]
+    train(load_config(recipe, [f"output_dir={place / 'single-one'}", *overrides]))
+    [mine, theirs] = [metrics(place / name)[0]["val_loss"] for name in ("single", "single-one")]
+    assert abs(mine - theirs) < 1e-6, (mine, theirs)
+    return f"no hang, validation loss equal to {abs(mine - theirs):.0e}"
+
+
+def workers(recipe: Path, whole: Path, place: Path) -> str:
+    """Load rows in 2 and 4 processes of their own, after the tokenizer was used: the same run, and no hang."""
+    slowest = 0.0
+    for number in (2, 4):
+        folder = place / f"workers-{number}"
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "hfgpt", "train", recipe, f"output_dir={folder}", f"data.num_workers={number}"],
+            env={**os.environ, "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "fork" not in done.stderr, done.stderr[-3000:]
+        slowest = max(slowest, time.monotonic() - started)
+        assert metrics(folder) == metrics(whole), folder
+    assert slowest < 60, slowest
+    return f"2 of 2 with the same lines, {slowest:.0f} s at most"
+
+
+def large_texts(place: Path) -> str:
+    """A line of 100 MB and a million documents come back from their ids, byte for byte."""
+    words = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8").split()
+    tokenizer = train_tokenizer([" ".join(words)], 400, model_max_length=64)
+    line = (" ".join(words) + " ") * (100_000_000 // len(" ".join(words)))
+    (place / "line.txt").write_text(line, encoding="utf-8")
+    with (place / "many.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(1_000_000):
+            file.write(json.dumps({"text": words[number % len(words)]}) + "\n")
+    found = []
+    for name in ("line.txt", "many.jsonl"):
+        data = DataConfig(files=str(place / name), validation_fraction=0.01, shuffle_documents=False)
+        rows = load_rows(load_documents(data, seed=0), tokenizer, data)
+        texts = [decode(rows, tokenizer) for rows in (rows.train, rows.validation)]
+        expected = line if name == "line.txt" else "".join(words[number % len(words)] for number in range(1_000_000))
+        assert "".join(texts) == expected
+        found.append(f"{rows.train_counts.tokens + rows.validation_counts.tokens:,} tokens")
+    return f"2 of 2 byte for byte ({', '.join(found)})"
+
+
+def decode(rows: TokenRows, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of a stream, a thousand ids at a time, without its end-of-text tokens."""
+    ids = np.concatenate(rows.stream.parts)
+    cuts = [0, *[start for start in rows.stream.document_starts.tolist() if start], len(ids)]
+    if len(cuts) > 1000:  # short documents: each is a few ids
+        return "".join(tokenizer.batch_decode([ids[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]))
+    # Long ones are decoded in pieces: all text here is ASCII, so no character is cut.
+    return "".join(
+        tokenizer.decode(ids[piece : min(piece + 100_000, b)].tolist())
+        for a, b in itertools.pairwise(cuts)
+        for piece in range(a + 1, b, 100_000)
+    )
+
+
 def whole_run(loop: str, place: Path) -> tuple[Path, Path]:
     """A recipe, and a run of it that nothing disturbs."""
     place.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(place, loop)
     finish(recipe, place / f"whole-{loop}")
     return recipe, place / f"whole-{loop}"
+
+
+TESTED = [
+    ("4", "SIGTERM, SIGINT, SIGUSR1 in training, evaluation, saving", "tests/training/test_stopping.py -k signal"),
+    ("5, 6", "full disk, failing and forbidden writes", "tests/training/test_checkpoint.py -k 'disk or fails'"),
+    ("10", "a config that does not fit its weights", "tests/weights/test_folders.py tests/test_configuration.py"),
+    ("11", "a tokenizer that does not fit", "tests -k 'ids_that_the_model or tokenizer_without or another_text'"),
+    (
+        "12, 13",
+        "odd texts and blocks (hypothesis)",
+        "tests/test_documents.py tests/test_data.py tests/test_streaming.py",
+    ),
+    ("14", "a loss or weight that is no number", "tests/training -k 'diverge or nonfinite or finite'"),
+    ("15", "malicious pickles, paths that lead elsewhere", "tests/weights -k 'malicious or elsewhere or hostile'"),
+    ("22, 23", "uneven rows; 1, 2 and 1 processes", "tests/training/test_processes.py -k 'fifty or back or split'"),
+    ("24", "going on with other settings or another text", "tests/training/test_loop.py -k going_on"),
+    ("25", "two runs in one folder", "tests/training/test_stopping.py -k 'same_folder or lock'"),
+]
+"""Row, fault, and the tests that hold its figure."""
+
+
+def tests(selection: str) -> str:
+    """Run some tests, slow ones included, and say how they ended."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not hub and not gpu", *shlex.split(selection)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout.splitlines()[-1].partition(" in ")[0]
 
 
 def main() -> None:
@@ -292,6 +466,13 @@ def main() -> None:
             "every file of a checkpoint truncated, bits flipped, deleted",
             lambda: damages(runs["accelerate"][1], root, int(20 * share), int(200 * share)),
         )
+        recipe, whole = runs["accelerate"]
+        row("12", "a line of 100 MB, a million documents", lambda: large_texts(root))
+        row("21", "kill -9 of one of two processes", lambda: killed_ranks(recipe, recipe.parent))
+        row("22", "a validation text of one row, two processes", lambda: a_single_validation_row(recipe, recipe.parent))
+        row("26", "2 and 4 workers after the tokenizer", lambda: workers(recipe, whole, recipe.parent))
+        for number, fault, selection in TESTED:
+            row(number, fault, lambda s=selection: tests(s))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ import os
 import pickle
 import sys
 from dataclasses import make_dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from foreign import HEADS_UNKNOWN, KINDS, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
+from foreign import HEADS_UNKNOWN, KINDS, Canary, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
 from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.cli import app
 from hfgpt.tokenizer import encode_ids, load_tokenizer
-from hfgpt.weights import WRITERS, load, save
+from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
 from hfgpt.weights.tables import build_from
 
@@ -89,34 +88,6 @@ def test_each_file_format_is_written_as_its_own_code_reads_it(make_gpt2, tmp_pat
             "vocab_size": 320,
             "dropout": 0.1,
         }
-
-
-@pytest.mark.parametrize(
-    ("to", "dtype"),
-    [
-        *((to, torch.float32) for to in WRITERS),
-        *((to, torch.bfloat16) for to in WRITERS if to != "openai"),
-    ],
-)
-def test_there_and_back_is_identity(make_gpt2, tmp_path, to, dtype):
-    gpt2 = make_gpt2(activation_function="gelu" if to == "nanogpt" else "gelu_new").to(dtype)
-    gpt2.save_pretrained(tmp_path / "gpt2")
-    heads = 4 if to == "llms-from-scratch" else None
-
-    for folder in ("there", "again"):
-        (tmp_path / folder).mkdir()
-    there, again = tmp_path / "there/model.bin", tmp_path / "again/model.bin"  # torch.save keeps the name in the file
-
-    convert(tmp_path / "gpt2", there, to)
-    convert(there, tmp_path / "hfgpt", "hfgpt", heads=heads)
-    convert(tmp_path / "hfgpt", again, to)
-    convert(again, tmp_path / "gpt2 again", "gpt2", heads=heads)
-
-    first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("gpt2", "gpt2 again"))
-    assert first.keys() == last.keys()
-    assert all(torch.equal(last[name], tensor) and tensor.dtype == dtype for name, tensor in first.items())
-    if there.is_file():
-        assert there.read_bytes() == again.read_bytes()
 
 
 def test_python_loads_and_saves_files_too(make_gpt2, tmp_path, ids):
@@ -199,16 +170,6 @@ def test_heads_that_a_file_does_not_say_are_those_of_gpt2_or_asked_for(make_gpt2
     assert notes == ["2 heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
     with pytest.raises(ValueError, match=r"how many heads share its width of 32\. Give `--heads`"):
         read(tmp_path / "narrow.pth")
-
-
-class Canary:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return (Path.touch, (self.file,))
 
 
 @pytest.mark.parametrize("by", ["torch", "pickle"])
@@ -371,8 +332,8 @@ def test_the_command_prints_every_tensor_and_the_sum(make_gpt2, tmp_path, capsys
     assert "changed:" in lines
     assert any(line.split() == ["model.embed_tokens.weight", "320x32", "rounded", "to", "bf16"] for line in lines)
     assert lines[-2].startswith("transformers' GPT-2 beside llm.c's mathematics, in float64: max |Δlogit| ")
-    assert lines[-2].endswith("(measured, after rounding or cutting)")
-    assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 37 filled, cut, dropped or rounded"
+    assert lines[-2].endswith("(measured, after a change that was asked for)")
+    assert lines[-1] == "37,760 parameters from 29 tensors (llm.c) to 28; 37 filled, cut, dropped, rounded or exchanged"
     assert {each.dtype for each in load_file(tmp_path / "gpt2/model.safetensors").values()} == {torch.bfloat16}
 
     app(["convert", str(file), str(tmp_path / "own"), "--to", "hfgpt", "--json"], standalone_mode=False)
@@ -490,3 +451,59 @@ def test_characters_that_are_no_vocabulary_are_refused(nanogpt_with_characters, 
 
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "ckpt.pt", tmp_path / "out", "hfgpt")
+
+
+def test_the_other_gelu_is_taken_if_asked_listed_and_measured(make_gpt2, tmp_path):
+    save_nanogpt(make_gpt2(activation_function="gelu"), tmp_path / "ckpt.pt")
+
+    result = convert(tmp_path / "ckpt.pt", tmp_path / "out", "llms-from-scratch", nearest=True, verify=True)
+
+    assert [step.action for step in result.lossy] == ["exchanged: gelu for gelu_new"]
+    assert 1e-5 < result.comparison.max_abs_diff < 1e-2  # the two differ by up to 4.7e-4 per unit
+    assert result.comparison.tolerance is None
+    with pytest.raises(ValueError, match=r"--strict: activation_function would be exchanged: gelu for gelu_new"):
+        convert(tmp_path / "ckpt.pt", tmp_path / "strict", "llms-from-scratch", nearest=True, strict=True)
+    unneeded = convert(tmp_path / "ckpt.pt", tmp_path / "same", "hfgpt", nearest=True, verify=True)
+    assert unneeded.lossy == []
+    assert unneeded.comparison.passed
+
+
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu_fast"])
+def test_another_name_of_gpt2s_activation_needs_no_other_mathematics(make_gpt2, tmp_path, name):
+    make_gpt2(activation_function=name).save_pretrained(tmp_path / "gpt2")
+
+    found = convert(tmp_path / "gpt2", tmp_path / "model.pth", "llms-from-scratch", strict=True, verify=True)
+
+    assert found.comparison.max_abs_diff <= 1e-9
+    assert found.comparison.passed
+
+
+@pytest.mark.parametrize(("activation", "expected"), [(None, "gelu_new"), ("gelu", "gelu")])
+def test_bare_tensors_of_nanogpts_names_are_mingpts_unless_told(make_gpt2, tmp_path, activation, expected):
+    torch.save(as_linear(make_gpt2()), tmp_path / "model.pt")
+
+    model, _, _, notes = read(tmp_path / "model.pt", heads=4, activation=activation)
+
+    assert model.config.activation_function == expected
+    told = ["activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`."]
+    assert notes == ([] if activation else told)
+
+
+def test_rows_behind_the_vocabulary_of_llmc_must_be_padding(make_gpt2, tmp_path):
+    file = save_in("llm.c", make_gpt2(), tmp_path)
+    content = bytearray(file.read_bytes())
+    content[12:16] = (319).to_bytes(4, "little")
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"`vocab_size` is 319, and wte has numbers after so many rows"):
+        read(file)
+
+
+def test_tensors_of_several_types_are_not_loaded_unless_told(make_gpt2, tmp_path):
+    gpt2 = make_gpt2()
+    gpt2.transformer.h.to(torch.bfloat16)
+    gpt2.save_pretrained(tmp_path / "gpt2")
+
+    with pytest.raises(ValueError, match="of several types"):
+        load(tmp_path / "gpt2")
+    assert load(tmp_path / "gpt2", dtype=torch.float32).dtype == torch.float32

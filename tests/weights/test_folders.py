@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2ForTokenClassification, GPT2LMHeadModel
 
 from hfgpt import HFGPTForCausalLM
+from hfgpt.weights import load
 from hfgpt.weights.convert import convert
 
 
@@ -165,17 +166,25 @@ def test_an_index_that_leads_elsewhere_is_refused(gpt2, tmp_path, content, messa
         convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
 
 
-def test_code_that_comes_with_a_folder_is_not_run(gpt2, tmp_path):
+@pytest.mark.parametrize("form", ["gpt2", "hfgpt"])
+def test_code_that_comes_with_a_folder_is_not_run(gpt2, tokenizer, tmp_path, form):
     gpt2.save_pretrained(tmp_path / "gpt2")
-    config = json.loads((tmp_path / "gpt2/config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (tmp_path / "gpt2/config.json").write_text(json.dumps(config))
-    (tmp_path / "gpt2/evil.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    convert(tmp_path / "gpt2", tmp_path / "source", form)
+    for name, classes in (
+        ("config.json", {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}),
+    ):
+        settings = json.loads((tmp_path / "source" / name).read_text())
+        (tmp_path / "source" / name).write_text(json.dumps(settings | {"auto_map": classes}))
+    (tmp_path / "source/evil.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')")
 
-    convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True)
+    load(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", "hfgpt", verify=True)
 
     assert not (tmp_path / "sang").exists()
     assert not list((tmp_path / "out").glob("evil*"))
+    assert not any("evil" in file.read_text() for file in (tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -198,3 +207,57 @@ def test_a_config_that_does_not_fit_the_weights_is_refused_by_name(gpt2, tmp_pat
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_repository_of_the_hub_is_read_with_its_tokenizer(gpt2, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, commit = tmp_path / "cache/models--someone--tiny", "0" * 40  # as the Hub's client keeps it
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    gpt2.save_pretrained(repository / "snapshots" / commit, max_shard_size="40KB")
+    tokenizer.save_pretrained(repository / "snapshots" / commit)
+
+    result = convert("someone/tiny", tmp_path / "out", "hfgpt", verify=True)
+    convert(tmp_path / "out", tmp_path / "again", "gpt2", tokenizer="someone/tiny")
+
+    assert result.comparison.passed
+    for place in ("out", "again"):
+        assert AutoTokenizer.from_pretrained(tmp_path / place)("of it")["input_ids"] == tokenizer("of it")["input_ids"]
+    with pytest.raises(ValueError, match="no model 'someone/tinier'"):
+        convert("someone/tinier", tmp_path / "other", "hfgpt")
+
+
+def test_a_tokenizer_that_cannot_go_along_is_refused(make_gpt2, tokenizer, tmp_path):
+    make_gpt2(vocab_size=319).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+
+    with pytest.raises(ValueError, match=r"the tokenizer has id 319, the model `vocab_size` \(319\)"):
+        convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt")
+    with pytest.raises(ValueError, match=r"`--tokenizer` has no effect: llm\.c has no place for one"):
+        convert(tmp_path / "gpt2", tmp_path / "out", "llm.c", tokenizer=str(tmp_path / "gpt2"))
+    [note] = convert(tmp_path / "gpt2", tmp_path / "out", "llm.c").notes
+    assert note.startswith("the tokenizer stays behind, in ")
+
+
+def test_other_depths_are_read_and_written(make_gpt2, tmp_path):
+    make_gpt2(num_hidden_layers=1).save_pretrained(tmp_path / "one")  # DistilGPT-2 has six instead of twelve
+    make_gpt2(num_hidden_layers=11).save_pretrained(tmp_path / "eleven")  # h.10 comes before h.2
+
+    for depth in ("one", "eleven"):
+        convert(tmp_path / depth, tmp_path / f"{depth}.bin", "llm.c")
+        convert(tmp_path / f"{depth}.bin", tmp_path / f"{depth} again", "gpt2", verify=True)
+        first, last = (load_file(tmp_path / name / "model.safetensors") for name in (depth, f"{depth} again"))
+        assert first.keys() == last.keys()
+        assert all(torch.equal(last[name], each) for name, each in first.items())
+
+
+def test_a_written_gpt2_says_what_llama_cpps_converter_reads(make_gpt2, tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+
+    convert(tmp_path / "gpt2", tmp_path / "out", "gpt2")
+
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    wanted = {"n_layer": 2, "n_ctx": 64, "n_embd": 32, "n_head": 4, "layer_norm_epsilon": 1e-5}
+    assert {name: config[name] for name in wanted} == wanted
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")  # tied, as its loader expects

@@ -47,17 +47,29 @@ def peak_memory(*words):
     return int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
+@pytest.fixture(scope="module")
+def two_sizes(tmp_path_factory, tokenizer):
+    """Folders of a tiny and a large model with a tokenizer, and the size of the large one in bytes."""
+    folder = tmp_path_factory.mktemp("sizes")
+    shapes = {
+        "tiny": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320},
+        # As in xl, no tensor is a large part of the whole.
+        "large": {"n_embd": 1024, "n_layer": 16, "n_head": 16, "vocab_size": 5000},
+    }
+    for name, shape in shapes.items():
+        gpt2 = random_gpt2(GPT2Config(**shape, bos_token_id=None, eos_token_id=None), seed=0)
+        gpt2.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "tiny", folder / "large", 4 * gpt2.num_parameters()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="counts by getrusage")
-@pytest.mark.parametrize("to", ["hfgpt", "llm.c", "llms-from-scratch", "openai"])
-def test_a_conversion_takes_at_most_a_third_more_memory_than_the_model(make_gpt2, tmp_path, to):
-    make_gpt2().save_pretrained(tmp_path / "tiny")
-    shape = {"n_embd": 1024, "n_layer": 16, "n_head": 16, "vocab_size": 5000}  # as in xl, no tensor is a large part
-    gpt2 = random_gpt2(GPT2Config(**shape, bos_token_id=None, eos_token_id=None), seed=0)
-    gpt2.save_pretrained(tmp_path / "large")
-    size = 4 * gpt2.num_parameters()
+@pytest.mark.parametrize("to", ["hfgpt", "gpt2", "llm.c", "llms-from-scratch", "openai", "gguf"])
+def test_a_conversion_takes_at_most_a_third_more_memory_than_the_model(two_sizes, tmp_path, to):
+    tiny, large, size = two_sizes
 
-    libraries = peak_memory(tmp_path / "tiny", tmp_path / "tiny out", "--to", to)
-    whole = peak_memory(tmp_path / "large", tmp_path / "large out", "--to", to)
+    libraries = peak_memory(tiny, tmp_path / "tiny out", "--to", to)
+    whole = peak_memory(large, tmp_path / "large out", "--to", to)
 
     assert whole - libraries <= 1.3 * size

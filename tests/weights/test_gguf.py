@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from transformers import AutoTokenizer
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.tokenizer import train_tokenizer
@@ -102,6 +103,31 @@ def test_llama_cpp_splits_a_text_as_the_tokenizer_does(make_folder, tokenizer, t
     assert by_text == by_ids
 
 
+def test_llama_cpp_keeps_added_tokens_whole(make_folder, tokenizer, tmp_path):
+    _, folder = make_folder(vocab_size=len(tokenizer) + 2)
+    added = AutoTokenizer.from_pretrained(folder)
+    added.add_tokens(["<|user|>"])
+    added.add_special_tokens({"pad_token": "<|pad|>"})
+    added.save_pretrained(folder)
+    added.save_pretrained(tmp_path / "added")
+    convert(folder, tmp_path / "model.gguf", "gguf")
+    text = "Hello<|user|> there"
+
+    by_text, by_ids = (complete(tmp_path / "model.gguf", prompt)[1] for prompt in (text, added(text)["input_ids"]))
+
+    assert len(tokenizer) in added(text)["input_ids"]
+    assert by_text == by_ids
+    kinds = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[-2:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    with pytest.raises(ValueError, match=r"keeps '<\|user\|>' whole, for which OpenAI's files have no place"):
+        convert(
+            make_folder(vocab_size=len(tokenizer) + 2, tie_word_embeddings=True)[1],
+            tmp_path / "openai",
+            "openai",
+            tokenizer=str(tmp_path / "added"),
+        )
+
+
 def test_the_file_says_what_the_model_is(make_folder, tokenizer, tmp_path):
     _, folder = make_folder(vocab_size=len(tokenizer) + 3)
 
@@ -160,3 +186,37 @@ def test_a_model_without_a_tokenizer_is_refused(make_folder, tmp_path):
 
     with pytest.raises(ValueError, match="GGUF holds the tokenizer too, and there is none in"):
         convert(folder, tmp_path / "model.gguf", "gguf")
+
+
+def test_numbers_of_fp64_are_rounded_and_said(make_folder, tmp_path):
+    _, folder = make_folder()
+    HFGPTForCausalLM.from_pretrained(folder).double().save_pretrained(folder)
+    assert convert(folder, tmp_path / "exact.gguf", "gguf").lossy == []  # they all come from fp32
+    model = HFGPTForCausalLM.from_pretrained(folder)
+    model.model.norm.bias.data.fill_(1 / 3)
+    model.save_pretrained(folder)
+
+    [step] = convert(folder, tmp_path / "model.gguf", "gguf").lossy
+
+    assert (step.name, step.action) == ("output_norm.bias", "copied, rounded to fp32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: backend["pre_tokenizer"].update(add_prefix_space=True),
+        lambda backend: backend["pre_tokenizer"].update(use_regex=False),
+        lambda backend: backend.update(normalizer={"type": "Lowercase"}),
+        lambda backend: backend["model"].update(ignore_merges=True),
+    ],
+    ids=["a space before", "other words", "lowercase", "whole words first"],
+)
+@pytest.mark.parametrize("to", ["gguf", "openai"])
+def test_a_tokenizer_that_does_more_than_gpt2s_is_refused(make_folder, tmp_path, change, to):
+    _, folder = make_folder(tie_word_embeddings=True)
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    change(backend)
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+
+    with pytest.raises(ValueError, match="needs a byte-level BPE as GPT-2's"):
+        convert(folder, tmp_path / "out", to)

@@ -39,3 +39,8 @@ def test_a_model_too_large_for_one_file_is_refused(folder, tmp_path, monkeypatch
         convert(folder, tmp_path / "model.onnx", "onnx")
 
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_bf16_which_onnxruntime_does_not_know_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="no bf16 on CPUs"):
+        convert(folder, tmp_path / "model.onnx", "onnx", dtype="bf16")

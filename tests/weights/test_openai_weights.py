@@ -95,13 +95,12 @@ def test_a_checkpoint_gives_gpt2s_logits(gpt2, folder):
     model = load(folder)
 
     torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=1e-4)  # eleven layers deep
-    assert all(torch.equal(load(folder).state_dict()[name], each) for name, each in model.state_dict().items())
 
 
 def test_a_flipped_bit_anywhere_is_found(folder):
     for name in (INDEX, DATA):
         content = (folder / name).read_bytes()
-        for place in range(0, len(content), len(content) // 60):
+        for place in range(0, len(content), len(content) // 30):
             if name == INDEX and len(content) - 48 <= place < len(content) - 8:
                 continue  # of the footer's forty bytes most are filling
             damaged = bytearray(content)
@@ -131,7 +130,7 @@ def test_a_missing_file_and_another_shape_are_refused(folder):
     (folder / HPARAMS).write_text(json.dumps({**shape, "n_embd": 64}))
     with pytest.raises(ValueError, match=r"model/wte: expected shape \(320, 64\), got \(320, 32\)"):
         load(folder)
-    (folder / HPARAMS).write_text(json.dumps({"layers": 3}))
+    (folder / HPARAMS).write_text(json.dumps({"n_ctx": 64}))
     with pytest.raises(ValueError, match=r"hparams\.json: not OpenAI's shape of a GPT-2: KeyError\('n_vocab'\)"):
         load(folder)
     (folder / DATA).unlink()
@@ -152,8 +151,12 @@ def test_the_tokenizer_comes_along(folder, tokenizer, tmp_path):
 
     convert(folder, tmp_path / "hfgpt", "hfgpt")
     convert(tmp_path / "hfgpt", tmp_path / "again", "gpt2")
+    convert(tmp_path / "hfgpt", tmp_path / "openai again", "openai")
+    convert(tmp_path / "openai again", tmp_path / "once more", "gpt2")
 
-    for place in ("hfgpt", "again"):
+    assert json.loads((tmp_path / "openai again/encoder.json").read_text()) == bpe["vocab"]
+    assert (tmp_path / "openai again/vocab.bpe").read_bytes() == (folder / "vocab.bpe").read_bytes()
+    for place in ("hfgpt", "again", "once more"):
         loaded = AutoTokenizer.from_pretrained(tmp_path / place)
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert loaded.eos_token_id == tokenizer.eos_token_id

@@ -1,0 +1,380 @@
+"""How well a causal language model predicts texts: every token scored once, in windows, by a convention with a name.
+
+The convention is that of lm-evaluation-harness (`loglikelihood_rolling`), so that word perplexity, byte perplexity and
+bits per byte are the same numbers there and here. Each text stands alone. Its first token is predicted after the
+tokenizer's bos token, or its eos token where it has no bos. A window holds at most `context` tokens; the first one of a
+text scores all of its targets, each later one the next `stride`. The last one ends where the text ends and reaches back
+a whole context, so that every token after the first `context` has at least `context - stride + 1` tokens before it.
+`stride = context` reads the text once and is what the harness does.
+
+All sums run over all texts before anything is divided: a mean of the perplexities of texts is no perplexity.
+
+Shape letters: B windows in a batch, T tokens in the longest of them, K its last positions, N targets, V vocabulary.
+"""
+
+import inspect
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hfgpt.loss import CHUNK_TOKENS, IGNORE_INDEX
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.tokenizer import encode_arrays
+
+METRIC = str(Path(__file__).with_name("perplexity_metric.py"))
+"""What `evaluate.load` takes: the same numbers as a metric of the `evaluate` library."""
+
+FIRST_TOKEN = ("lm-eval", "text", "skip")
+"""What is scored at the beginning of a text.
+
+`lm-eval`: all tokens that the tokenizer makes of it, those that it adds itself (such as a bos token) among them.
+`text`: the text's own tokens only; a literal `<|endoftext|>` in it is text like any other.
+`skip`: these without the first, which nothing precedes.
+"""
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Texts as token ids, and what their losses are divided by.
+
+    Attributes:
+        ids: for each text the token before its first target, then its targets, (1 + N,) int32.
+        first_token: a value of `FIRST_TOKEN`.
+        prefix: the token before every text's first target; None where that is the text's own first token.
+        special_tokens: how many targets are special tokens.
+        words: of all texts, as the harness counts them: pieces between white space, empty ones at the ends too.
+        bytes: of all texts, in UTF-8.
+    """
+
+    ids: list[np.ndarray]
+    first_token: str
+    prefix: str | None
+    special_tokens: int
+    words: int
+    bytes: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Targets in each text."""
+        return [max(0, len(ids) - 1) for ids in self.ids]
+
+    @property
+    def convention(self) -> str:
+        """What is conditioned on what, in words."""
+        if self.prefix is None:
+            return "each text alone, its first token not scored"
+        kind = "as lm-eval does" if self.first_token == "lm-eval" else "and no special token scored"
+        return f"each text alone, its first token predicted from {self.prefix}, {kind}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of a forward pass: `ids[start:end]` of a text, scoring the targets `ids[end - scored + 1 : end + 1]`."""
+
+    text: int
+    start: int
+    end: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Sums over token losses, from which all else follows.
+
+    Attributes:
+        tokens: how many losses.
+        total: their sum, in nats.
+        squares: the sum of their squares.
+    """
+
+    tokens: int
+    total: float
+    squares: float
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean, as if losses were independent: neighbours are alike, so it is a little small. None for one."""
+        if self.tokens < 2:
+            return None
+        variance = max(0.0, self.squares - self.total**2 / self.tokens) / (self.tokens - 1)
+        return math.sqrt(variance / self.tokens)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One summed loss, divided by whatever people divide it by.
+
+    Attributes:
+        tokens: targets, each scored once, over all processes.
+        loss: nats per token.
+        loss_standard_error: see `TokenLosses`.
+        token_perplexity: e to the loss; infinite beyond floating point, as those below.
+        word_perplexity: e to the nats per word; None where words are not known or first tokens were not scored.
+        byte_perplexity: e to the nats per byte; as above.
+        bits_per_byte: as above.
+    """
+
+    tokens: int
+    loss: float
+    loss_standard_error: float | None
+    token_perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Measurement(Perplexity):
+    """What one pass over texts found.
+
+    Attributes:
+        stride: targets that each window but a text's first adds.
+        windows: rows of the forward passes, over all processes.
+        elapsed_seconds: of the forward passes.
+    """
+
+    stride: int
+    windows: int
+    elapsed_seconds: float
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], first_token: str = "lm-eval"
+) -> EncodedTexts:
+    """Turn texts into ids, each with what its first target is predicted from.
+
+    Args:
+        tokenizer: of the model.
+        texts: any number of texts of any length.
+        first_token: a value of `FIRST_TOKEN`.
+
+    Raises:
+        ValueError: no such policy, or the tokenizer has no token that could stand before a text.
+    """
+    if first_token not in FIRST_TOKEN:
+        raise ValueError(f"`--first-token` must be one of {list(FIRST_TOKEN)}, got {first_token!r}.")
+    prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first_token != "skip" and prefix_id is None:
+        raise ValueError(
+            "the tokenizer has neither a bos nor an eos token to predict the first token from. Set "
+            "`--first-token skip` to leave it out."
+        )
+    if first_token == "lm-eval":
+        encoded = encode_as_lm_eval(tokenizer, texts, tokenizer.decode(prefix_id))
+    else:
+        encoded = encode_arrays(tokenizer, list(texts))
+    before = [] if first_token == "skip" else [prefix_id]
+    special = np.array(tokenizer.all_special_ids, dtype=np.int32)
+    ids = [np.concatenate([np.array(before, dtype=np.int32), each]) for each in encoded]
+    return EncodedTexts(
+        ids=ids,
+        first_token=first_token,
+        prefix=None if first_token == "skip" else tokenizer.decode(prefix_id),
+        special_tokens=sum(int(np.isin(each[1:], special).sum()) for each in ids),
+        words=sum(len(re.split(r"\s+", text)) for text in texts),
+        bytes=sum(len(text.encode("utf-8")) for text in texts),
+    )
+
+
+def encode_as_lm_eval(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], prefix: str) -> list[np.ndarray]:
+    """What the harness scores: a literal special token is one, and what the tokenizer adds itself is scored, too.
+
+    Source:
+        lm-evaluation-harness 0.4.13, `HFLM.tok_encode`.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
+    start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
+    if start is None:
+        raise ValueError("what the tokenizer adds to a text cannot be told apart from it. Set `--first-token text`.")
+    added = [np.array(ids, dtype=np.int32) for ids in (whole[:start], whole[start + len(bare) :])]
+    encoded = encode_arrays(tokenizer, list(texts), split_special_tokens=False)
+    # It adds nothing to a text that begins with the prefix already.
+    return [
+        ids if text.startswith(prefix) else np.concatenate([added[0], ids, added[1]])
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def make_windows(lengths: Iterable[int], context: int, stride: int) -> Iterator[Window]:
+    """Cover texts with windows so that each target is scored once.
+
+    Args:
+        lengths: targets in each text, from 0.
+        context: longest window, in tokens.
+        stride: targets that each window but the first of a text adds, 1 to `context`.
+
+    Raises:
+        ValueError: the stride is out of range; a longer one would leave out tokens.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"`--stride` must be between 1 and the context ({context}), got {stride}.")
+    for text, length in enumerate(lengths):
+        done = min(context, length)
+        if done:
+            yield Window(text, 0, done, done)
+        while done < length:
+            end = min(done + stride, length)
+            yield Window(text, end - context, end, end - done)
+            done = end
+
+
+def make_batch(texts: EncodedTexts, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Put windows into one batch, shorter ones filled up behind, where nothing before sees it.
+
+    Returns:
+        Inputs (B, T), and targets (B, K) of the last K positions; `IGNORE_INDEX` where another window scores them.
+    """
+    length = max(window.end - window.start for window in windows)
+    first = min(window.end - window.start - window.scored for window in windows)
+    inputs = torch.zeros((len(windows), length), dtype=torch.int64)
+    targets = torch.full((len(windows), length), IGNORE_INDEX)
+    for row, window in enumerate(windows):
+        ids = torch.from_numpy(texts.ids[window.text][window.start : window.end + 1]).long()
+        own = len(ids) - 1
+        inputs[row, :own] = ids[:-1]
+        targets[row, own - window.scored : own] = ids[1 + own - window.scored :]
+    return inputs, targets[:, first:]
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target, in nats.
+
+    Args:
+        model: any causal language model, in eval mode.
+        inputs: (B, T) ids, on the model's device.
+        targets: (B, K) ids after the last K of them, or `IGNORE_INDEX`.
+
+    Returns:
+        (N,) in fp32, whatever the model computes in; of an hfgpt model without ever holding all logits.
+    """
+    kept = targets.shape[1]
+    head: nn.Module = nn.Identity()
+    if isinstance(model, HFGPTForCausalLM):
+        states, head = model.model(input_ids=inputs, use_cache=False).last_hidden_state, model.lm_head
+    else:
+        known = inspect.signature(model.forward).parameters
+        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": kept}
+        options = {name: value for name, value in options.items() if name in known}
+        states = model(input_ids=inputs, **options).logits
+    states, targets = states[:, -kept:].flatten(0, 1), targets.flatten()
+    losses = []
+    for start in range(0, len(targets), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        is_target = targets[chunk] != IGNORE_INDEX
+        logits_NV = head(states[chunk][is_target]).float()
+        losses.append(F.cross_entropy(logits_NV, targets[chunk][is_target], reduction="none"))
+    return torch.cat(losses)
+
+
+def score_windows(
+    model: PreTrainedModel, texts: EncodedTexts, windows: Sequence[Window], batch_size: int
+) -> TokenLosses:
+    """Score the targets of all windows, of which each process takes its share.
+
+    The longest windows come first, so that what does not fit into memory fails at once, and little is filled up.
+    """
+    process = PartialState()
+    order = sorted(windows, key=lambda window: window.start - window.end)
+    mine = order[process.process_index :: process.num_processes]
+    # fp64, because a corpus adds up millions of fp32 losses; MPS has no fp64, so the sums live on the CPU.
+    sums = torch.zeros(3, dtype=torch.float64)
+    terminal = Console(stderr=True)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in track(
+            range(0, len(mine), batch_size),
+            description="scoring",
+            console=terminal,
+            transient=True,
+            disable=not (terminal.is_terminal and process.is_main_process),
+        ):
+            inputs, targets = make_batch(texts, mine[start : start + batch_size])
+            losses = token_losses(model, inputs.to(model.device), targets.to(model.device)).cpu().double()
+            sums += torch.stack([torch.tensor(len(losses)).double(), losses.sum(), losses.square().sum()])
+    finally:
+        model.train(was_training)
+    if process.num_processes > 1:
+        sums = reduce(sums.to(model.device), "sum").cpu()
+    tokens, total, squares = sums.tolist()
+    assert tokens == sum(window.scored for window in windows), "a token was scored twice, or not at all"
+    return TokenLosses(int(tokens), total, squares)
+
+
+def measure_texts(
+    model: PreTrainedModel, texts: EncodedTexts, context: int, stride: int, batch_size: int = 8
+) -> Measurement:
+    """Score every target of some texts once.
+
+    Args:
+        model: any causal language model; on several processes, each has it.
+        texts: from `encode_texts`.
+        context: longest window, in tokens.
+        stride: see `make_windows`.
+        batch_size: windows in one forward pass.
+
+    Raises:
+        ValueError: there is nothing to score, an id that the model does not know, or a stride out of range.
+        FloatingPointError: the model's loss is no number.
+    """
+    largest = max((int(ids.max()) for ids in texts.ids if len(ids)), default=0)
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer makes the id {largest}, the model's `vocab_size` is {size}. They do not belong together."
+        )
+    windows = list(make_windows(texts.lengths, context, stride))
+    if not windows:
+        raise ValueError("there is nothing to score: no text holds a token after its first.")
+    started_at = time.perf_counter()
+    losses = score_windows(model, texts, windows, batch_size)
+    elapsed_seconds = time.perf_counter() - started_at
+    if not math.isfinite(losses.total):
+        raise FloatingPointError(f"the loss is {losses.total}: a weight is no number, or {model.dtype} is too narrow.")
+    perplexity = summarize(losses, texts.words, texts.bytes, is_whole=texts.prefix is not None)
+    return Measurement(**asdict(perplexity), stride=stride, windows=len(windows), elapsed_seconds=elapsed_seconds)
+
+
+def summarize(losses: TokenLosses, words: int | None, bytes: int | None, is_whole: bool = True) -> Perplexity:
+    """Divide the summed loss by tokens, words and bytes.
+
+    Args:
+        losses: of all targets.
+        words: of the same texts; None or 0 where they are not known.
+        bytes: as above.
+        is_whole: whether every token of the texts was scored. Without the first ones, nats per word would be too few.
+    """
+    per_word, per_byte = (losses.total / units if units and is_whole else None for units in (words, bytes))
+    return Perplexity(
+        tokens=losses.tokens,
+        loss=losses.mean,
+        loss_standard_error=losses.standard_error,
+        token_perplexity=e_to(losses.mean),
+        word_perplexity=None if per_word is None else e_to(per_word),
+        byte_perplexity=None if per_byte is None else e_to(per_byte),
+        bits_per_byte=None if per_byte is None else per_byte / math.log(2),
+    )
+
+
+def e_to(nats: float) -> float:
+    """E to the power of `nats`; infinite where that is beyond floating point."""
+    return math.inf if nats > 700 else math.exp(nats)
