@@ -82,7 +82,8 @@ def test_skipping_leaves_one_step_out_in_both_loops_alike(recipe, poisoned, thir
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[1]["model.norm.weight"], weights[2]["model.norm.weight"])
     averages = [
-        torch.load(one / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["state"][0] for step in (2, 3)
+        next(iter(torch.load(one / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["state"].values()))
+        for step in (2, 3)
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
     assert json.loads((one / "results.json").read_text())["skipped_steps"] == 1
