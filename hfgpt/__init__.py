@@ -1,5 +1,21 @@
 """A GPT written from scratch that is a full citizen of the Hugging Face ecosystem.
 
+    import hfgpt  # lets AutoModel know the architecture
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("out/demo")
+
+What is in it:
+
+    GPT                             the model in plain PyTorch, exactly GPT-2; needs nothing but torch
+    HFGPTConfig                     its shape, under transformers' names and under GPT-2's
+    HFGPTModel, HFGPTForCausalLM    the same GPT as a transformers model, and with a language model's head
+    HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
+    hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
+    hfgpt.config, hfgpt.train       a recipe, `load_config`, and the run that it describes, `train`
+    hfgpt.decoding                  greedy, temperature, top-k and top-p, written from scratch
+    hfgpt.cli                       the commands; `hfgpt --help` lists them
+
 `import hfgpt` costs next to nothing: torch and transformers are imported when a name is first used, and the model
 registers itself with transformers' Auto classes when those are first used.
 """

@@ -52,6 +52,8 @@ def load_causal_lm(
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
         model_type = fields.get("model_type")
+        if model_type is None:
+            raise ValueError("its config.json names no `model_type`.")
         if model_type == HFGPTConfig.model_type:
             return load(source, wanted), load_tokenizer(tokenizer or source)
         if model_type not in CONFIG_MAPPING:

@@ -179,13 +179,11 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or knobs that contradict one another.
     """
-    path = find_recipe(recipe)
     try:
-        layers = [yaml_mapping(path), *(parse_override(text) for text in overrides)]
         merged = OmegaConf.structured(RunConfig)
         OmegaConf.set_readonly(merged, False)
-        for layer in layers:
-            merged = OmegaConf.merge(merged, canonical_layer(layer))
+        for layer in read_layers(recipe, overrides):
+            merged = OmegaConf.merge(merged, layer)
         config = unescape(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"`{error.full_key}`: {unescape(str(error).splitlines()[0].rstrip('.'))}.") from error
@@ -193,9 +191,57 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return check(config)
 
 
+def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
+    """What the recipe says, and then each override: values by key, checked, under the fields' names."""
+    path = find_recipe(recipe)
+    return [canonical_layer(layer) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))]
+
+
+def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
+    """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
+    recipe_layer, *override_layers = read_layers(recipe, overrides)
+    origins = dict.fromkeys(flatten(asdict(config)), "default")
+    for origin, layers in [("recipe", [recipe_layer]), ("override", override_layers)]:
+        for key in (key for layer in layers for key in flatten(layer)):
+            origins[key] = origin
+    return {key: origin for key, origin in origins.items() if key in flatten(asdict(config))}
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their key paths; an empty mapping is a value."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        is_section = isinstance(value, Mapping) and value
+        result |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return result
+
+
 def config_yaml(config: RunConfig) -> str:
     """The run as YAML, every value written out, in the order of this file."""
     return yaml.dump(asdict(config), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def annotated_yaml(config: RunConfig, origins: Mapping[str, str], is_unicode: bool = True) -> str:
+    """The same with a comment at each value that says where it comes from; it loads as the same run.
+
+    Args:
+        config: the run.
+        origins: from `value_origins`.
+        is_unicode: whether letters beyond ASCII may stand as they are.
+    """
+    lines: list[str] = []
+    for name, value in asdict(config).items():
+        is_section = isinstance(value, dict) and value
+        if is_section:
+            lines.append(f"{name}:")
+        for key, inner in value.items() if is_section else [(name, value)]:
+            # In one line, however long: a comment cannot stand inside of a folded text.
+            text = yaml.dump({key: inner}, Dumper=RecipeDumper, allow_unicode=is_unicode, width=math.inf)
+            first, *rest = text.splitlines()
+            indent = "  " if is_section else ""
+            origin = origins[f"{name}.{key}" if is_section else name]
+            lines += [f"{indent + first:<40}  # {origin}", *(indent + line for line in rest)]
+    return "\n".join(lines) + "\n"
 
 
 class RecipeDumper(yaml.SafeDumper):

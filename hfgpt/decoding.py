@@ -1,140 +1,124 @@
-"""Decoding from scratch: from next-token logits to ids, and from ids to text.
+"""Decoding from scratch: from the logits of the next token to that token, and the loop that lets a model write.
 
-Read top to bottom: what reshapes the logits, what picks the next token, the loop around the model, and how ids become
-text while they arrive. Works with every transformers-style causal language model; beam search is not here.
+Read top to bottom: the order in which the rules of rules.py apply, what picks the next token, the loop around the model
+and its checks. Works with every transformers-style causal language model. Beam search is in beams.py; how ids become
+text, and where a text stops, in text_stream.py.
 
 Shape letters: B batch, T tokens that go into one call of the model, S tokens so far (cached + T), V vocabulary,
 E ids that end a row.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-REPLACEMENT_CHARACTER = "\ufffd"
-"""What a tokenizer decodes to where the bytes so far are no whole character."""
+from hfgpt.rules import (
+    Rules,
+    apply_temperature,
+    check_rules,
+    filter_min_p,
+    filter_top_k,
+    filter_top_p,
+    forbid_repeated_ngrams,
+    penalize_repetition,
+)
 
-MAX_BYTES_OF_A_PART = 3
-"""A UTF-8 character has at most 4 bytes, so an unfinished one has at most 3, in as many tokens."""
-
-MAX_HELD_TOKENS = 16
-"""Text that does not become whole is looked back at no further than this, so that time stays linear in length."""
-
-
-def check_sampling(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
-    """Refuse settings that no distribution can be sampled with.
-
-    Raises:
-        ValueError: `temperature` is negative or not finite, `top_k` is negative, or `top_p` is not in (0, 1].
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"`temperature` must be a finite number of at least 0, got {temperature}. "
-            "1 samples from the model's own distribution, 0 always takes the likeliest token."
-        )
-    if top_k < 0:
-        raise ValueError(f"`top_k` must be at least 0, got {top_k}. 0 keeps every token.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}. 1 keeps every token.")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Random numbers of the logits' device: of all rows together, of each row its own, or, with None, torch's own."""
 
 
-def apply_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Sharpen (`temperature` below 1) or flatten (above 1) the distribution of the next token.
+def apply_history(
+    logits_BV: Tensor,
+    rules: Rules,
+    ids_BS: Tensor,
+    mask_BS: Tensor | None = None,
+    is_unknown_V: Tensor | None = None,
+) -> Tensor:
+    """Apply what does not depend on the distribution: the two rules about earlier tokens, and ids that nobody knows.
 
     Args:
         logits_BV: unnormalised log-probabilities of the next token, (B, V).
-        temperature: what the logits are divided by, above 0; 1 changes nothing.
+        rules: of which only `repetition_penalty` and `no_repeat_ngram_size` matter.
+        ids_BS: tokens so far, (B, S).
+        mask_BS: (B, S), 0 where a token is padding; None where there is none.
+        is_unknown_V: (V,), True for ids that are in the model's vocabulary only to round its size up.
 
     Returns:
-        (B, V): the logits, divided.
+        (B, V): the logits; the tokens forbidden have -inf, which may be all.
+    """
+    if is_unknown_V is not None:
+        logits_BV = logits_BV.masked_fill(is_unknown_V, -math.inf)
+    if rules.repetition_penalty != 1:
+        logits_BV = penalize_repetition(logits_BV, ids_BS, rules.repetition_penalty, mask_BS)
+    if rules.no_repeat_ngram_size:
+        logits_BV = forbid_repeated_ngrams(logits_BV, ids_BS, rules.no_repeat_ngram_size, mask_BS)
+    return logits_BV
+
+
+def shape_distribution(
+    logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Apply the temperature, then `top_k`, `top_p` and `min_p`, in transformers' order.
+
+    Args:
+        logits_BV: unnormalised log-probabilities of the next token, (B, V), in any floating-point type.
+        temperature: at least 0; 0 leaves the likeliest token alone, whatever the rest.
+        top_k: see `filter_top_k`.
+        top_p: see `filter_top_p`.
+        min_p: see `filter_min_p`.
+
+    Returns:
+        (B, V): fp32 logits, of which the softmax is sampled from.
 
     Raises:
-        ValueError: `temperature` is not above 0.
+        ValueError: a setting that `check_rules` refuses.
     """
-    check_sampling(temperature=temperature)
+    check_rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits_BV = logits_BV.float()  # in bf16 the probabilities of a large vocabulary would not sum to 1
     if temperature == 0:
-        raise ValueError("`temperature` is 0, which logits cannot be divided by. `choose_next` takes 0 as greedy.")
-    return logits_BV / temperature
-
-
-def filter_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
-    """Keep the `top_k` likeliest tokens, and those that tie with the last of them.
-
-    Args:
-        logits_BV: unnormalised log-probabilities of the next token, (B, V).
-        top_k: number of tokens to keep, at least 0; 0, and V or more, keep every token.
-
-    Returns:
-        (B, V): the logits, with -inf for every token less likely than the `top_k`-th.
-
-    Raises:
-        ValueError: `top_k` is negative.
-
-    Source:
-        Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4, https://arxiv.org/abs/1805.04833
-    """
-    check_sampling(top_k=top_k)
-    if top_k == 0:
-        return logits_BV
-    kth_B1 = logits_BV.topk(min(top_k, logits_BV.size(-1))).values[:, -1:]
-    return logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
-
-
-def filter_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of tokens whose probabilities sum to at least `top_p`.
-
-    Args:
-        logits_BV: unnormalised log-probabilities of the next token, (B, V).
-        top_p: probability to keep, in (0, 1]; 1 keeps every token.
-
-    Returns:
-        (B, V): the logits, with -inf for every token outside the set. The likeliest token always stays.
-
-    Raises:
-        ValueError: `top_p` is not in (0, 1].
-
-    Source:
-        Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1, https://arxiv.org/abs/1904.09751
-    """
-    check_sampling(top_p=top_p)
-    if top_p == 1:
-        return logits_BV
-    # From the unlikeliest token up: each one sees the probability that would go if it and all below it were removed.
-    # Summing from this end keeps the small probabilities exact, and cuts where transformers' TopPLogitsWarper cuts.
-    sorted_BV, order_BV = logits_BV.sort()
-    is_removed_BV = sorted_BV.softmax(-1).cumsum(-1) <= 1 - top_p
-    is_removed_BV[:, -1] = False
-    return logits_BV.masked_fill(is_removed_BV.scatter(-1, order_BV, is_removed_BV), -math.inf)
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
+        return torch.full_like(logits_BV, -math.inf).scatter(-1, best_B1, 0.0)
+    logits_BV = filter_top_k(apply_temperature(logits_BV, temperature), top_k)
+    return filter_min_p(filter_top_p(logits_BV, top_p), min_p)
 
 
 def choose_next(
-    logits_BV: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+    logits_BV: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    generator: Generators = None,
 ) -> Tensor:
     """Pick the next token of every row: the likeliest at temperature 0, otherwise a sample.
 
     Args:
         logits_BV: unnormalised log-probabilities of the next token, (B, V), in any floating-point type.
         temperature: at least 0; 0 is greedy, and then nothing below has an effect.
-        top_k: see `filter_top_k`; applied after the temperature.
-        top_p: see `filter_top_p`; applied after `top_k`.
-        generator: random numbers of the logits' device; None takes torch's default ones.
+        top_k: see `filter_top_k`.
+        top_p: see `filter_top_p`.
+        min_p: see `filter_min_p`.
+        generator: see `Generators`. With one of its own, a row draws as it would alone.
 
     Returns:
         (B,): token ids, int64.
 
     Raises:
-        ValueError: a setting that `check_sampling` refuses.
+        ValueError: a setting that `check_rules` refuses.
     """
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if temperature == 0:
         return logits_BV.argmax(-1)
-    # In bf16 the probabilities of a large vocabulary would not sum to 1.
-    logits_BV = apply_temperature(logits_BV.float(), temperature)
-    logits_BV = filter_top_p(filter_top_k(logits_BV, top_k), top_p)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
+    logits_BV = shape_distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probabilities_BV = logits_BV.softmax(-1)
+    if isinstance(generator, Sequence):
+        rows = zip(probabilities_BV, generator, strict=True)
+        return torch.cat([torch.multinomial(row_V, 1, generator=own) for row_V, own in rows])
+    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)
 
 
 def stream(
@@ -142,65 +126,85 @@ def stream(
     input_ids: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     attention_mask: Tensor | None = None,
     pad_token_id: int | None = None,
+    is_unknown: Tensor | None = None,
+    is_stopped: Callable[[Tensor], Sequence[bool]] | None = None,
+    **rules: Any,
 ) -> Iterator[Tensor]:
     """Write on from `input_ids`, one token per row and step, each as soon as it is chosen.
 
     The first step reads the whole prompt; keys and values are cached, so each later step reads one token. The model is
-    in eval mode while it computes, and in the mode it had whenever the caller has control.
+    in eval mode while it computes, and in the mode it had whenever the caller has control. Padding changes nothing but
+    the rounding of sums, and neither do the other rows, if each row has its own generator.
 
     Args:
         model: a causal language model with transformers' interface and `config.max_position_embeddings`.
         input_ids: prompts, (B, T) with T at least 1; shorter ones are padded on the left.
         max_new_tokens: tokens to write per row, at least 1; T + `max_new_tokens` must fit the model.
-        temperature: at least 0; 0 is greedy, and then `top_k`, `top_p` and `generator` have no effect.
-        top_k: number of likeliest tokens to sample from; 0 is all of them.
-        top_p: probability of the likeliest tokens to sample from, in (0, 1]; 1 is all of them.
         eos_token_id: id or ids that finish a row; None writes `max_new_tokens` in each.
-        generator: random numbers of the model's device; None takes torch's default ones.
+        generator: see `Generators`; without effect at temperature 0.
         attention_mask: (B, T), 1 for a token, 0 for padding; None means no padding.
-        pad_token_id: what a finished row is filled up with; None takes the (first) `eos_token_id`.
+        pad_token_id: what a finished row is filled up with; None takes the (first) `eos_token_id`, or else 0.
+        is_unknown: (V,), True for ids never to be written, such as those that only round the vocabulary's size up.
+        is_stopped: is told the (B,) new ids of every step and answers which rows end with them, for stops that are not
+            one id; of a row that has ended before, neither the id nor the answer matters.
+        **rules: the fields of `Rules`.
 
     Returns:
         An iterator over (B,) token ids, int64. It ends after `max_new_tokens` steps, or once every row is finished.
 
     Raises:
         ValueError: at the call itself, not at the first step: an empty prompt, one that is padded on the right, a
-            length that does not fit, or a setting that `check_sampling` refuses.
+            length that does not fit, or a rule that `check_rules` refuses. At a step: no token is left to choose.
+        FloatingPointError: at the first step, if the model's logits are no numbers.
     """
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = Rules(**rules)
     check_prompt(input_ids, attention_mask)
     check_length(input_ids.size(1), max_new_tokens, model.config.max_position_embeddings)
-    if eos_token_id is None:
-        stop_ids = []
-    else:
-        stop_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if isinstance(generator, Sequence) and len(generator) != len(input_ids):
+        raise ValueError(f"`generator` has {len(generator)} entries for {len(input_ids)} rows. Give one per row.")
+    stop_ids = stop_ids_of(eos_token_id)
     if pad_token_id is None:
-        pad_token_id = stop_ids[0] if stop_ids else 0  # without stop ids no row finishes, and nothing is filled up
+        pad_token_id = stop_ids[0] if stop_ids else 0
+    num_known = model.config.vocab_size if is_unknown is None else int((~is_unknown).sum())
+    sampling = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
     def steps() -> Iterator[Tensor]:
-        ids_BT, past_key_values = input_ids, None
+        ids_BT, ids_BS, past_key_values = input_ids, input_ids, None
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stop_ids_E = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
         is_finished_B = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         for _ in range(max_new_tokens):
             logits_BV, past_key_values = next_logits(model, ids_BT, mask_BS, past_key_values)
-            next_B = choose_next(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            if ids_BT is input_ids:
+                refuse_nan(logits_BV)
+            logits_BV = apply_history(logits_BV.float(), chosen, ids_BS, mask_BS, is_unknown)
+            # Looked at only where it can happen, because a look waits for the device.
+            if chosen.no_repeat_ngram_size and ids_BS.size(1) >= num_known and (logits_BV.amax(-1) == -math.inf).any():
+                raise ValueError(dead_end(chosen))
+            next_B = choose_next(logits_BV, **sampling, generator=generator)
             next_B = next_B.masked_fill(is_finished_B, pad_token_id)
             is_finished_B = is_finished_B | torch.isin(next_B, stop_ids_E)
+            if is_stopped is not None:
+                is_finished_B = is_finished_B | torch.tensor(is_stopped(next_B), device=input_ids.device)
             yield next_B
-            if stop_ids and is_finished_B.all():
+            if (stop_ids or is_stopped is not None) and is_finished_B.all():
                 return
             ids_BT = next_B[:, None]
+            ids_BS = torch.cat([ids_BS, ids_BT], dim=1)
             mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], dim=1)
 
     return steps()
+
+
+def stop_ids_of(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """The ids that finish a row, as a list."""
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
 @torch.no_grad()
@@ -235,6 +239,24 @@ def next_logits(model: Any, ids_BT: Tensor, mask_BS: Tensor, past_key_values: An
         for module in training:
             module.training = True
     return output.logits[:, -1], output.past_key_values
+
+
+def dead_end(rules: Rules) -> str:
+    """What to say where every token is forbidden."""
+    return (
+        f"`no_repeat_ngram_size` ({rules.no_repeat_ngram_size}) leaves no token to go on with: each would repeat "
+        "something. Raise it, or write fewer tokens."
+    )
+
+
+def refuse_nan(logits_BV: Tensor) -> None:
+    """Refuse a model whose logits are no numbers: the likeliest token would be the first of them.
+
+    Raises:
+        FloatingPointError: a logit is NaN.
+    """
+    if logits_BV.isnan().any():
+        raise FloatingPointError("the model's logits are not numbers (NaN): it diverged, or its weights are damaged.")
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -294,47 +316,3 @@ def generate(model: Any, input_ids: Tensor, **settings: Any) -> Tensor:
         ValueError: see `stream`.
     """
     return torch.cat([input_ids, *(next_B[:, None] for next_B in stream(model, input_ids, **settings))], dim=1)
-
-
-def stream_text(tokenizer: Any, token_ids: Iterable[int | Tensor]) -> Iterator[str]:
-    """Turn the ids of one row into pieces of text, each as soon as it consists of whole characters.
-
-    A Korean syllable or an emoji may be split over tokens; its parts are held back until it is complete. The pieces
-    joined are `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`: for byte-level BPE
-    always, for SentencePiece's byte fallback where the bytes are valid UTF-8. Takes time linear in the number of ids.
-
-    Args:
-        tokenizer: has transformers' `decode`.
-        token_ids: ids of one row, as int or as tensors of one element: what `stream` yields for one prompt fits.
-
-    Yields:
-        Pieces of text, none of them empty.
-    """
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    # The window starts with tokens whose text is out already, `shown` characters of it: SentencePiece tokenizers drop
-    # the space before the very first token they are given, so a token's own text shows only after another one.
-    window: list[int] = []
-    new_from, shown = 0, 0
-    for token_id in map(int, token_ids):
-        # Special tokens and ids outside the vocabulary have no text. Asked twice over, because a single
-        # SentencePiece space has none either.
-        if not decode([token_id, token_id]):
-            continue
-        window.append(token_id)
-        text = decode(window)
-        if len(text) > shown and not text.endswith(REPLACEMENT_CHARACTER):
-            yield text[shown:]
-            window = window[new_from:]
-            new_from, shown = len(window), len(decode(window))
-        elif len(window) > MAX_HELD_TOKENS:
-            # These bytes are no text, or the text is a row of real U+FFFD. Only the last one can still change.
-            if len(text) - 1 > shown:
-                yield text[shown:-1]
-            window = window[-MAX_BYTES_OF_A_PART:]
-            new_from, shown = 0, len(decode(window)) - 1
-    rest = decode(window)[shown:]
-    if rest:
-        yield rest

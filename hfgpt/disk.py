@@ -25,6 +25,25 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise
 
 
+def check_new_file(path: Path, ending: str, overwrite: bool) -> None:
+    """Refuse a name that a file should not be written under, before the work that it is for.
+
+    Raises:
+        ValueError: it ends in something else.
+        FileExistsError: it exists, and is not to be overwritten.
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+    """
+    if path.suffix.lower() != ending:
+        raise ValueError(f"{path}: the name must end in {ending}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Name another file, or add `--overwrite`.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.absolute().parent} is no folder. Make it first.")
+
+
 @contextmanager
 def new_path(dest: Path) -> Iterator[Path]:
     """Where to write a file or folder that gets its name only once it is whole.

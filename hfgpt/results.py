@@ -29,6 +29,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from hfgpt.disk import write_atomically
 
+RESULTS_FILE, PLOT_FILE = "results.json", "loss.png"
+
 PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 FIGURE_SIZE = (9.0, 5.5)
@@ -36,7 +38,7 @@ FIGURE_SIZE = (9.0, 5.5)
 FIGURE_DPI = 120
 
 # One sample in samples.md, as `SamplesFile.append` writes it. Its text holds no run of backticks as long as its fence.
-SAMPLE_SECTION = re.compile(r"\n## step (\d+) \([^\n]*\)\n\n(`{3,})text\n.*?\n\2\n", re.DOTALL)
+SAMPLE_SECTION = re.compile(r"\n## step (\d+) \([^\n]*\)\n\n(`{3,})text\n(.*?)\n\2\n", re.DOTALL)
 
 
 class MetricsLog:
@@ -91,6 +93,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def complete_lines(path: str | Path) -> list[bytes]:
     """Lines that end in a newline, without it."""
     return Path(path).read_bytes().split(b"\n")[:-1]
+
+
+def training_speed(metrics: list[dict[str, Any]]) -> float | None:
+    """Tokens per second over all training lines of metrics.jsonl, evaluations and checkpoints left out."""
+    training = [record for record in metrics if "tokens_per_second" in record]
+    tokens = [0, *(record["tokens"] for record in training)]
+    seconds = sum(
+        (after - before) / record["tokens_per_second"]
+        for before, after, record in zip(tokens[:-1], tokens[1:], training, strict=True)
+    )
+    return tokens[-1] / seconds if training else None
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -201,6 +214,14 @@ class SamplesFile:
         section = f"\n## step {step} (tokens {tokens:,}, validation loss {val_loss:.4f})\n\n{fenced(text)}"
         with self.path.open("ab") as file:
             file.write(section.encode())
+
+    def read(self) -> list[tuple[int, str]]:
+        """Step and text of every sample, in the order written."""
+        content, position, samples = self.path.read_bytes().decode(), len(self.header), []
+        while section := SAMPLE_SECTION.match(content, position):
+            position = section.end()
+            samples.append((int(section[1]), section[3]))
+        return samples
 
     def truncate_after(self, step: int) -> None:
         """Drop the samples of later steps than `step`, and a last one that a kill tore."""

@@ -25,12 +25,13 @@ from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.processes import join_processes, split_over_processes
 from hfgpt.recorder import talk
+from hfgpt.results import RESULTS_FILE
 from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
 
-RUN_FILE, RESULTS_FILE, LOCK_FILE = "run.yaml", "results.json", ".lock"
+RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
 ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers")
 """Fields of `train` that may differ when a run goes on: the product of the first two with the processes is the rows

@@ -100,6 +100,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def bytes_of_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """Bytes of text that each id stands for, int64 (ids,), special ones for none; None if it is not byte-level."""
+    if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return None
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    added = set(tokenizer.get_added_vocab())  # they stand as they are; in the others each character spells a byte
+    lengths = np.array([len(token.encode()) if token in added else len(token) for token in tokens])
+    lengths[tokenizer.all_special_ids] = 0
+    return lengths
+
+
 def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Turn each text into ids, with no special token: a literal `<|endoftext|>` is text like any other."""
     return [ids.tolist() for ids in encode_arrays(tokenizer, texts)]

@@ -14,14 +14,17 @@ from pydoc_data.topics import topics
 
 import datasets
 import pytest
+import torch
 import typer
 from accelerate.state import AcceleratorState
 
-from hfgpt.cli import join_resume, main
-from hfgpt.cli.app import ORDER_OF_THE_JOB, app
-from hfgpt.config import load_config
+import hfgpt as package
+from hfgpt.cli import describe, describe_missing, join_resume, main
+from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
+from hfgpt.config import MODEL_FIELDS, RunConfig, flatten, load_config
 from hfgpt.doctor import Finding
 from hfgpt.measure import measure, render
+from hfgpt.settings import Settings
 from hfgpt.tokenizer import load_tokenizer
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -65,6 +68,14 @@ def hfgpt(*words):
 def process(*words, folder):
     """Run a program in a process of its own."""
     return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def shell(line, **environment):
+    """Run a line of bash, in which `hfgpt` is the installed command."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", line], env={**os.environ, "PATH": path, **environment}, capture_output=True, check=False
+    )
 
 
 def contents(folder):
@@ -241,6 +252,39 @@ def test_config_prints_yaml_that_loads_equal(world):
     assert load_config("printed.yaml") == load_config("demo", ["sample.prompt=${x}: 1e3", "model.n_embd=96"])
 
 
+def test_config_says_where_each_value_comes_from(world):
+    words = ["tiny.yaml", "seed=3", "model.n_layer=7", "optim.warmup_steps=2", "optim.weight_decay=0.1"]
+
+    printed, as_json = hfgpt("config", *words), hfgpt("config", *words, "--json")
+
+    origins = json.loads(as_json.out)["origins"]
+    assert origins["output_dir"] == "recipe"
+    assert origins["seed"] == "override"
+    assert origins["loop"] == "default"
+    assert origins["model.num_hidden_layers"] == "override"  # `n_layer` in the recipe too
+    assert origins["model.hidden_size"] == "recipe"
+    assert origins["optim.warmup_steps"] == "override"  # though the recipe says the same
+    assert origins["optim.weight_decay"] == "override"  # though it is the default
+    assert origins["data.files"] == "recipe"
+    assert re.search(r"^seed: 3 +# override$", printed.out, flags=re.MULTILINE)
+    assert re.search(r"^  num_hidden_layers: 7 +# override$", printed.out, flags=re.MULTILINE)
+    assert re.search(r"^  stride: null +# default$", printed.out, flags=re.MULTILINE)
+    assert flatten(json.loads(as_json.out)["config"]).keys() == origins.keys()
+    assert printed.out.count("  # ") == len(origins)
+
+
+@pytest.mark.parametrize("prompt", ["x # y", "a: b", "two\nlines", "long " * 60, "한국어 🙂", "'", "null", "- a", ""])
+def test_comments_do_not_change_what_is_printed(world, prompt):
+    words = [f"sample.prompt={prompt}", "data.files=[a.txt,b.txt]"]
+
+    printed = hfgpt("config", "tiny.yaml", *words)
+
+    Path("printed.yaml").write_text(printed.out, encoding="utf-8")
+    assert load_config("printed.yaml") == load_config(
+        "tiny.yaml", [f"sample.prompt={prompt}", "data.files=[a.txt,b.txt]"]
+    )
+
+
 def test_evaluate_prints_a_table_to_read(world):
     words = ["--stride", 7, "--stride", 20, "--context", 40, "--first-token", "text", "--device", "cpu"]
     printed = hfgpt("evaluate", "out/accelerate", "--data", "text.txt", "--batch-size", 50, *words)
@@ -299,24 +343,80 @@ def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
 
 
 def test_generate_hands_every_option_on(world, monkeypatch):
-    heard = {}
+    heard = []
     monkeypatch.setattr(
         "hfgpt.generation.continue_text",
-        lambda source, prompt, **settings: iter([heard.update(source=source, prompt=prompt, **settings) or "!"]),
+        lambda writer, prompt, settings: iter([heard.append((writer.source, prompt, settings)) or "!"]),
     )
 
-    options = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --seed 9"
-    hfgpt("generate", "folder", "a b", *options.split())
+    sampling = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.1 --seed 9 --stop a\\n --stop b"
+    searching = (
+        "--num-beams 3 --length-penalty 0.5 --early-stopping never --repetition-penalty 2 --no-repeat-ngram-size 3"
+    )
+    for options in (sampling, searching):
+        hfgpt("generate", "out/accelerate", "a b", *options.split())
 
-    assert heard == {
-        "source": "folder",
-        "prompt": "a b",
-        "max_new_tokens": 7,
-        "temperature": 0.5,
-        "top_k": 4,
-        "top_p": 0.75,
-        "seed": 9,
-    }
+    sampled = Settings(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
+    searched = Settings(
+        num_beams=3, length_penalty=0.5, early_stopping="never", repetition_penalty=2.0, no_repeat_ngram_size=3
+    )
+    assert heard == [("out/accelerate", "a b", sampled), ("out/accelerate", "a b", searched)]
+
+
+def test_generate_answers_many_prompts_in_their_order(world):
+    Path("p.jsonl").write_text('{"prompt": "The", "id": 7}\n{"id": 8, "prompt": "한국어"}\n', encoding="utf-8")
+    words = ["generate", "out/accelerate", "--prompts", "p.jsonl", "--samples", 2, "--max-new-tokens", 8, "--seed", 3]
+
+    as_json, printed = hfgpt(*words, "--json", "--batch-size", 3), hfgpt(*words)
+
+    records = [json.loads(line) for line in as_json.out.splitlines()]
+    assert (as_json.code, as_json.err, printed.code, printed.err) == (0, "", 0, "")
+    assert [(each["id"], each["prompt"], each["seed"]) for each in records] == [
+        *((7, "The", 3), (7, "The", 4), (8, "한국어", 3), (8, "한국어", 4))
+    ]
+    alone = hfgpt("generate", "out/accelerate", "한국어", "--max-new-tokens", 8, "--seed", 4).out
+    assert records[3]["text"] + "\n" == alone
+    for number, each in enumerate(records):
+        heading = f"--- prompt {number // 2 + 1}/2, sample {number % 2 + 1}/2, seed {each['seed']} ---"
+        assert f"{heading}\n{each['text']}\n" in printed.out
+
+
+def test_generate_compares_settings(world):
+    words = ["generate", "out/accelerate", "The", "--seed", 3, "--max-new-tokens", 8]
+    words += ["--compare", "temperature=2", "--compare", "num_beams=2"]
+
+    as_json, printed = hfgpt(*words, "--json"), hfgpt(*words)
+
+    hot, searched = (json.loads(line) for line in as_json.out.splitlines())
+    assert (hot["settings"], searched["settings"]) == ("temperature=2", "num_beams=2")
+    assert (hot["seed"], "seed" in searched, searched["score"] < 0) == (3, False, True)
+    assert hot["text"] + "\n" == hfgpt(*words[:7], "--temperature", 2).out
+    for each in (hot, searched):
+        assert re.search(rf"--- {each['settings']} \(.*\) ---\n{re.escape(each['text'])}\n", printed.out)
+
+
+def test_explore_prints_tables_and_writes_what_it_is_asked_for(world):
+    words = ["explore", "out/accelerate", "The object is", "--plot", "next.png", "--html", "page.html"]
+
+    printed, again, replaced = hfgpt(*words), hfgpt(*words), hfgpt(*words, "--overwrite", "--json")
+
+    assert (printed.code, printed.err) == (0, "wrote next.png\nwrote page.html\n")
+    assert "temperature=0.1" in printed.out
+    assert Path("next.png").read_bytes().startswith(b"\x89PNG")
+    assert "The object is" in Path("page.html").read_text(encoding="utf-8")
+    assert (again.code, again.out) == (2, "")
+    assert "next.png exists. Name another file, or add `--overwrite`." in again.err
+    found = json.loads(replaced.out)
+    assert (replaced.code, found["text"], len(found["distributions"])) == (0, "The object is", 4)
+
+
+def test_play_answers_lines_from_a_pipe(world, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The\n/set temprature=1\n"))
+
+    said = hfgpt("play", "out/accelerate", "--set", "max_new_tokens=8,seed=3")
+
+    assert said.out == hfgpt("generate", "out/accelerate", "The", "--max-new-tokens", 8, "--seed", 3).out
+    assert (said.code, said.err) == (2, "error: `temprature` is no setting. Did you mean `temperature`?\n")
 
 
 def test_verify_passes_a_trained_model(world):
@@ -420,9 +520,31 @@ def test_data_prepare_has_nothing_to_do_for_a_stream(world):
 def test_help_lists_the_commands_in_the_order_of_the_job():
     printed = hfgpt("--help")
 
-    commands = re.findall(r"^\W+(\w+)  ", printed.out.partition("Commands")[2], flags=re.MULTILINE)
+    listed = printed.out.partition("Prepare")[2]
+    commands = re.findall(r"^\W+([a-z]+)  ", listed, flags=re.MULTILINE)
     assert printed.code == 0
     assert commands == [name for name in ORDER_OF_THE_JOB if name in COMMANDS]
+    titles = [listed.index(f"─ {part} ─") for part in list(PARTS_OF_THE_JOB)[1:]]
+    assert titles == sorted(titles)
+
+
+def test_hfgpt_alone_shows_what_there_is():
+    printed = hfgpt()
+
+    assert (printed.code, printed.err) == (2, "")
+    assert "Usage: hfgpt" in printed.out
+
+
+def test_version_is_that_of_the_package():
+    assert hfgpt("--version") == Result(0, f"hfgpt {package.__version__}\n", "")
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_help_fits_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    for words in (["--help"], ["train", "--help"], ["convert", "--help"]):
+        assert max(map(len, hfgpt(*words).out.splitlines())) <= columns
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train", "data prepare"])
@@ -438,7 +560,7 @@ def test_help_is_quick_because_it_imports_no_library(tmp_path):
 
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert ran.returncode == 0
-    assert "Commands" in ran.stdout
+    assert "Train a model by a recipe" in ran.stdout
     assert "hfgpt.cli" in imported
     assert not {"torch", "transformers", "datasets", "accelerate", "numpy"} & imported
 
@@ -481,6 +603,9 @@ def make_files(world):
     (world / "damaged").mkdir()
     shutil.copy(world / "small" / "config.json", world / "damaged")
     (world / "damaged" / "model.safetensors").write_bytes(b"junk")
+    for name, config in [("unfitting", "{}"), ("listed", "[]")]:
+        shutil.copytree(world / "small", world / name, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (world / name / "config.json").write_text(config)
 
 
 @pytest.fixture(scope="module")
@@ -567,6 +692,8 @@ BAD_INPUT = [
     ("evaluate notes --data text.txt", "notes is no model folder: it has no config.json."),
     ("evaluate nowhere/at-all --data text.txt", "no model 'nowhere/at-all'"),
     ("evaluate damaged --data text.txt", "damaged/model.safetensors: Error while deserializing header"),
+    ("evaluate unfitting --data text.txt", "no model 'unfitting': its config.json names no `model_type`."),
+    ("evaluate listed --data text.txt", "no model 'listed': config.json must hold a JSON object."),
     ("generate notes The", "notes is no model folder"),
     ("verify notes", "notes is no model folder"),
     # The options.
@@ -587,6 +714,17 @@ BAD_INPUT = [
     ("generate small The --temperature -1", "`temperature` must be a finite number of at least 0, got -1.0."),
     ("generate small The --top-p 2", "`top_p` must be above 0 and at most 1, got 2.0."),
     ("generate small The\udcff", r"'The\udcff' is not UTF-8."),
+    ("generate small The --num-beams 2 --top-k 5", "`top_k` has no effect: beam search (`num_beams` 2)"),
+    ("generate small The --samples 2 --temperature 0", "`samples` (2): at `temperature` 0 each would be the same"),
+    ("generate small The --compare tok_p=1", "`tok_p` is no setting. Did you mean `top_p`?"),
+    ("generate small --prompts empty.txt", "empty.txt holds no prompt"),
+    ("generate small --prompts missing.txt", "No such file or directory: 'missing.txt'"),
+    ("explore small The --plot text.txt", "text.txt: the name must end in .png."),
+    ("explore small The --html nowhere/x.html", "nowhere is no folder. Make it first."),
+    ("explore small The --compare top_q=3", "`top_q` is no setting. Did you mean `top_p`?"),
+    ("explore mixed The", "the model's `vocab_size` is 300. They do not belong together."),
+    ("play small --set top_q=3", "`top_q` is no setting. Did you mean `top_p`?"),
+    ("play notes", "notes is no model folder"),
     ("verify", "give a model or `--random SIZE`, one of them."),
     ("verify small --random small", "give a model or `--random SIZE`, one of them."),
     ("verify small --layers 1", "`--layers` has no effect without `--random`."),
@@ -618,14 +756,143 @@ def test_bad_input_gets_one_clear_line_and_leaves_everything_as_it_was(bad_world
     assert contents(bad_world) == before
 
 
-@pytest.mark.parametrize("words", ["train", "trian demo", "train demo --fast", "evaluate", "generate small"])
-def test_a_wrong_command_line_exits_with_2(words):
+MISUSE = [
+    ("train", "missing argument 'RECIPE'. See `hfgpt train --help`."),
+    ("trian demo", "no such command 'trian'. Did you mean 'train'? See `hfgpt --help`."),
+    ("tokenizer trian", "no such command 'trian'. Did you mean 'train'? See `hfgpt tokenizer --help`."),
+    ("train demo --fast", "no such option: --fast. See `hfgpt train --help`."),
+    ("train demo --resum", "no such option: --resum. Did you mean --resume? See `hfgpt train --help`."),
+    ("train demo --train.max_steps=3", "Values of a recipe have no dashes: `train.max_steps=VALUE`."),
+    ("evaluate small --data a.txt --batch-size many", "invalid value for '--batch-size': "),
+    ("evaluate small --data a.txt --batch-size 0", "invalid value for '--batch-size': "),
+    ("evaluate small large --data a.txt", "got unexpected extra argument"),
+    ("generate small", "missing argument"),
+    ("explore small", "missing argument"),
+    ("generate small The --seed", "option '--seed' requires an argument."),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISUSE, ids=[words for words, _ in MISUSE])
+def test_a_wrong_command_line_gets_one_line_and_exit_code_2(words, message):
     said = hfgpt(*words.split())
 
-    assert said.code == 2
-    assert said.out == ""
-    assert "Usage: hfgpt" in said.err
-    assert "Traceback" not in said.err
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    def missing(name):
+        return describe_missing(ModuleNotFoundError(f"No module named {name!r}", name=name))
+
+    assert missing("gguf") == 'gguf is not installed: `pip install "hfgpt[gguf]"`.'
+    assert missing("google_crc32c") == 'google_crc32c is not installed: `pip install "hfgpt[openai]"`.'
+    assert missing("lm_eval.tasks") == 'lm_eval is not installed: `pip install "hfgpt[neighbours]"`.'
+    assert missing("hfgpt.nowhere") is None  # that is no fault of the user's: the traceback is shown
+
+
+def test_too_little_memory_is_said_in_one_line(world):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)
+
+    assert describe(caught.value).startswith("out of memory. Lower the batch, the rows or the model.")
+    assert describe(RuntimeError("a bug")) is None
+    said = hfgpt("train", "tiny.yaml", "output_dir=out/new", "model.n_embd=4000000000", "model.n_head=1")
+    assert said.code == 1
+    assert said.err.startswith("error: out of memory.")
+    assert said.err.count("\n") == 1
+
+
+# --- terminals, pipes and shells
+
+
+def test_a_reader_that_has_gone_a_full_disk_and_closed_streams_cause_no_traceback():
+    lines = {
+        "gone": "(sleep 0.1; hfgpt --version; echo $? >&2) | true",
+        "gone from help": "(sleep 0.1; hfgpt --help; echo $? >&2) | true",
+        "full": "hfgpt --version > /dev/full; echo $?",
+        "closed": "hfgpt --version >&-; echo $?",
+        "closed stderr": "hfgpt trian 2>&-; echo $?",
+    }
+
+    said = {name: (ran.stdout + ran.stderr).decode() for name, ran in ((name, shell(lines[name])) for name in lines)}
+
+    assert said == {
+        "gone": "1\n",
+        "gone from help": "1\n",
+        "full": "1\nerror: [Errno 28] No space left on device\n",
+        "closed": "0\n",
+        "closed stderr": "2\n",
+    }
+
+
+def test_a_terminal_without_utf8_gets_escapes_that_mean_the_same(world, monkeypatch):
+    def written(*words):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "argv", ["hfgpt", *words])
+        with contextlib.redirect_stdout(stdout), pytest.raises(SystemExit):
+            main()
+        return stdout.buffer.getvalue().decode("ascii")
+
+    words = ["tiny.yaml", "sample.prompt=größer 한 🙂"]
+    Path("printed.yaml").write_text(written("config", *words))
+    assert load_config("printed.yaml") == load_config(*words[:1], words[1:])
+    assert json.loads(written("config", *words, "--json"))["config"]["sample"]["prompt"] == "größer 한 🙂"
+    # What YAML and JSON have no part in.
+    assert written("generate", "out/accelerate", "größer 한 🙂", "--max-new-tokens", "1").startswith(
+        r"gr\xf6\xdfer \ud55c \U0001f642"
+    )
+
+
+def test_names_of_files_may_have_any_letters(world):
+    shutil.copy("tiny.yaml", "größer 한 🙂.yaml")
+
+    assert "\nseed: 0 " in hfgpt("config", "größer 한 🙂.yaml").out
+    assert "no recipe 'größe 한.yaml'" in hfgpt("config", "größe 한.yaml").err
+
+
+@pytest.mark.parametrize(("variable", "is_coloured"), [("NO_COLOR", False), ("FORCE_COLOR", True)])
+def test_colours_are_left_out_where_they_are_not_wanted(variable, is_coloured):
+    coloured = shell("hfgpt --help", **{variable: "1", "TERM": "xterm"})
+
+    assert (b"\x1b[1m" in coloured.stdout or b"\x1b[36m" in coloured.stdout) == is_coloured
+
+
+def test_the_keys_that_are_completed_are_those_of_a_recipe():
+    keys = set(recipe_keys())
+
+    assert {key for key in keys if not key.startswith("model.")} == {*flatten(asdict(RunConfig()))} - {"model"}
+    assert {key.removeprefix("model.") for key in keys if key.startswith("model.")} <= MODEL_FIELDS
+
+
+def test_recipes_and_folders_are_completed(world):
+    assert complete_recipe("") == ["demo", "tiny.yaml", "out/"]
+    assert complete_recipe("ti") == ["tiny.yaml"]
+    assert complete_recipe("de") == ["demo"]
+    assert complete_recipe("out/a") == ["out/accelerate/"]
+    assert "out/accelerate/run.yaml" in complete_recipe("out/accelerate/")
+    assert complete_recipe("nowhere/") == []
+
+
+def test_the_shell_is_offered_commands_recipes_and_keys_without_the_wait_for_a_library():
+    complete = "COMP_CWORD=%d COMP_WORDS='%s' _HFGPT_COMPLETE=complete_bash hfgpt"
+
+    offered = [
+        shell(complete % (number, words), PYTHONPROFILEIMPORTTIME="1")
+        for number, words in [(1, "hfgpt tra"), (3, "hfgpt train demo optim.learn"), (2, "hfgpt train dem")]
+    ]
+
+    assert [each.stdout.decode().split() for each in offered] == [["train"], ["optim.learning_rate="], ["demo"]]
+    assert b"| torch" not in offered[1].stderr
+    assert b"hfgpt.cli" in offered[1].stderr
+
+
+def test_a_shell_can_be_taught_to_complete(tmp_path):
+    taught = shell("hfgpt --show-completion bash", HOME=str(tmp_path), SHELL="/bin/bash")
+
+    assert taught.returncode == 0
+    assert b"_HFGPT_COMPLETE=complete_bash" in taught.stdout
 
 
 @pytest.mark.parametrize("words", ["--debug train dmeo", "train dmeo --debug"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hfgpt.config
+from hfgpt.card import TEMPLATE
 from hfgpt.config import load_config, package_file
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ FORCE_INCLUDE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-inc
 
 
 def test_every_file_that_the_wheel_takes_from_beside_the_code_is_there():
-    assert "recipes/demo.yaml" in FORCE_INCLUDE
+    assert FORCE_INCLUDE.keys() >= {"recipes/demo.yaml", "cards/model_card.md"}
     for source, target in FORCE_INCLUDE.items():
         assert (ROOT / source).is_file()
         assert target == f"hfgpt/{source}"  # where `package_file` looks for it
@@ -41,8 +42,16 @@ def test_the_version_stands_in_one_way_only():
     assert PROJECT["project"]["version"] == hfgpt.__version__
 
 
+def test_the_package_explains_every_public_name():
+    for name in set(hfgpt.__all__) - {"__version__"}:
+        assert name in hfgpt.__doc__
+        assert getattr(hfgpt, name).__doc__.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ`"))
+    for command in ("hfgpt --help", "load_config"):
+        assert command in hfgpt.__doc__
+
+
 @pytest.mark.slow
-def test_a_wheel_carries_the_code_and_the_demo_recipe(tmp_path):
+def test_a_wheel_carries_the_code_the_page_the_demo_recipe_and_the_card_template(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("hfgpt-*.whl")
@@ -53,6 +62,8 @@ def test_a_wheel_carries_the_code_and_the_demo_recipe(tmp_path):
 
     carried = {path.relative_to(installed) for path in installed.rglob("*.py")}
     assert carried == {path.relative_to(ROOT) for path in (ROOT / "hfgpt").rglob("*.py")}
+    assert (installed / "hfgpt" / TEMPLATE).read_bytes() == (ROOT / TEMPLATE).read_bytes()
+    assert (installed / "hfgpt" / "explore.html").is_file()
     program = "from hfgpt.config import find_recipe; import sys; sys.stdout.write(str(find_recipe('demo')))"
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=installed, check=True, capture_output=True, text=True

@@ -4,14 +4,23 @@ Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse
 130 stopped at once by Ctrl-C.
 """
 
+import io
 import os
+import re
 import sys
+from importlib.metadata import requires
+from typing import NoReturn
 
-from hfgpt.cli import model_commands, run_commands, weights_commands  # noqa: F401 - each registers its commands
+from typer.exceptions import TyperException
+
+from hfgpt.cli import card_commands, model_commands, run_commands, weights_commands  # noqa: F401 - each registers its own
 from hfgpt.cli.app import app
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+INTERRUPTED = 130
+"""What typer, and a shell, say of a program that Ctrl-C ended."""
 
 
 def main() -> None:
@@ -19,18 +28,88 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     # Every command knows --debug, wherever it stands.
     sys.argv = [sys.argv[0], *join_resume([word for word in sys.argv[1:] if word != "--debug"])]
+    prepare_streams()
     quieten_libraries()
     try:
         check_encoding(sys.argv)
-        app()
-    except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is as it was.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError) as error:
-        if is_debug:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()  # a full disk, or a reader that has gone, is to be heard of here
+    except BrokenPipeError:  # `hfgpt config demo | head -1`: the reader has had enough
+        give_stdout_up()
+        raise SystemExit(1) from None
+    except TyperException as error:
+        fail(describe_misuse(error), 2)
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        message = describe(error)
+        if is_debug or message is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, MISUSES) else 1) from None
+        fail(message, 2 if isinstance(error, MISUSES) else 1)
+    if code == INTERRUPTED:
+        print("stopped at once; the last checkpoint is as it was.", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say on one line what is wrong, and end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_stdout_up()
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def describe_misuse(error: TyperException) -> str:
+    """One line about words that typer makes no sense of: the nearest that it knows, and where to read on."""
+    message = error.format_message().strip()
+    if not message:  # `hfgpt` alone: its help has been printed
+        return ""
+    message = re.sub(r" \(Possible options: (.*)\)$", r". Did you mean \1?", message[0].lower() + message[1:])
+    key = re.match(r"no such option: -+(\w+\.[\w.]+)", message)
+    if key:
+        message = f"{key[0]}. Values of a recipe have no dashes: `{key[1]}=VALUE`."
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "hfgpt"
+    return f"{message}{'' if message[-1] in '.?' else '.'} See `{where} --help`."
+
+
+def describe(error: Exception) -> str | None:
+    """One line about what went wrong; None if only a traceback can tell."""
+    if isinstance(error, ModuleNotFoundError):
+        return describe_missing(error)
+    # torch, on a GPU or a CPU
+    is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or is_torch_memory:
+        return f"out of memory. Lower the batch, the rows or the model. {error}"
+    is_ours = isinstance(error, RuntimeError) and not isinstance(error, MISUSES)
+    return None if is_ours else str(error)
+
+
+def describe_missing(error: ModuleNotFoundError) -> str | None:
+    """Which extra of hfgpt brings a package that is not there; None if none does."""
+    missing = (error.name or "").partition(".")[0]
+    for requirement in requires("hfgpt") or []:
+        found = re.match(r"([\w.-]+).*extra == [\"'](\w+)", requirement)
+        if found and re.sub(r"[-.]", "_", found[1]).lower() == missing.lower() and found[2] != "test":
+            return f'{missing} is not installed: `pip install "hfgpt[{found[2]}]"`.'
+    return None
+
+
+def prepare_streams() -> None:
+    """Let every text be written: to nowhere where a stream is closed, as an escape where it has no such letter."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def give_stdout_up() -> None:
+    """Send what is still to be written to nowhere, or Python complains about it when it ends."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def check_encoding(words: list[str]) -> None:

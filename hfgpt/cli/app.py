@@ -1,25 +1,42 @@
 """The command line's frame: the app that the commands register with, and the words that several of them take."""
 
+import ast
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
-ORDER_OF_THE_JOB = (
-    *("doctor", "config", "tokenizer", "data", "train", "compare"),
-    *("evaluate", "explore", "generate", "play"),
-    *("verify", "convert"),
-    *("card", "push", "pull"),
-)
+PARTS_OF_THE_JOB = {
+    "Prepare": ("doctor", "config", "tokenizer", "data"),
+    "Train": ("train", "compare", "bench"),
+    "Use": ("evaluate", "explore", "generate", "play"),
+    "Convert": ("verify", "convert"),
+    "Share": ("card", "push", "pull"),
+}
+ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
 
 
 class JobOrder(TyperGroup):
-    """Lists the commands in the order of the job; typer itself puts those with subcommands last."""
+    """Lists the commands by the parts of the job; typer itself would go by where they are written."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Put the names in order."""
         return sorted(super().list_commands(ctx), key=ORDER_OF_THE_JOB.index)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Say to which part of the job a command belongs."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.rich_help_panel = next(  # type: ignore[attr-defined]
+                part for part, names in PARTS_OF_THE_JOB.items() if cmd_name in names
+            )
+        return command
 
 
 app = typer.Typer(
@@ -32,21 +49,89 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Offer the recipe that comes with hfgpt, YAML files, and folders to look further in."""
+    folder, slash, begin = incomplete.rpartition("/")
+    there = [path for path in sorted(Path(folder + slash).glob("*")) if path.name.startswith(begin)]
+    files = [f"{folder}{slash}{path.name}" for path in there if path.suffix in (".yaml", ".yml")]
+    folders = [f"{folder}{slash}{path.name}/" for path in there if path.is_dir() and not path.name.startswith(".")]
+    return [*(["demo"] if "demo".startswith(incomplete) else []), *files, *folders]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Offer the keys of a recipe."""
+    return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
+
+
+def recipe_keys() -> list[str]:
+    """The key path of every knob, read from the source: importing it takes seconds, and Tab is pressed often."""
+    fields: dict[str, dict[str, str]] = {}
+    for name in ("config.py", "configuration_hfgpt.py"):
+        for node in ast.parse((Path(__file__).parents[1] / name).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+                fields[node.name] = {ast.unparse(item.target): ast.unparse(item.annotation) for item in annotated}
+    keys: list[str] = []
+    for name, kind in fields["RunConfig"].items():
+        section = fields.get("HFGPTConfig" if name == "model" else kind)
+        keys += [name] if section is None else [f"{name}.{inner}" for inner in section]
+    return keys
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-2 model.", metavar="MODEL")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that differ from the recipe's.", metavar="[KEY.PATH=VALUE]...")
+    list[str] | None,
+    typer.Argument(
+        help="Values that differ from the recipe's.", metavar="[KEY.PATH=VALUE]...", autocompletion=complete_override
+    ),
 ]
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or `demo`.", metavar="RECIPE")]
+Recipe = Annotated[
+    str, typer.Argument(help="A YAML file, or `demo`.", metavar="RECIPE", autocompletion=complete_recipe)
+]
+
+
+def print_version(is_wanted: bool) -> None:
+    """Print the version, and be done."""
+    if is_wanted:
+        from hfgpt import __version__
+
+        print(f"hfgpt {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Read what stands before the command."""
 
 
+@contextmanager
+def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
+    """Show that something goes on whose end cannot be foreseen, where somebody watches.
+
+    Args:
+        doing: what.
+        source: read for it; nothing is shown beside the bars of a download from the Hub.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal or (source is not None and not Path(source).exists()):
+        yield
+        return
+    with console.status(doing):
+        yield
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print one object on one line, as programs read it."""
-    print(json.dumps(result, ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=not writes_unicode()))
+
+
+def writes_unicode() -> bool:
+    """Whether stdout takes every letter as it is."""
+    return (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"

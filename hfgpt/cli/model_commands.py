@@ -1,5 +1,6 @@
 """Commands that use a model: measure it, let it write."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,33 +68,154 @@ def evaluate(
         talk(f"the tasks' figures are in {saved_in}, too")
 
 
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE,...", help="Settings to see beside others, such as `temperature=0.5,top_k=40`."),
+]
+
+
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to write on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Likeliest tokens to draw from; 0 draws from all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Probability of the likeliest tokens to draw from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Fixes the text.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to write on from.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: one a line, or .jsonl with objects that have a `prompt`.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; with beam search the best ones.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts written together.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write. Without it 100.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 takes the likeliest token. Without it 0.8.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Likeliest tokens to draw from; 0 draws from all. Without it 50.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Probability of the likeliest tokens to draw from.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens at least so many times as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: makes tokens that came before less likely.")
+    ] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No sequence of so many tokens comes twice.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Above 1: beam search, which samples nothing.")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Of beam search: below 1 favours short texts, above long ones.")
+    ] = None,
+    early_stopping: Annotated[
+        str | None, typer.Option(metavar="true|false|never", help="When beam search stops looking for better.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text before it; `\\n` is a line break; repeatable."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes the texts; sample n has the seed SEED + n.")] = None,
+    compare: Compare = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text to stdout.")] = False,
+) -> None:
+    """Write on from a prompt, token by token, or from many at once."""
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
+    from hfgpt.settings import make_settings, make_variants, parse_value
+
+    # The options have no defaults, so that only what was given is told to have no effect; `Settings` has them.
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "early_stopping": None if early_stopping is None else parse_value("early_stopping", early_stopping),
+        "stop": tuple(text for each in stop for text in parse_value("stop", each)) if stop else None,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    variants = make_variants(given, compare) if compare else {"": make_settings(given)}
+
+    from hfgpt.generation import continue_text, load_writer, read_prompts, write_texts
+    from hfgpt.terminal import open_console, print_comparison, print_texts, stream_to
+
+    records = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
+    asked = [str(record["prompt"]) for record in records]
+    writer, console = load_writer(model), open_console()
+    if len(asked) == samples == len(variants) == 1 and not as_json:
+        stream_to(console, asked[0], continue_text(writer, asked[0], next(iter(variants.values()))))
+        return
+    texts = {
+        label: write_texts(writer, asked, settings, samples=samples, batch_size=batch_size)
+        for label, settings in variants.items()
+    }
+    for number, record in enumerate(records, start=1):
+        written = {label: next(each) for label, each in texts.items()}
+        if as_json:
+            for label, text in ((label, text) for label, each in written.items() for text in each):
+                print_json({**record, **({"settings": label} if compare else {}), **text.record()})
+        elif compare:
+            print_comparison(console, asked[number - 1], written)
+        else:
+            print_texts(console, asked[number - 1], written[""], number, len(records))
+
+
+@app.command()
+def explore(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="Text to look at, and to look on from.")],
+    compare: Compare = None,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to show of those that may come next.")] = 10,
+    steps: Annotated[int, typer.Option(min=0, help="Tokens of the likeliest way on.")] = 8,
+    alternatives: Annotated[int, typer.Option(min=0, help="Other tokens to show at each step.")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the distributions of the next token.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write all of it as one page.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let the files replace others.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write on from a prompt, token by token."""
-    from hfgpt.generation import continue_text
+    """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
+    from hfgpt.disk import check_new_file, write_atomically
+    from hfgpt.settings import EXPLORED, explored_variants
 
-    pieces = continue_text(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    variants = explored_variants(compare or EXPLORED)
+    for path, ending in ((plot, ".png"), (html, ".html")):
+        if path is not None:
+            check_new_file(path, ending, overwrite)
+
+    from hfgpt.explore import explore
+    from hfgpt.generation import load_writer
+    from hfgpt.recorder import talk
+    from hfgpt.terminal import open_console, print_exploration
+
+    found = explore(load_writer(model), text, variants, top=top, steps=steps, alternatives=alternatives)
     if as_json:
-        print_json({"prompt": prompt, "text": prompt + "".join(pieces)})
-        return
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        print_json(found.record())
+    else:
+        print_exploration(open_console(), found)
+    for path, ending in ((plot, ".png"), (html, ".html")):
+        if path is not None:
+            from hfgpt.pictures import draw_distributions, render_page
+
+            write_atomically(path, (draw_distributions if ending == ".png" else render_page)(found))
+            talk(f"wrote {path}")
+
+
+@app.command()
+def play(
+    model: Model,
+    settings: Annotated[
+        str | None,
+        typer.Option("--set", metavar="NAME=VALUE,...", help="Settings, such as `temperature=0.5,top_k=40`."),
+    ] = None,
+) -> None:
+    """Type prompts and see them written on, until Ctrl-D."""
+    from hfgpt.settings import make_settings, parse_settings
+
+    given = parse_settings(settings) if settings else {}
+    make_settings(given)
+    from hfgpt.generation import load_writer
+    from hfgpt.play import play
+
+    play(load_writer(model), given)

@@ -7,21 +7,25 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, Overrides, Recipe, app, print_json
+from hfgpt.cli.app import Json, Overrides, Recipe, app, print_json, writes_unicode
 
 tokenizer_app = typer.Typer(help="Train a tokenizer by itself.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare the text of a run by itself.", no_args_is_help=True)
 
 
 @app.command()
-def config(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Print a recipe with every value filled in."""
-    from hfgpt.config import config_yaml, load_config
+def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print a recipe with every value filled in, and where each comes from."""
+    from hfgpt.config import annotated_yaml, load_config, value_origins
     from hfgpt.optim import check_optim
 
     loaded = load_config(recipe, overrides or [])
     check_optim(loaded.optim)
-    print(config_yaml(loaded), end="")
+    origins = value_origins(loaded, recipe, overrides or [])
+    if as_json:
+        print_json({"config": asdict(loaded), "origins": origins})
+    else:
+        print(annotated_yaml(loaded, origins, writes_unicode()), end="")
 
 
 @tokenizer_app.command("train")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, app, print_json
+from hfgpt.cli.app import Json, app, busy, print_json
 
 
 @app.command()
@@ -27,12 +27,14 @@ def verify(
 
     if random is None:
         assert source is not None
-        result = verify(source, bf16)
+        with busy(f"comparing {source} with GPT-2", source):
+            result = verify(source, bf16)
     else:
         talk(f"needs about {memory_needed(random, layers) / 1e9:.1f} GB of memory")
         if layers is not None:
             talk(f"at reduced depth: {layers} of the {SIZES[random]['n_layer']} blocks of {random}")
-        result = verify_random(random, layers, bf16=bf16)
+        with busy("comparing on random weights"):
+            result = verify_random(random, layers, bf16=bf16)
     if as_json:
         print_json(asdict(result))
     else:
@@ -61,20 +63,21 @@ def convert(
     from hfgpt.weights.convert import convert, give_freed_tensors_back, render
 
     give_freed_tensors_back()
-    result = convert(
-        source,
-        dest,
-        to,
-        source_format=source_format,
-        strict=strict,
-        verify=verify,
-        dtype=dtype,
-        heads=heads,
-        activation=activation,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        nearest=nearest,
-    )
+    with busy(f"converting {source}", source):
+        result = convert(
+            source,
+            dest,
+            to,
+            source_format=source_format,
+            strict=strict,
+            verify=verify,
+            dtype=dtype,
+            heads=heads,
+            activation=activation,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            nearest=nearest,
+        )
     if as_json:
         print_json(asdict(result))
     else:

@@ -302,7 +302,7 @@ def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrain
 
 def left_behind(source: Path, found: str, to: str) -> list[str]:
     """A note on a tokenizer that lies beside the weights, where the destination has no place for one."""
-    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.with_name(nanogpt.META)}
+    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.parent / nanogpt.META}
     tokenizer = beside.get(found, source / "tokenizer.json")
     if to in WITH_TOKENIZER or not tokenizer.is_file():
         return []

@@ -50,6 +50,10 @@ def refuse_what_is_not_there(source: str | Path) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{source} is no model folder: it has no config.json.")
+        for name in ("config.json", "generation_config.json"):  # transformers (5.23) trips over what is no object
+            file = path / name
+            if file.is_file() and file.read_text(encoding="utf-8", errors="replace").lstrip()[:1] != "{":
+                raise ValueError(f"no model {str(source)!r}: {name} must hold a JSON object.")
         return
     try:
         validate_repo_id(str(source))

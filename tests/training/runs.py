@@ -4,6 +4,7 @@ import json
 
 from accelerate.state import AcceleratorState
 
+from hfgpt.card import compare_card
 from hfgpt.config import load_config
 from hfgpt.train import train
 
@@ -33,7 +34,7 @@ def training_lines(folder):
 
 def files(folder):
     """Relative path -> content of every file that holds no timing and no name of the run's own."""
-    own = {"metrics.jsonl", "results.json", "run.yaml"}
+    own = {"metrics.jsonl", "results.json", "README.md", "run.yaml"}
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name not in own)
     return {str(path): (folder / path).read_bytes() for path in paths if not path.parts[0].startswith("superseded")}
 
@@ -43,6 +44,7 @@ def assert_same_run(one, other):
     assert files(one).keys() == files(other).keys()
     for name, content in files(one).items():
         assert content == files(other)[name], name
+    assert compare_card(one) is compare_card(other) is None  # so the cards differ as the results do
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
     for result in results:
         for key in TIMINGS:

@@ -1,70 +1,17 @@
+"""The loop around the model: transformers' `generate` writes the same, whatever stands beside a row."""
+
 import math
 from copy import deepcopy
-from operator import length_hint
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from hfgpt.decoding import apply_temperature, choose_next, filter_top_k, filter_top_p, generate, stream, stream_text
+from hfgpt.decoding import choose_next, generate, shape_distribution, stream
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
-RANDOM_LOGITS = torch.randn(50, 100, generator=torch.Generator().manual_seed(0)) * 4
 PROMPTS = torch.randint(61, (3, 7), generator=torch.Generator().manual_seed(1))
 LEFT_PADDING = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
-KOREAN = "안녕하세요, 세계! 오늘은 날씨가 참 좋네요 👩‍👩‍👧 🇰🇷 뷁."
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A GPT-2 with noise on all weights, so large that its greedy text is not one token over and over."""
-    sizes: dict[str, Any] = {"vocab_size": 61, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    # Tied embeddings would favour the token just read.
-    config = GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model = GPT2LMHeadModel(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def byte_level():
-    """A small byte-level BPE, trained on English, so that each Korean character is three tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the lamp on the table and the moth at the lamp"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="module")
-def sentencepiece():
-    """A BPE as Llama has it: words start with U+2581, and what is not in the vocabulary is spelt in bytes."""
-    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", *"abcdef"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def whole_text(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def greedy(model, ids, **settings):
@@ -74,54 +21,6 @@ def greedy(model, ids, **settings):
 def generate_with_transformers(model, ids, mask=None, **keywords):
     mask = torch.ones_like(ids) if mask is None else mask
     return model.generate(ids, attention_mask=mask, max_new_tokens=30, **{"pad_token_id": 0, **keywords})
-
-
-@pytest.mark.parametrize("logits", [RANDOM_LOGITS, RANDOM_LOGITS.round()], ids=["distinct", "tied"])
-@pytest.mark.parametrize(
-    ("ours", "theirs", "values"),
-    [
-        (apply_temperature, TemperatureLogitsWarper, [0.1, 0.7, 1.0, 2.5]),
-        (filter_top_k, TopKLogitsWarper, [1, 3, 50, 100, 1000]),
-        (filter_top_p, TopPLogitsWarper, [1e-6, 0.1, 0.5, 0.9, 0.999]),
-    ],
-)
-def test_logits_become_what_transformers_makes_of_them(ours, theirs, values, logits):
-    before = logits.clone()
-    for value in values:
-        torch.testing.assert_close(ours(logits, value), theirs(value)(None, logits), rtol=0, atol=0)
-    assert torch.equal(logits, before)
-
-
-@settings(derandomize=True, deadline=None)
-@given(logits=st.lists(st.integers(-40, 40), min_size=1, max_size=20), top_p=st.floats(0.01, 0.99))
-def test_top_p_keeps_the_smallest_set_that_reaches_it(logits, top_p):
-    logits = torch.tensor([logits], dtype=torch.float64) / 8
-
-    kept = filter_top_p(logits, top_p) > -math.inf
-
-    probabilities = logits.softmax(-1)
-    assert probabilities[kept].sum() >= top_p - 1e-12  # sums of at most 20 float64 numbers below 1
-    assert kept.sum() == 1 or probabilities[kept].sum() - probabilities[kept].min() < top_p + 1e-12
-    assert kept.all() or probabilities[kept].min() >= probabilities[~kept].max()
-
-
-def test_top_k_of_three_keeps_the_three_likeliest_of_nine_words():
-    filtered = filter_top_k(NINE_WORDS, 3)
-
-    assert filtered[filtered > -math.inf].tolist() == pytest.approx([4.51, 6.75, 6.28])
-
-
-def test_top_k_of_zero_and_top_p_of_one_change_nothing():
-    logits = torch.tensor([[0.0, -200.0, 3.0]])  # the second has probability 0 in fp32
-
-    assert torch.equal(filter_top_k(logits, 0), logits)
-    assert torch.equal(filter_top_p(logits, 1.0), logits)
-
-
-def test_the_likeliest_token_always_stays():
-    filtered = filter_top_p(filter_top_k(apply_temperature(RANDOM_LOGITS, 3.0), 1), 1e-9)
-
-    assert torch.equal(filtered.isfinite().nonzero()[:, 1], RANDOM_LOGITS.argmax(-1))
 
 
 def test_sampling_draws_what_the_lecture_drew():
@@ -290,6 +189,10 @@ def test_generated_ids_can_be_trained_on_and_gradients_stay_on_between_steps(mod
         ({"top_k": -1}, "`top_k` must be at least 0, got -1"),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "`top_p` must be above 0 and at most 1, got 1.1"),
+        ({"min_p": -0.1}, "`min_p` must be at least 0 and at most 1, got -0.1"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a finite number above 0, got 0.0"),
+        ({"no_repeat_ngram_size": -1}, "`no_repeat_ngram_size` must be at least 0, got -1"),
+        ({"generator": [torch.Generator()]}, "`generator` has 1 entries for 3 rows"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"at least one of each, got shape \(1, 0\)"),
         ({"input_ids": torch.zeros(7, dtype=torch.long)}, r"must be \(rows, tokens\) .* got shape \(7,\)"),
         ({"attention_mask": torch.ones(3, 6)}, r"`attention_mask` has shape \(3, 6\), but `input_ids` has \(3, 7\)"),
@@ -303,85 +206,126 @@ def test_what_cannot_be_decoded_is_refused_before_the_first_step(model, argument
         stream(model, **arguments)
 
 
+RULES = [
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.7},
+    {"no_repeat_ngram_size": 2},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+]
+
+
+NO_TOKEN_TWICE = {"no_repeat_ngram_size": 1}  # in transformers 5.23 the ids of the padding count as well
+
+
 @pytest.mark.parametrize(
-    ("function", "value"), [(apply_temperature, 0), (apply_temperature, -1), (filter_top_k, -2), (filter_top_p, -1)]
+    ("rules", "mask"),
+    [*((rules, mask) for rules in RULES for mask in (None, LEFT_PADDING)), (NO_TOKEN_TWICE, None)],
+    ids=lambda value: str(value) if isinstance(value, dict) else "full" if value is None else "left-padded",
 )
-def test_each_function_refuses_what_its_setting_cannot_be(function, value):
-    with pytest.raises(ValueError, match=rf"{value}\b"):
-        function(NINE_WORDS, value)
+def test_greedy_text_under_rules_about_earlier_tokens_equals_transformers_generate(model, rules, mask):
+    ours = greedy(model, PROMPTS, attention_mask=mask, **rules)
+
+    assert torch.equal(ours, generate_with_transformers(model, PROMPTS, mask, do_sample=False, **rules))
+    assert not torch.equal(ours, greedy(model, PROMPTS, attention_mask=mask))  # the rules did something
 
 
-def test_korean_text_streams_whole_characters_each_with_the_token_that_completes_it(byte_level):
-    ids = byte_level(KOREAN).input_ids
-    remaining = iter(ids)
-    pieces = []
+@pytest.mark.parametrize("rules", [*RULES, NO_TOKEN_TWICE], ids=str)
+def test_rules_about_earlier_tokens_do_not_see_padding(model, rules):
+    prompts = PROMPTS.masked_fill(LEFT_PADDING == 0, int(greedy(model, PROMPTS)[1, 10]))  # a token that may well come
 
-    for piece in stream_text(byte_level, remaining):
-        pieces.append(piece)
-        taken = len(ids) - length_hint(remaining)
-        assert whole_text(byte_level, ids[:taken]) == "".join(pieces)
+    together = greedy(model, prompts, attention_mask=LEFT_PADDING, **rules)
 
-    assert pieces == list(KOREAN)
-    assert len(ids) > 2 * len(pieces)  # the characters are indeed split
+    for row, padding in enumerate([0, 2, 5]):
+        assert torch.equal(together[row, padding:], greedy(model, prompts[row : row + 1, padding:], **rules)[0])
 
 
-def test_words_keep_their_spaces_with_a_sentencepiece_tokenizer(sentencepiece):
-    text = "a abc  a   한글 👩‍👩‍👧 deaf"
-    ids = sentencepiece(text).input_ids
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.7, "min_p": 0.1, "repetition_penalty": 1.3},
+        {"top_k": 5, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_all_rules_together_sample_what_transformers_generate_samples(model, rules):
+    torch.manual_seed(5)
+    ours = generate(model, PROMPTS, max_new_tokens=30, attention_mask=LEFT_PADDING, **rules)
 
-    pieces = list(stream_text(sentencepiece, ids))
-
-    assert "".join(pieces) == whole_text(sentencepiece, ids) == text
-    assert "한" in pieces
-
-
-def test_text_that_never_becomes_whole_is_not_held_back_for_ever(byte_level):
-    continuation_byte = byte_level("한").input_ids[1]
-
-    first = next(stream_text(byte_level, [continuation_byte] * 1000))
-    assert len(first) < 20
-    for broken in range(40):
-        ids = [continuation_byte] * broken + byte_level("👩").input_ids
-        assert "".join(stream_text(byte_level, ids)) == "\ufffd" * broken + "👩"
+    torch.manual_seed(5)
+    theirs = {"top_k": 0, **rules}  # their default is 50
+    assert torch.equal(ours, generate_with_transformers(model, PROMPTS, LEFT_PADDING, do_sample=True, **theirs))
 
 
-def test_special_tokens_and_unknown_ids_have_no_text_even_inside_a_character(byte_level):
-    first, *others = byte_level("한").input_ids
-    nothing = [byte_level.eos_token_id, 1_000_000] * 40
+def test_ids_that_no_tokenizer_knows_are_never_written(model):
+    usual = greedy(model, PROMPTS)
+    unknown = usual[:, 7:].unique()[:20]
+    is_unknown = torch.zeros(61, dtype=torch.bool).index_fill(0, unknown, True)
 
-    assert list(stream_text(byte_level, [*nothing, first, *nothing, *others, *nothing])) == ["한"]
+    ours = greedy(model, PROMPTS, is_unknown=is_unknown)
 
-
-@pytest.mark.parametrize("text", ["the lamp on " * 300, "한국어 " * 300, "\ufffd" * 500], ids=["en", "ko", "broken"])
-def test_streaming_takes_time_linear_in_the_number_of_tokens(byte_level, text):
-    ids = byte_level(text).input_ids + [byte_level.eos_token_id] * 1000
-    lengths = []
-
-    class CountingTokenizer:
-        def decode(self, token_ids, **keywords):
-            lengths.append(len(token_ids))
-            return byte_level.decode(token_ids, **keywords)
-
-    assert "".join(stream_text(CountingTokenizer(), ids)) == text
-    assert max(lengths) < 20
-    assert len(lengths) <= 3 * len(ids) + 1
+    theirs = generate_with_transformers(model, PROMPTS, do_sample=False, suppress_tokens=unknown.tolist())
+    assert torch.equal(ours, theirs)
+    hot = generate(model, PROMPTS, max_new_tokens=40, temperature=50.0, is_unknown=is_unknown)[:, 7:]
+    assert not torch.isin(hot, unknown).any()
+    assert len(hot.unique()) > 30  # of the 41 left
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(data=st.data())
-def test_pieces_join_to_the_decoded_text_whatever_the_ids(byte_level, data):
-    # U+FFFD itself and the parts of characters of two, three and four bytes are what can go wrong: draw them often.
-    parts = st.sampled_from(byte_level("\ufffdé한👩").input_ids)
-    ids = data.draw(st.lists(st.integers(0, len(byte_level)) | parts, max_size=120))
+def test_a_row_with_its_own_generator_writes_what_it_writes_alone(model):
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    pieces = list(stream_text(byte_level, ids))
+    sampling = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 30, "repetition_penalty": 1.1}
+    together = generate(model, PROMPTS, attention_mask=LEFT_PADDING, generator=seeded(3, 4, 5), **sampling)
+    swapped = generate(
+        model, PROMPTS.flip(0), attention_mask=LEFT_PADDING.flip(0), generator=seeded(5, 4, 3), **sampling
+    )
 
-    assert "".join(pieces) == whole_text(byte_level, ids)
-    assert all(pieces)
+    assert torch.equal(together, swapped.flip(0))
+    for row, padding in enumerate([0, 2, 5]):
+        prompt = PROMPTS[row : row + 1, padding:]
+        assert torch.equal(together[row, padding:], generate(model, prompt, generator=seeded(3 + row), **sampling)[0])
+        one = torch.Generator().manual_seed(3 + row)
+        assert torch.equal(together[row, padding:], generate(model, prompt, generator=one, **sampling)[0])
 
 
-def test_what_stream_yields_for_one_prompt_becomes_text(model, byte_level):
-    text = "".join(stream_text(byte_level, stream(model, PROMPTS[:1], max_new_tokens=30, temperature=0)))
+def test_rows_stop_where_they_are_told_to_and_are_filled_up(model):
+    free = greedy(model, PROMPTS)[:, 7:]
+    seen = []
 
-    ids = greedy(model, PROMPTS[:1])[0, 7:]
-    assert text == whole_text(byte_level, ids)
+    def is_stopped(next_ids):
+        seen.append(next_ids)
+        return [len(seen) >= 4, len(seen) >= 9, len(seen) >= 6]
+
+    ours = greedy(model, PROMPTS, is_stopped=is_stopped, pad_token_id=60)[:, 7:]
+
+    for row, length in enumerate([4, 9, 6]):
+        assert torch.equal(ours[row, :length], free[row, :length])
+        assert set(ours[row, length:].tolist()) <= {60}
+    assert ours.shape == (3, 9)
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused(model):
+    broken = deepcopy(model)
+    broken.lm_head.weight.data[5] = math.nan
+
+    with pytest.raises(FloatingPointError, match=r"not numbers \(NaN\)"):
+        greedy(broken, PROMPTS)
+
+
+def test_a_text_that_cannot_go_on_without_repeating_says_so(model):
+    is_unknown = torch.arange(61) >= 12
+
+    with pytest.raises(ValueError, match=r"`no_repeat_ngram_size` \(1\) leaves no token to go on with"):
+        generate(model, PROMPTS % 12, max_new_tokens=20, no_repeat_ngram_size=1, is_unknown=is_unknown)
+
+
+def test_at_temperature_zero_the_distribution_is_the_likeliest_token_alone():
+    shaped = shape_distribution(NINE_WORDS, temperature=0, top_k=4)
+
+    assert shaped.softmax(-1).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]]
+
+
+def test_what_is_no_rule_is_refused(model):
+    with pytest.raises(TypeError, match="temprature"):
+        stream(model, PROMPTS, max_new_tokens=5, temprature=1.0)

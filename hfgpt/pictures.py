@@ -1,0 +1,95 @@
+"""An exploration as files: the next token's distributions as a PNG, and all of it as one HTML page."""
+
+import io
+from functools import cache
+from importlib.resources import files
+
+import jinja2
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
+
+from hfgpt.explore import Exploration
+from hfgpt.terminal import DARK_FROM, LOSS_COLOURS, loss_bin, loss_bin_labels, percent, shortened
+
+FIGURE_HEIGHT = 4.8
+"""Of the PNG, in inches; the width follows the number of bars."""
+
+FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic"),
+    *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Symbol"),
+)
+"""The first that has a character draws it: matplotlib's own, then what systems have for Korean and the rest."""
+
+
+@cache
+def installed_fonts() -> list[str]:
+    """Those of `FONTS` that matplotlib finds here."""
+    there = {font.name for font in fontManager.ttflist}
+    return [name for name in FONTS if name in there]
+
+
+@cache
+def can_draw(character: str) -> bool:
+    """Whether one of the installed fonts has a character."""
+    return any(get_font(fontManager.findfont(name)).get_char_index(ord(character)) != 0 for name in installed_fonts())
+
+
+def drawable(text: str) -> str:
+    """A text as matplotlib can write it: without its markup, and with numbers for characters that no font has."""
+    return "".join(c if can_draw(c) else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
+
+
+def draw_distributions(found: Exploration) -> bytes:
+    """Draw the distributions of the next token as grouped bars; returns the bytes of a PNG, equal for equal input.
+
+    The lecture's figure of a softmax at several temperatures, for a real model: a group of bars per token, a bar per
+    setting, and all other tokens as the last group.
+    """
+    labels = [drawable(token.label) for token in found.candidates] + ["all\nothers"]
+    # Before the last group is a gap of half a group: it is not one token.
+    places = [float(index) for index in range(len(found.candidates))] + [len(found.candidates) + 0.5]
+    count = len(found.distributions)
+    bar = 0.8 / count
+    group = 0.35 + 0.16 * count  # inches
+    width = min(24.0, max(7.0, 1.6 + len(places) * group))
+    figure = Figure(figsize=(width, FIGURE_HEIGHT), dpi=120, layout="constrained")
+    highest = max(height for each in found.distributions for height in (*each.probabilities, each.rest))
+    axes = figure.add_subplot(ylabel="probability", ylim=(0, min(1, 1.05 * highest)))
+    for index, each in enumerate(found.distributions):
+        shift = (index - (count - 1) / 2) * bar
+        name = drawable(f"{each.label}  ({each.entropy:.2f} bits)")
+        heights = [*each.probabilities, each.rest]
+        axes.bar([place + shift for place in places], heights, bar * 0.92, label=name, color=f"C{index % 10}")
+    is_long = max(map(len, labels[:-1]), default=0) * 0.085 > group  # inches that a character is wide, about
+    axes.set_xticks(places, labels, rotation=40 if is_long else 0, ha="right" if is_long else "center")
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, places[-1] + 0.6)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    longest = max(len(each.label) for each in found.distributions) + len("  (10.00 bits)")
+    columns = max(1, min(count, int(width / (0.6 + 0.085 * longest))))
+    legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    for text in [*axes.get_xticklabels(), *legend.get_texts()]:
+        text.set_fontfamily(installed_fonts())
+    after = f"Next token after “{shortened(found.text)}”" if found.text else "First token of a document"
+    axes.set_title(drawable(after), loc="left", pad=12, fontfamily=installed_fonts())
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # no version of matplotlib in the bytes
+    return buffer.getvalue()
+
+
+def render_page(found: Exploration) -> bytes:
+    """Render all of an exploration as one HTML page that needs no other file and no network."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"percent": percent, "shortened": shortened, "bin_of": loss_bin}
+    template = environment.from_string(files("hfgpt").joinpath("explore.html").read_text(encoding="utf-8"))
+    colours = [
+        (label, colour, "#fff" if index >= DARK_FROM else "#000")
+        for index, (label, colour) in enumerate(zip(loss_bin_labels(), LOSS_COLOURS, strict=True))
+    ]
+    return template.render(found=found, colours=colours).encode()

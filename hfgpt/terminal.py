@@ -1,0 +1,240 @@
+"""Texts and explorations as people read them in a terminal; in a pipe the same words without colour or frames.
+
+Everything goes to stdout. rich decides what the terminal can show, and obeys NO_COLOR, FORCE_COLOR and COLUMNS.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hfgpt.explore import Exploration
+from hfgpt.generation import Written
+
+LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
+"""Upper ends of the colours' ranges, in nats; the last colour has none."""
+
+LOSS_COLOURS = ("#fff7dc", "#fed976", "#feb24c", "#fd8d3c", "#e2401c", "#9a0023")
+"""From expected to surprising, after ColorBrewer's YlOrRd: each darker, so that it needs no colour vision."""
+
+NAMED_COLOURS = ("bright_white", "bright_yellow", "yellow", "bright_red", "red", "magenta")
+"""The same for terminals of 16 colours, where some of those above would fall together."""
+
+DARK_FROM = 4
+"""From this colour on, writing is white."""
+
+MIN_COLUMN = 26
+"""Narrower columns of text are not read with pleasure; then texts stand below one another."""
+
+PIPE_WIDTH = 1000
+"""Columns where nobody watches, so that nothing is cut."""
+
+
+def open_console() -> Console:
+    """Where results are printed."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def shows_colour(console: Console) -> bool:
+    """Whether colours would be seen."""
+    return console.color_system is not None and not console.no_color
+
+
+def printable(text: str) -> str:
+    """A text that may go to a terminal: a model can write escape sequences, which are shown instead of obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(character if is_harmless(character) else picture(character) for character in text)
+
+
+def is_harmless(character: str) -> bool:
+    number = ord(character)
+    return character in "\n\t" or not (number < 32 or 127 <= number < 160)
+
+
+def picture(character: str) -> str:
+    """Unicode's picture of a control character; those from 128 on have none."""
+    number = ord(character)
+    return chr(0x2400 + number) if number < 32 else "\u2421" if number == 127 else "\ufffd"
+
+
+def loss_bin(loss: float) -> int:
+    """The number of the colour that a loss, in nats, is shown in."""
+    return sum(loss >= end for end in LOSS_BINS)
+
+
+def loss_bin_labels() -> list[str]:
+    """The colours' ranges, in nats."""
+    starts = (0.0, *LOSS_BINS)
+    return [f"{start:g}-{end:g}" for start, end in zip(starts, LOSS_BINS, strict=False)] + [f"{LOSS_BINS[-1]:g}+"]
+
+
+def percent(probability: float) -> str:
+    """A probability in percent, short; a dash if it is 0."""
+    if probability == 0:
+        return "-"
+    return f"{probability:.1%}" if probability >= 0.0005 else f"{probability:.0e}"
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """The end of a text, on one line, from the beginning of a word if there is one near."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    end = line[-length + 1 :]
+    return "…" + end[end.find(" ", 0, length // 3) + 1 :]
+
+
+def stream_to(console: Console, prompt: str, pieces: Iterable[str]) -> None:
+    """Print a prompt, bold, and what follows it as it comes; in a pipe exactly the text, and a line break.
+
+    Not through rich, which would turn tabs into spaces.
+    """
+    show = printable if console.is_terminal else str
+    bold, plain = ("\x1b[1m", "\x1b[0m") if console.is_terminal else ("", "")
+    console.file.write(f"{bold}{show(prompt)}{plain}")
+    console.file.flush()
+    try:
+        for piece in pieces:
+            console.file.write(show(piece))
+            console.file.flush()
+    finally:  # a Ctrl-C, too, leaves the terminal at the beginning of a line
+        console.file.write("\n")
+        console.file.flush()
+
+
+def print_texts(console: Console, prompt: str, written: Sequence[Written], number: int, prompts: int) -> None:
+    """Print the texts of one prompt below one another, each under a line that says which it is."""
+    for sample, each in enumerate(written, start=1):
+        which = [f"prompt {number}/{prompts}"] * (prompts > 1) + [f"sample {sample}/{len(written)}"] * (
+            len(written) > 1
+        )
+        made_by = [f"seed {each.seed}"] * (each.seed is not None) + [f"score {each.score or 0:.3f}"] * (
+            each.score is not None
+        )
+        console.print(Text(f"--- {', '.join([*which, *made_by])} ---", style="dim"))
+        stream_to(console, prompt, [each.new_text])
+        console.print()
+
+
+def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence[Written]]) -> None:
+    """Print what was written after one prompt under several settings: side by side if there is room.
+
+    Args:
+        console: where.
+        prompt: of all of them.
+        texts: the samples, by the words of the settings.
+    """
+    fits = console.is_terminal and console.width >= MIN_COLUMN * len(texts)
+    if not fits:
+        for label, samples in texts.items():
+            for each in samples:
+                console.print(Text(f"--- {' '.join([label, *how(each)])} ---", style="dim"))
+                stream_to(console, prompt, [each.new_text])
+                console.print()
+        return
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(printable(shortened(prompt, console.width)), style="bold"),
+        title_justify="left",
+        show_lines=True,
+        expand=True,
+    )
+    for label in texts:
+        table.add_column(Text(label, style="bold"), ratio=1, overflow="fold")
+    for row in zip(*texts.values(), strict=True):
+        table.add_row(
+            *(Text.assemble(printable(each.new_text.strip()), ("\n" + " ".join(how(each)), "dim")) for each in row)
+        )
+    console.print(table, soft_wrap=False)
+
+
+def how(written: Written) -> list[str]:
+    """How a text came about, in a few words."""
+    words = [f"{written.new_tokens} tokens,", f"ended by {written.ended}"]
+    if written.seed is not None:
+        words = [f"seed {written.seed},", *words]
+    if written.score is not None:
+        words = [f"score {written.score:.3f},", *words]
+    return [f"({' '.join(words)})"]
+
+
+def print_exploration(console: Console, found: Exploration) -> None:
+    """Print what a model expects of a text and after it."""
+    if found.loss is not None:
+        print_losses(console, found)
+    heading(
+        console, f"Next token after “{printable(shortened(found.text))}”" if found.text else "First token of a document"
+    )
+    table = make_table(console, "token", *(each.label for each in found.distributions))
+    for index, token in enumerate(found.candidates):
+        table.add_row(token.label, *(percent(each.probabilities[index]) for each in found.distributions))
+    table.add_row("others", *(percent(each.rest) for each in found.distributions), style="dim", end_section=True)
+    table.add_row("entropy", *(f"{each.entropy:.2f} bits" for each in found.distributions))
+    table.add_row("tokens kept", *(f"{each.kept:,}" for each in found.distributions))
+    console.print(table, soft_wrap=False)
+    console.print()
+    if found.path:
+        print_path(console, found)
+
+
+def print_losses(console: Console, found: Exploration) -> None:
+    """Print the loss of each token: as colours behind the text, or as a table where colours are not seen."""
+    heading(console, "How surprising each token was")
+    if shows_colour(console):
+        line = Text()
+        for piece in found.pieces:
+            # The first token has no colour: nothing was expected of it.
+            style = colour_style(console, loss_bin(piece.loss)) if piece.tokens else ""
+            line.append(printable(piece.text), style=style)
+        console.print(line)
+        legend = Text.assemble(("nats ", "dim"))
+        for index, label in enumerate(loss_bin_labels()):
+            legend.append(f" {label} ", style=colour_style(console, index))
+        console.print(legend)
+    else:
+        table = make_table(console, "token", "loss (nats)", "probability", "rank")
+        for piece in found.pieces:
+            for token in piece.tokens:
+                table.add_row(token.label, f"{token.loss:.2f}", percent(token.probability), f"{token.rank:,}")
+        console.print(table, soft_wrap=False)
+    tokens = sum(len(piece.tokens) for piece in found.pieces)
+    console.print(
+        f"loss {found.loss:.3f} nats/token, perplexity {found.perplexity:,.1f}; {tokens:,} tokens, all but the first"
+    )
+    console.print()
+
+
+def colour_style(console: Console, index: int) -> str:
+    if console.color_system == "standard":
+        return f"{'white' if index >= DARK_FROM else 'black'} on {NAMED_COLOURS[index]}"
+    return f"{'#ffffff' if index >= DARK_FROM else '#000000'} on {LOSS_COLOURS[index]}"
+
+
+def print_path(console: Console, found: Exploration) -> None:
+    """Print the likeliest way on, a token a line."""
+    heading(console, "The likeliest way on")
+    table = make_table(console, "token", "probability", "entropy", left="instead of it")
+    for step in found.path:
+        others = "   ".join(f"{token.label} {percent(token.probability)}" for token in step.alternatives)
+        table.add_row(step.token.label, percent(step.token.probability), f"{step.entropy:.2f} bits", others)
+    console.print(table, soft_wrap=False)
+
+
+def heading(console: Console, text: str) -> None:
+    console.print(Text(text, style="bold"))
+
+
+def make_table(console: Console, first: str, *numbers: str, left: str | None = None) -> Table:
+    """A table whose first column is text and whose others are numbers; perhaps a last one that is text again."""
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="dim")
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    if left is not None:
+        table.add_column(left, overflow="fold")
+    return table

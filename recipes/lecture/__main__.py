@@ -1,0 +1,89 @@
+"""The lecture from the command line: whole, or some of its steps, with values that differ from lecture.yaml."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hfgpt.config import RunConfig, load_config
+
+from .book import INITIALISATIONS
+from .steps import STEPS, Lecture
+
+RECIPE = Path(__file__).with_name("lecture.yaml")
+
+KNOBS = (
+    *("output_dir", "seed", "model", "tokenizer", "sample.prompt", "sample.max_new_tokens"),
+    *("data.source", "data.name", "data.files", "data.validation_files", "data.text_column", "data.split"),
+    *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.block_size", "data.stride"),
+    *("optim.learning_rate", "optim.betas", "optim.weight_decay"),
+    *("train.epochs", "train.batch_size", "train.eval_every", "train.eval_rows"),
+)
+"""The keys of a recipe, or their sections, that have an effect here."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run steps; returns the exit code."""
+    shown = "\n".join(f"  {name:12}{(step.__doc__ or '').splitlines()[0]}" for name, step in STEPS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.lecture",
+        description="The lecture on pretraining a GPT, whole or step by step.",
+        epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(KNOBS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="STEP | KEY=VALUE", help="no step means all of them")
+    words = parser.parse_args(arguments).words
+    try:
+        run([word for word in words if "=" not in word], [word for word in words if "=" in word])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(names: list[str], overrides: list[str]) -> None:
+    """Run the named steps, or all, in the lecture's order; what they measure is kept in `output_dir`.
+
+    Raises:
+        ValueError: an unknown step, a key without effect here, or what a step refuses.
+    """
+    for name in names:
+        if name not in STEPS:
+            raise ValueError(f"there is no step {name!r}. There are {', '.join(STEPS)}.")
+    lecture = make_lecture(overrides)
+    lecture.refuse_another_run()
+    for name, step in STEPS.items():
+        if names and name not in names:
+            continue
+        print(f"\n--- {name}: {step.__doc__}", flush=True)
+        lecture.keep(name, step(lecture))
+
+
+def make_lecture(overrides: list[str]) -> Lecture:
+    """Read lecture.yaml and what differs from it.
+
+    Raises:
+        ValueError: a key that is unknown or has no effect here, or a value that does not fit.
+    """
+    own = {"weights": None, "init": "book"}
+    others = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in own:
+            own[key] = value
+        elif not any(key == knob or key.startswith(f"{knob}.") for knob in KNOBS):
+            raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {', '.join([*own, *KNOBS])}.")
+        else:
+            others.append(override)
+    if own["init"] not in INITIALISATIONS:
+        raise ValueError(f"`init` must be one of {list(INITIALISATIONS)}, got {own['init']!r}.")
+    if any(override.startswith("data.source=") for override in others):
+        others.append("data.files=null")  # one of the two, and the recipe names files
+    config = load_config(RECIPE, others)
+    if not isinstance(config.train.eval_every, int):
+        raise ValueError(f"`train.eval_every` must be a number of steps here, got {config.train.eval_every!r}.")
+    default: RunConfig = load_config(RECIPE)
+    return Lecture(config, own["weights"], str(own["init"]), fetches=config.data.files == default.data.files)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
