@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from hfgpt.disk import make_readable, sync
+from hfgpt.disk import make_readable, sync, write_atomically
 from hfgpt.manifest import MANIFEST, check_files, read_manifest, seal, sha256, unseal
 
 STAGING_PREFIX = ".tmp-checkpoint-"
@@ -161,6 +161,12 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}.") from error
     check_files(folder)
     return manifest
+
+
+def record_score(folder: Path, val_loss: float) -> None:
+    """Add to a checkpoint the validation loss of its weights, which were scored only after it was written."""
+    content = unseal((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_atomically(folder / MANIFEST, seal({**content, "val_loss": val_loss}).encode())
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
 LARGEST_SEED = 2**32 - 2**16
 """NumPy takes seeds below 2**32; each process adds its number to the run's."""
@@ -126,6 +127,12 @@ class TrainConfig:
     """Steps between two checkpoints, or `epoch`; 0 keeps none."""
     keep_last: int = 2
     """Checkpoints that are kept."""
+    patience: int | None = None
+    """Training ends when so many evaluations in a row have not lowered the validation loss, and the folder then holds the best weights instead of the last; null trains to the end and keeps the last."""  # noqa: E501
+    on_nonfinite: str = "stop"
+    """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt, `skip` leaves the step out and goes on, ten times in a row at most."""  # noqa: E501
+    trackers: list[str] = field(default_factory=list)
+    """Where the lines of metrics.jsonl go besides: `tensorboard`, `trackio`, `wandb`, `mlflow`."""
 
 
 @dataclass(frozen=True)
@@ -390,6 +397,9 @@ def check(config: RunConfig) -> RunConfig:
     choose("loop", config.loop, ["accelerate", "trainer"])
     choose("train.precision", train.precision, ["fp32", "bf16", "fp16"])
     choose("data.packing", data.packing, ["contiguous", "isolated", "padded"])
+    choose("train.on_nonfinite", train.on_nonfinite, ["stop", "skip"])
+    for name in train.trackers:
+        choose("train.trackers", name, list(TRACKERS))
     if data.streaming:
         check_streaming(config)
     if not config.output_dir:
@@ -435,6 +445,7 @@ def check(config: RunConfig) -> RunConfig:
         ("train.log_every", train.log_every, 1),
         ("train.eval_rows", train.eval_rows, 0),
         ("train.keep_last", train.keep_last, 1),
+        ("train.patience", train.patience, 1),
         ("data.block_size", data.block_size, 1),
         ("data.num_proc", data.num_proc, 1),
         ("data.num_workers", data.num_workers, 0),
@@ -460,6 +471,16 @@ def check(config: RunConfig) -> RunConfig:
     ]:
         if value != "epoch" and not (type(value) is int and value >= least):
             raise ValueError(f"`{name}` must be a number of steps, at least {least}, or 'epoch', got {value!r}.")
+    if train.patience is not None and train.save_every == 0:
+        raise ValueError(
+            f"`train.patience` ({train.patience}) keeps the best weights in a checkpoint, and `train.save_every` is 0: "
+            "none are kept. Set it to a number of steps, or leave `train.patience` out."
+        )
+    if train.on_nonfinite == "skip" and train.precision == "fp16":
+        raise ValueError(
+            "`train.on_nonfinite` (skip) has no effect with `train.precision` fp16, whose scaler skips such steps "
+            "itself. Leave it out."
+        )
     if data.stride is not None and data.stride > data.block_size:
         raise ValueError(
             f"`data.stride` ({data.stride}) is longer than `data.block_size` ({data.block_size}): tokens between rows "

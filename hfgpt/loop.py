@@ -13,7 +13,18 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
+from hfgpt.milestones import (
+    Verdict,
+    evaluate,
+    is_checkpoint_due,
+    is_due,
+    is_evaluation_due,
+    judge,
+    save_checkpoint,
+    seed_training,
+    stopped,
+)
+from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.processes import OptimizerState, check_engine, exchange_gradients, prepare, whole
 from hfgpt.recorder import Recorder
@@ -55,8 +66,10 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     if run.resume_from is not None:
         load_states(run.resume_from, states, run.rows.stream)
 
+    guard = StepGuard(run.model, config.train, recorder)
     model.train()
-    while position.step < run.total_steps:
+    is_over = position.step == run.total_steps or judge(run, recorder).is_enough
+    while not is_over:
         epoch = position.epoch
         start_at(loader, epoch, position.rows // run.global_batch)
         batches = iter(loader)
@@ -65,7 +78,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
                 run.resume_from, config.seed
             )  # after the iterator has started, which may draw numbers itself
 
-        while position.epoch == epoch and position.step < run.total_steps:
+        while position.epoch == epoch and not is_over:
             # The micro-batches of one step; at the end of an epoch there may be fewer.
             micro_batches = list(islice(batches, config.train.gradient_accumulation_steps))
             own_targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
@@ -89,21 +102,25 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
             limit = config.optim.max_grad_norm or float("inf")
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), limit))
             learning_rate = schedule.get_last_lr()[0]
+            position = run.next_position(position, len(micro_batches), int(targets))
+            is_finite = guard.allows(position, grad_norm, micro_batches, targets)
+            if not is_finite:
+                optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
                 schedule.step()
             optimizer.zero_grad()
 
-            position = run.next_position(position, len(micro_batches), int(targets))
-            if is_due(config.train.log_every, position.step, run):
+            if is_finite and is_due(config.train.log_every, position.step, run):
                 loss_value = float(accelerator.reduce(step_loss, "mean"))
                 recorder.training(position.step, loss_value, float(grad_norm), float(learning_rate), position.tokens)
             evaluation, is_asked = None, bool(is_stopping)
-            is_evaluation_due = is_due(config.train.eval_every, position.step, run) and position.step < run.total_steps
-            if is_evaluation_due and not is_asked:
+            if is_evaluation_due(position.step, run) and not is_asked:
                 evaluation = evaluate(run, recorder, position, config.train.eval_rows, stop)
                 is_asked = evaluation is None
-            if is_asked or is_checkpoint_due(position.step, run):
+            verdict = judge(run, recorder) if evaluation else Verdict()
+            is_over = position.step == run.total_steps or verdict.is_enough
+            if is_asked or verdict.is_best or verdict.is_enough or is_checkpoint_due(position.step, run):
                 save_checkpoint(run, recorder, position, states, evaluation["val_loss"] if evaluation else None)
             if is_asked:
                 raise stopped(run, position)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
 from hfgpt.ngram import ngram_perplexities
-from hfgpt.processes import is_split, split_again, whole
-from hfgpt.recorder import DIVERGED, METRICS_FILE, Recorder, refuse_divergence
+from hfgpt.nonfinite import refuse_spoilt_weights
+from hfgpt.overfitting import best_evaluation, is_patience_spent
+from hfgpt.processes import is_split, load_weights, split_again
+from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import (
     PLOT_FILE,
     RESULTS_FILE,
+    comparable_lines,
     environment,
     peak_memory_bytes,
     plot_losses,
@@ -36,9 +39,12 @@ from hfgpt.results import (
 )
 from hfgpt.rows import TokenRows
 from hfgpt.run import Run, prompt_ids
+from hfgpt.speed import matmul_peak, training_flops_per_token
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.text_stream import stream_text
 from hfgpt.tokenizer import bytes_of_ids
+from hfgpt.trackers import Trackers
+from hfgpt.weights import load
 
 SHAPE_FIELDS = (
     *("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -58,6 +64,40 @@ def is_checkpoint_due(step: int, run: Run) -> bool:
     return every != 0 and (is_due(every, step, run) or step == run.total_steps)
 
 
+def is_evaluation_due(step: int, run: Run) -> bool:
+    """Whether training evaluates after this step.
+
+    After the last step all rows are scored anyway. With patience the usual rows are scored as well, so that the last
+    weights can be compared with the best.
+    """
+    if step == run.total_steps:
+        return run.config.train.patience is not None
+    return is_due(run.config.train.eval_every, step, run)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the evaluations of a run with patience say.
+
+    Attributes:
+        is_best: the newest is the best so far: a checkpoint must keep its weights.
+        is_enough: too many in a row were no better: training is over.
+    """
+
+    is_best: bool = False
+    is_enough: bool = False
+
+
+def judge(run: Run, recorder: Recorder) -> Verdict:
+    """Judge the evaluations so far; every process calls it and hears the same."""
+    patience = run.config.train.patience
+    if patience is None:
+        return Verdict()
+    lines = recorder.evaluations
+    verdict = Verdict(bool(lines) and best_evaluation(lines) == lines[-1], is_patience_spent(lines, patience))
+    return broadcast_object_list([verdict])[0]
+
+
 def seed_training(config: RunConfig) -> None:
     """Set every random number generator as training starts: each process draws dropout of its own."""
     set_seed(config.seed + PartialState().process_index)
@@ -73,19 +113,40 @@ def stopped(run: Run, position: Position) -> Stopped:
 def is_evaluation_missing(run: Run, recorder: Recorder) -> bool:
     """Whether a run has to be evaluated where it starts or goes on: a stop can come between a step and that."""
     step = run.position.step
-    is_wanted = step == 0 or (is_due(run.config.train.eval_every, step, run) and step < run.total_steps)
+    is_wanted = step == 0 or is_evaluation_due(step, run)
     answer = [is_wanted and not (recorder.speaks and recorder.has_evaluation(step))]
     return bool(broadcast_object_list(answer)[0])
 
 
+def catch_up(run: Run, recorder: Recorder, stop: StopRequest) -> None:
+    """Evaluate where training starts or goes on, if that is missing; every process calls it.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+    if not is_evaluation_missing(run, recorder):
+        return
+    line = evaluate(run, recorder, run.position, run.config.train.eval_rows, stop)
+    if line is None:
+        raise stopped(run, run.position)
+    if run.resume_from is not None and PartialState().is_main_process:
+        checkpoint.record_score(run.resume_from, line["val_loss"])  # as if it had been there when it was written
+
+
 def make_recorder(run: Run) -> Recorder:
     """Open the run's records where training starts: a resumed run drops the lines that it will write again."""
+    config, process = run.config, PartialState()
+    peak = matmul_peak(process.device, config.train.precision)
     recorder = Recorder(
         folder=run.folder,
         total_steps=run.total_steps,
-        prompt=run.config.sample.prompt,
-        settings={name: getattr(run.config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
+        prompt=config.sample.prompt,
+        settings={name: getattr(config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
         start=run.position,
+        peak_tokens_per_second=process.num_processes
+        * peak
+        / training_flops_per_token(run.model, config.data.block_size),
+        trackers=Trackers(config, run.folder, run.position.step) if process.is_main_process else None,
     )
     recorder.say(f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}")
     if run.resume_from is not None:
@@ -133,28 +194,44 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
         The line of metrics.jsonl, or None if a stop was asked for before there was one.
     """
     recorder.pause()
-    limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
     try:
-        train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
+        line = score(run, position, limit, stop)
     except Stopped:
         split_again(run.model)
         return None
-    line = {
+    record_evaluation(run, recorder, line)
+    recorder.resume()
+    return line
+
+
+def record_evaluation(
+    run: Run, recorder: Recorder, line: dict[str, Any], comparable: dict[str, Any] | None = None
+) -> None:
+    """Write an evaluation and a sample text; every process calls it. See `Recorder.evaluation`."""
+    is_main = PartialState().is_main_process
+    sample = write_sample(run) if is_main or is_split(run.model) else ""
+    split_again(run.model)
+    if is_main:
+        recorder.evaluation(line, sample, comparable)
+    PartialState().wait_for_everyone()
+
+
+def score(run: Run, position: Position, limit: int, stop: StopRequest) -> dict[str, Any]:
+    """Score both splits, as `evaluate` does, and write nothing.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+    limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
+    train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
+    refuse_divergence("val_loss", validation.loss, position.step)
+    return {
         "step": position.step,
         "tokens": position.tokens,
         "train_loss": train.loss,
         "val_loss": validation.loss,
         "val_perplexity": validation.perplexity,
     }
-    refuse_divergence("val_loss", validation.loss, position.step)
-    is_main = PartialState().is_main_process
-    sample = write_sample(run) if is_main or is_split(run.model) else ""
-    split_again(run.model)
-    if is_main:
-        recorder.evaluation(line, sample)
-    PartialState().wait_for_everyone()
-    recorder.resume()
-    return line
 
 
 def write_sample(run: Run) -> str:
@@ -185,9 +262,7 @@ def save_checkpoint(
     Raises:
         FloatingPointError: a weight is no number; the checkpoints before this one stay.
     """
-    for name, parameter in run.model.named_parameters():
-        if not whole(parameter.isfinite().all()):
-            raise FloatingPointError(f"`{name}` is not finite at step {position.step}: {DIVERGED}")
+    refuse_spoilt_weights(run.model, position.step)
 
     def write(folder: Path) -> None:
         save_model(run, folder)
@@ -239,22 +314,47 @@ def finish_run(
     Raises:
         Stopped: a stop was asked for.
     """
-    line = evaluate(run, recorder, position, limit=0, stop=stop)
-    if line is None:
-        raise stopped(run, position)
+    is_best_wanted = run.config.train.patience is not None
+    last_step = position.step
+    if is_best_wanted:
+        position = restore_best(run)
+    try:
+        line = score(run, position, limit=0, stop=stop)
+        # Compared with the other evaluations on their rows, not on all.
+        limit = run.config.train.eval_rows
+        is_same = not limit or limit >= min(len(run.rows.validation), len(run.rows.train))
+        comparable = line if is_same else score(run, position, limit, stop)
+    except Stopped:
+        raise stopped(run, position) from None
+    refuse_spoilt_weights(run.model, position.step)
+    if is_best_wanted:
+        split_again(run.model)
+    else:  # with the best weights the lines would go back to an earlier step
+        record_evaluation(run, recorder, line, comparable)
     results: dict[str, Any] = {}
     save_model(run, run.folder)
     if PartialState().is_main_process:
+        best = best_evaluation([*recorder.evaluations, comparable])
+        assert best is not None
         baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)
         targets = run.rows.validation.pairs()[:, 1]
         results = {
             **line,
+            "loss_gap": line["val_loss"] - line["train_loss"],
+            "last_step": last_step,
+            "best_step": best["step"],
+            "best_val_loss": best["val_loss"],
+            "eval_rows_train_loss": comparable["train_loss"],
+            "eval_rows_val_loss": comparable["val_loss"],
+            "skipped_steps": sum("skipped" in each for each in metrics),
             "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
             **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
             "parameters": run.model.num_parameters(),
             **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
             "validation_tokens": run.rows.validation_counts.tokens,
+            "checks": next((each["checks"] for each in metrics if "checks" in each), None),
+            "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
             "peak_memory_bytes": peak_memory_bytes(),
             "tokens_per_second": training_speed(metrics),
             "elapsed_seconds": time.perf_counter() - started_at,
@@ -265,15 +365,54 @@ def finish_run(
             "environment": environment(),
         }
         plot_losses(
-            metrics,
+            comparable_lines(metrics, results),
             run.folder / PLOT_FILE,
             baselines=baselines,
+            best_step=best["step"],
+            final_val_loss=None if is_same or is_best_wanted else line["val_loss"],
         )
+        say_what_is_kept(recorder, best, comparable, last_step)
         if not leave_card(run.folder, results):
             recorder.say(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
     PartialState().wait_for_everyone()
     return results
+
+
+def restore_best(run: Run) -> Position:
+    """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
+
+    Raises:
+        ValueError: that checkpoint is damaged.
+    """
+    best = checkpoint.best_checkpoint(run.folder)
+    if best is None:
+        raise ValueError(f"{run.folder} has lost the checkpoint of its best evaluation. Train in another folder.")
+    manifest = checkpoint.verify_checkpoint(best)
+    load_weights(run.model, load(best).state_dict())
+    return manifest.position
+
+
+def say_what_is_kept(recorder: Recorder, best: dict[str, Any], comparable: dict[str, Any], last_step: int) -> None:
+    """Say which weights the folder holds, where those are not the best and the last at once.
+
+    Args:
+        recorder: says it, and knows the evaluations.
+        best: the best evaluation.
+        comparable: that of the weights that the folder holds, on the same rows.
+        last_step: where training ended.
+    """
+    lowest = f"the validation loss was lowest at step {best['step']} of {last_step} ({best['val_loss']:.3f}"
+    if comparable["step"] < last_step:
+        recorder.say(f"{lowest}); the folder holds those weights")
+    elif best["step"] < last_step:
+        recorder.say(
+            f"{lowest}, and {comparable['val_loss']:.3f} at the end): the model has begun to learn its text by heart. "
+            "The folder holds the last weights; `train.patience` stops in time and keeps the best"
+        )
+    start = next((line["val_loss"] for line in recorder.evaluations if line["step"] == 0), None)
+    if start is not None and best["val_loss"] >= start:
+        recorder.say(f"no evaluation was better than the one before training ({start:.3f})")
 
 
 def describe_run(run: Run, position: Position) -> dict[str, Any]:

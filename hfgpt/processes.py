@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
@@ -108,6 +109,14 @@ def split_again(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Give a model all its weights, which every process has whole; where it is split, each takes its part."""
+    if is_split(model):
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hfgpt.checkpoint import Position
+from hfgpt.overfitting import best_evaluation
 from hfgpt.results import MetricsLog, SamplesFile
+from hfgpt.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
 
@@ -51,15 +55,28 @@ class Recorder:
         prompt: of the samples.
         settings: decoding settings of the samples.
         start: where training starts.
+        peak_tokens_per_second: what the machine would reach if it did nothing but multiply matrices, as fast as it
+            can; None leaves the share of it out.
+        trackers: hear every line too; None on processes that have none.
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, prompt: str, settings: Mapping[str, Any], start: Position
+        self,
+        folder: Path,
+        total_steps: int,
+        prompt: str,
+        settings: Mapping[str, Any],
+        start: Position,
+        peak_tokens_per_second: float | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.total_steps = total_steps
+        self.start = start
         self.tokens = start.tokens
+        self.peak_tokens_per_second, self.trackers = peak_tokens_per_second, trackers
         self.speaks = PartialState().is_main_process
-        self.started_at = time.perf_counter()
+        self.began_at = self.started_at = time.perf_counter()
+        self.evaluations: list[dict[str, Any]] = []
         if not self.speaks:
             return
         self.metrics = MetricsLog(folder / METRICS_FILE)
@@ -67,12 +84,13 @@ class Recorder:
         # A run that starts at step 0 keeps nothing of one that was killed before its first checkpoint. The evaluation
         # of the last step comes after that step's checkpoint, those of other steps before it.
         is_trained = start.step == total_steps
-        last_lines = [line for line in self.metrics.read() if line["step"] == total_steps and "loss" in line]
+        last_lines = [line for line in self.metrics.read() if line["step"] == total_steps and "val_loss" not in line]
         last_step = start.step - is_trained if start.step else -1
         self.metrics.truncate_after(last_step)
         self.samples.truncate_after(last_step)
         for line in last_lines if is_trained else []:
             self.metrics.write(line)
+        self.evaluations = [line for line in self.metrics.read() if "val_loss" in line]
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self.bar = Progress(
             TextColumn("step"),
@@ -117,27 +135,72 @@ class Recorder:
         self.started_at, self.tokens = now, tokens
         if not math.isfinite(grad_norm):
             del line["grad_norm"]
-        self.metrics.write(line)
         text = f"loss {loss:.3f} nats/token  lr {learning_rate:.1e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if self.peak_tokens_per_second is not None:
+            line["peak_share"] = line["tokens_per_second"] / self.peak_tokens_per_second
+            text += f"  {line['peak_share']:.0%} of peak"
+        if "grad_norm" in line:
+            text += f"  gradient norm {grad_norm:.2f}"
+        self.write(line, "train")
         self.bar.update(self.task, completed=step, description=text)
         if self.bar.disable and step % max(1, self.total_steps // PLAIN_LINES) == 0:
-            self.say(f"step {step}/{self.total_steps}  {text}")
+            left = (now - self.began_at) / (step - self.start.step) * (self.total_steps - step)
+            self.say(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
 
-    def evaluation(self, line: dict[str, Any], sample: str) -> None:
-        """Write an evaluation line and its sample text; the main process calls it."""
-        self.metrics.write(line)
+    def skipped(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
+        """Write and say that a step was left out.
+
+        Args:
+            step: optimizer steps done, this one included.
+            tokens: targets seen so far, this step's included.
+            grad_norm: what was not finite.
+            origin: where that comes from.
+        """
+        if not self.speaks:
+            return
+        self.write({"step": step, "skipped": origin, "tokens": tokens}, "train")
+        self.say(f"step {step}/{self.total_steps}  left out: the gradient norm is {grad_norm} ({origin})")
+
+    def skipped_in_a_row(self) -> int:
+        """Steps left out just before where training starts, one after the other; 0 on other than the main process."""
+        if not self.speaks:
+            return 0
+        steps = {line["step"] for line in self.metrics.read() if "skipped" in line}
+        return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
+
+    def evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:
+        """Write an evaluation line and its sample text; the main process calls it.
+
+        Args:
+            line: for metrics.jsonl.
+            sample: what the model wrote; nothing if it is empty.
+            comparable: the same evaluation on the rows of all others, if `line` is of more.
+        """
+        self.write(line, "evaluation")
+        self.evaluations.append(comparable or line)
         if sample:
             self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)
+        best = best_evaluation(self.evaluations)
+        gap = line["val_loss"] - line["train_loss"]
         self.say(
             f"step {line['step']}/{self.total_steps}  train loss {line['train_loss']:.3f}  "
-            f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}"
+            f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}  "
+            f"gap {gap:.3f}"
+            + ("  over all rows" if comparable is not None and comparable is not line else "")
+            + ("" if best in (None, comparable or line) else f"  (best {best['val_loss']:.3f} at step {best['step']})")
         )
         if sample:
             self.say("  " + " ".join(sample.split()))
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is written; the main process calls it."""
-        return any(line["step"] == step and "val_loss" in line for line in self.metrics.read())
+        return any(line["step"] == step for line in self.evaluations)
+
+    def write(self, line: dict[str, Any], kind: str) -> None:
+        """Append a line to metrics.jsonl, and send it to the trackers; `kind` says of what it is, to them."""
+        self.metrics.write(line)
+        if self.trackers is not None:
+            self.trackers.log(line, kind)
 
     def pause(self) -> None:
         """Stop the clock of training: what follows is no training."""
@@ -148,6 +211,8 @@ class Recorder:
         self.started_at += time.perf_counter() - self.paused_at
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Take the progress bar away, and let the trackers end."""
         if self.speaks:
             self.bar.stop()
+        if self.trackers is not None:
+            self.trackers.finish()

@@ -241,18 +241,40 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}\n"
 
 
+def comparable_lines(metrics: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, with the last evaluation on the rows of all others, where it scored more.
+
+    Args:
+        metrics: of a finished run.
+        results: of the same run, what results.json holds.
+    """
+    index = max((i for i, line in enumerate(metrics) if "val_loss" in line), default=None)
+    if index is None or metrics[index]["val_loss"] != results.get("val_loss") or "eval_rows_val_loss" not in results:
+        return metrics
+    losses = {name: results[f"eval_rows_{name}"] for name in ("train_loss", "val_loss")}
+    return [*metrics[:index], {**metrics[index], **losses}, *metrics[index + 1 :]]
+
+
 def plot_losses(
-    metrics: list[dict[str, Any]], path: str | Path, *, baselines: Mapping[str, float] | None = None
+    metrics: list[dict[str, Any]],
+    path: str | Path,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    best_step: int | None = None,
+    final_val_loss: float | None = None,
 ) -> None:
     """Draw loss.png: training and evaluation losses against tokens seen. Equal input gives equal bytes.
 
     The axes show tokens (below), steps (above), loss in nats per token (left) and perplexity (right). What is
-    higher than the rest in the first 2 % of the run is cut off, so that it does not squash the rest.
+    higher than the rest in the first 2 % of the run is cut off, so that it does not squash the rest. Between the two
+    evaluation losses lies, in grey, their gap.
 
     Args:
         metrics: training and evaluation lines of metrics.jsonl, in any mixture.
         path: the PNG file to write, `FIGURE_SIZE` times `FIGURE_DPI` pixels.
         baselines: perplexities to compare with, at least 1, by name; they become horizontal lines.
+        best_step: of the evaluation to mark as the best.
+        final_val_loss: of all validation rows, marked at the end; None if the evaluations score them all anyway.
 
     Raises:
         ValueError: `metrics` holds no loss.
@@ -281,6 +303,22 @@ def plot_losses(
             )
             losses += [record[key] for record in records]
             settled_losses += [record[key] for record in records if record["tokens"] >= 0.02 * last_tokens]
+    tokens, validation = [record["tokens"] for record in evaluations], [record["val_loss"] for record in evaluations]
+    axes.fill_between(
+        tokens, [record["train_loss"] for record in evaluations], validation, color="0.5", alpha=0.15, linewidth=0
+    )
+    for record in evaluations:
+        if record["step"] == best_step:
+            label = f"best: step {best_step:,}, validation loss {record['val_loss']:.3f}"
+            axes.plot(
+                record["tokens"], record["val_loss"], label=label, linestyle="", marker="*", markersize=13, color="C1"
+            )
+            break
+    if final_val_loss is not None:
+        label = f"all validation rows: {final_val_loss:.3f}"
+        axes.plot(tokens[-1], final_val_loss, label=label, linestyle="", marker="D", color="C1", markerfacecolor="none")
+        losses.append(final_val_loss)
+        settled_losses.append(final_val_loss)
     for index, (name, loss) in enumerate(baseline_losses.items()):
         label = f"{name} (perplexity {math.exp(loss):,.1f})"
         axes.axhline(loss, color="0.3", linewidth=1, linestyle=("--", ":", "-.")[index % 3], label=label)

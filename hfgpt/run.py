@@ -28,12 +28,14 @@ from hfgpt.recorder import talk
 from hfgpt.results import RESULTS_FILE
 from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
+from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
-ELASTIC = ("batch_size", "gradient_accumulation_steps")
-"""Fields of `train` that may differ when a run goes on: their product with the processes is the rows per step."""
+ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers")
+"""Fields of `train` that may differ when a run goes on: the product of the first two with the processes is the rows
+per step, and who watches changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
             fit together. Nothing has been written then.
     """
     check_optim(config.optim)
+    check_trackers(config.train.trackers)
     join_processes()
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("`train.precision` is fp16, which a CPU does not compute in. Use fp32 or bf16.")

@@ -4,9 +4,10 @@ import time
 from typing import Any
 
 from hfgpt.config import RunConfig
-from hfgpt.milestones import evaluate, finish_run, is_evaluation_missing, make_recorder, stopped
+from hfgpt.milestones import catch_up, finish_run, make_recorder
 from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
+from hfgpt.sanity import check_start
 from hfgpt.stopping import StopRequest
 
 
@@ -38,9 +39,9 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
         recorder.say(hint)
     try:
         with StopRequest() as stop:
-            if is_evaluation_missing(run, recorder):  # of a new model it is near ln(vocab_size)
-                if evaluate(run, recorder, run.position, config.train.eval_rows, stop) is None:
-                    raise stopped(run, run.position)
+            catch_up(run, recorder, stop)
+            if run.position.step == 0:
+                check_start(run, recorder)
             position = train_loop(run, recorder, stop)
             return finish_run(run, recorder, position, started_at, stop)
     finally:

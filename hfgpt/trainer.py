@@ -18,7 +18,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
-from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
+from hfgpt.milestones import (
+    Verdict,
+    evaluate,
+    is_checkpoint_due,
+    is_due,
+    is_evaluation_due,
+    judge,
+    save_checkpoint,
+    seed_training,
+    stopped,
+)
+from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.processes import OptimizerState, check_engine
 from hfgpt.recorder import Recorder
@@ -44,11 +55,13 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
-    if run.position.step >= run.total_steps:  # Trainer would train one step before it looks
+    is_over = run.position.step == run.total_steps or judge(run, recorder).is_enough
+    if is_over:  # Trainer would train one step before it looks
         trainer.accelerator.prepare(run.model)  # the evaluation runs under the run's precision
         return run.position
     trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
-    if trainer.control.should_training_stop and trainer.position.step < run.total_steps:
+    is_enough = trainer.position.step == run.total_steps or trainer.is_enough
+    if trainer.control.should_training_stop and not is_enough:
         raise stopped(run, trainer.position)
     return trainer.position
 
@@ -97,8 +110,7 @@ class RunSchedule(TrainerCallback):
         step, train = state.global_step, self.run.config.train
         control.should_log = is_due(train.log_every, step, self.run)
         is_asked = self.stop.is_made()
-        is_evaluation_due = is_due(train.eval_every, step, self.run) and step < self.run.total_steps
-        control.should_evaluate = is_evaluation_due and not is_asked
+        control.should_evaluate = is_evaluation_due(step, self.run) and not is_asked
         control.should_save = is_asked or is_checkpoint_due(step, self.run)
         control.should_training_stop = is_asked or control.should_training_stop
         return control
@@ -110,6 +122,8 @@ class HFGPTTrainer(Trainer):
     def __init__(self, run: Run, recorder: Recorder, stop: StopRequest) -> None:
         self.run, self.recorder, self.stop, self.position = run, recorder, stop, run.position
         self.evaluation: dict[str, Any] | None = None
+        self.is_finite, self.is_enough = True, False
+        self.guard = StepGuard(run.model, run.config.train, recorder)
         super().__init__(
             model=run.model,
             args=training_arguments(run),
@@ -137,7 +151,16 @@ class HFGPTTrainer(Trainer):
         assert targets is not None
         self.position = self.run.next_position(self.position, len(batches), int(targets))
         self.step_loss = torch.zeros((), device=device)
+        self.batches, self.targets = batches, targets
         return batches, targets
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Measure the norm, and drop gradients that must not be used: the step that follows then changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.is_finite = self.guard.allows(self.position, norm, self.batches, self.targets)
+        if not self.is_finite:
+            model.zero_grad()
+        return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -149,7 +172,7 @@ class HFGPTTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if "loss" in logs:
+        if "loss" in logs and self.is_finite:
             # Trainer's own "loss" is a mean since the last line, which a resumed run cannot know.
             loss = float(self.accelerator.reduce(self.step_loss, "mean"))
             self.recorder.training(
@@ -160,8 +183,11 @@ class HFGPTTrainer(Trainer):
         self.control.should_evaluate = False  # or Trainer evaluates once more at the end of the epoch
         limit = self.run.config.train.eval_rows
         self.evaluation = evaluate(self.run, self.recorder, self.position, limit, self.stop)
-        if self.evaluation is None:
+        verdict = judge(self.run, self.recorder) if self.evaluation else Verdict()
+        self.is_enough = verdict.is_enough
+        if self.evaluation is None or verdict.is_enough:
             self.control.should_save = self.control.should_training_stop = True
+        self.control.should_save |= verdict.is_best
         return self.evaluation or {}
 
     def states(self) -> dict[str, Any]:

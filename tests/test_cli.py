@@ -22,6 +22,7 @@ import hfgpt as package
 from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
 from hfgpt.config import MODEL_FIELDS, RunConfig, flatten, load_config
+from hfgpt.doctor import Finding
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
 from hfgpt.tokenizer import load_tokenizer
@@ -137,6 +138,8 @@ def test_a_tiny_recipe_trains_evaluates_and_generates(finished, world, loop):
     assert "Traceback" not in trained.err
     left = {path.name for path in Path(f"out/{loop}").iterdir()}
     assert left >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "gpt.py"}
+    assert "checks: loss" in trained.err
+    assert "% of peak" in trained.err
     assert left >= {"run.yaml", "metrics.jsonl", "results.json", "loss.png", "samples.md", "checkpoint-3"}
 
     evaluated = hfgpt("evaluate", f"out/{loop}", "--data", "text.txt", "--json")
@@ -463,6 +466,31 @@ def test_tokenizer_train_trains_the_tokenizer_of_the_run(world):
     assert Path("same/tokenizer.json").read_bytes() == Path("out/accelerate/tokenizer.json").read_bytes()
 
 
+def test_compare_prints_a_table_and_draws_a_picture(world):
+    printed = hfgpt("compare", "out/accelerate", "out/trainer")
+    as_json = hfgpt("compare", "out/accelerate", "out/trainer", "--picture", "curves.png", "--json")
+
+    assert (printed.code, as_json.code, as_json.out.count("\n")) == (0, 0, 1)
+    assert printed.err == "the curves are in compare.png\n"
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in printed.out.splitlines()}
+    assert rows["loop"] == ['"accelerate"', '"trainer"']
+    assert len(set(rows["validation loss"])) == 1  # both loops take the same steps
+    assert {run["name"] for run in json.loads(as_json.out)["runs"]} == {"accelerate", "trainer"}
+    assert Path("compare.png").read_bytes() == Path("curves.png").read_bytes()
+
+
+def test_doctor_prints_lines_to_read_or_one_object_and_fails_on_faults(monkeypatch):
+    monkeypatch.setattr("hfgpt.doctor.findings", lambda report: [])
+    printed, as_json = hfgpt("doctor"), hfgpt("doctor", "--json")
+    monkeypatch.setattr("hfgpt.doctor.findings", lambda report: [Finding(True, "no disk.")])
+    faulty = hfgpt("doctor")
+
+    assert (printed.code, printed.err, as_json.code, as_json.out.count("\n")) == (0, "", 0, 1)
+    assert printed.out.startswith("versions")
+    assert set(json.loads(as_json.out)) >= {"versions", "devices", "memory", "disk", "extras", "hub", "findings"}
+    assert (faulty.code, faulty.out.splitlines()[-1].split()) == (1, ["FAULT", "no", "disk."])
+
+
 def test_data_prepare_counts_every_token_of_the_run(world):
     printed, as_json = hfgpt("data", "prepare", "tiny.yaml"), hfgpt("data", "prepare", "tiny.yaml", "--json")
 
@@ -704,6 +732,12 @@ BAD_INPUT = [
     ("verify small --layers 1", "`--layers` has no effect without `--random`."),
     ("verify --random tiny", "`--random` must be one of ['small', 'medium', 'large', 'xl'], got 'tiny'."),
     ("verify --random small --layers 13", "`--layers` must be between 1 and 12 for 'small', got 13."),
+    (f"{TRAIN} train.trackers=[tensorbord]", "`train.trackers` must be one of ['tensorboard', 'trackio', 'wandb',"),
+    (f"{TRAIN} train.on_nonfinite=ignore", "`train.on_nonfinite` must be one of ['stop', 'skip'], got 'ignore'."),
+    (f"{TRAIN} train.patience=3 train.save_every=0", "`train.patience` (3) keeps the best weights in a checkpoint"),
+    ("compare out/accelerate", "give at least two runs to compare, got 1."),
+    ("compare out/accelerate notes", "notes holds no run: it has no metrics.jsonl and run.yaml."),
+    ("compare out/accelerate out/trainer --picture text.txt", "the picture must be a .png, got 'text.txt'."),
     ("tokenizer train notes --recipe tiny.yaml", "notes is not empty. Name a new folder."),
     ("tokenizer train tok --recipe finetune.yaml", "the recipe names a tokenizer that is trained already ('small')."),
 ]

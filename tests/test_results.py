@@ -281,6 +281,36 @@ def test_lines_show_the_losses_that_were_logged(tmp_path, monkeypatch):
     assert lines["bigram (perplexity 90.0)"].get_ydata()[0] == pytest.approx(math.log(90))
 
 
+def test_the_best_evaluation_the_gap_and_the_loss_of_all_rows_are_marked(tmp_path, monkeypatch):
+    options = {"best_step": 50, "final_val_loss": 3.5}
+
+    axes = figure_drawn(monkeypatch, tmp_path, a_run(60), **options).axes[0]
+
+    evaluations = {line["step"]: line for line in a_run(60) if "val_loss" in line}
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    assert star.get_xydata().tolist() == [[50 * 64, evaluations[50]["val_loss"]]]
+    assert star.get_label() == f"best: step 50, validation loss {evaluations[50]['val_loss']:.3f}"
+    (diamond,) = [line for line in axes.lines if line.get_marker() == "D"]
+    assert diamond.get_xydata().tolist() == [[60 * 64, 3.5]]
+    (gap,) = axes.collections
+    corners = {tuple(point) for point in gap.get_paths()[0].vertices.tolist()}
+    assert corners >= {
+        (64 * step, line[key]) for step, line in evaluations.items() for key in ("train_loss", "val_loss")
+    }
+
+
+def test_a_last_evaluation_of_more_rows_is_drawn_on_those_of_the_others():
+    metrics = [*a_run(60), {"step": 60, "note": "not an evaluation"}]
+    final = {"val_loss": metrics[-2]["val_loss"], "eval_rows_val_loss": 9.0, "eval_rows_train_loss": 8.0}
+
+    shown = results.comparable_lines(metrics, final)
+
+    assert shown == [*metrics[:-2], {**metrics[-2], "val_loss": 9.0, "train_loss": 8.0}, metrics[-1]]
+    assert results.comparable_lines(metrics, {}) == metrics  # a run that is not finished
+    earlier = {**final, "val_loss": 1.0}  # its last line is no evaluation of all rows
+    assert results.comparable_lines(metrics, earlier) == metrics
+
+
 def test_a_single_training_line_is_a_point(tmp_path, monkeypatch):
     figure = figure_drawn(monkeypatch, tmp_path, [training_line(1, 8.3)])
 

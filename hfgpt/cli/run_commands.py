@@ -115,3 +115,39 @@ def train(
             line += f"; of the same tokens, a bigram model's is {results['bigram_perplexity']:.1f}"
             line += f", a unigram model's {results['unigram_perplexity']:.1f}"
         talk(line)
+
+
+@app.command()
+def doctor(
+    as_json: Json = False,
+) -> None:
+    """Look at this machine: versions, devices, memory, what is missing, and known traps."""
+    from hfgpt.doctor import examine, render
+
+    report = examine(Path.cwd())
+    if as_json:
+        print_json(report)
+    else:
+        print(render(report))
+    if any(finding["is_fault"] for finding in report["findings"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.", metavar="RUN RUN...")],
+    picture: Annotated[Path, typer.Option(help="PNG file to draw the curves in.")] = Path("compare.png"),
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: a table, their curves as a picture, and the knobs in which they differ."""
+    from hfgpt.compare_runs import compare_runs, render
+    from hfgpt.recorder import talk
+
+    comparison = compare_runs(runs, picture)
+    for warning in comparison["warnings"]:
+        talk(f"warning: {warning}")
+    if as_json:
+        print_json(comparison)
+    else:
+        print(render(comparison))
+    talk(f"the curves are in {picture}")

@@ -1,0 +1,291 @@
+"""Runs beside one another: a table, a picture, and in which knobs they differ.
+
+Nothing is computed that a run did not measure, and what cannot be compared is said.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from PIL import Image
+
+from hfgpt.config import load_config
+from hfgpt.disk import write_atomically
+from hfgpt.overfitting import best_evaluation
+from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
+
+PICTURE_SIZE = (11.0, 5.6)
+"""Width and height of the picture, in inches."""
+MADE_BY = "hfgpt compare"
+"""Stands in every picture as its `Software`, so that only such a one is ever replaced."""
+LOSS_KNOBS = (
+    *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
+    *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
+    *("data.streaming", "data.validation_documents"),
+    *("data.block_size", "tokenizer.name", "tokenizer.vocab_size", "init_from", "seed"),
+)
+"""Knobs that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, as its folder tells it.
+
+    Attributes:
+        name: of the folder.
+        is_finished: whether it has results; otherwise the numbers are those of its newest evaluation.
+        step: optimizer steps done.
+        tokens: targets trained on.
+        train_loss: nats per token.
+        val_loss: nats per token.
+        val_perplexity: e to that.
+        best_step: of the lowest validation loss.
+        parameters: None before the end.
+        tokens_per_second: the median over the training lines.
+        elapsed_seconds: None before the end.
+        knobs: every knob, as `section.name`.
+    """
+
+    name: str
+    is_finished: bool
+    step: int
+    tokens: int
+    train_loss: float
+    val_loss: float
+    val_perplexity: float
+    best_step: int | None
+    parameters: int | None
+    tokens_per_second: float | None
+    elapsed_seconds: float | None
+    knobs: dict[str, Any]
+
+
+def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any]:
+    """Compare some runs, finished or not.
+
+    Args:
+        folders: what runs have left or are leaving; at least two.
+        picture: the PNG to draw, or None. One that this has drawn before is replaced.
+
+    Returns:
+        `runs`, a list of `RunSummary` as dictionaries without their knobs; `differing_knobs`, for each name the value
+        of every run; and `warnings`, on what cannot be compared.
+
+    Raises:
+        ValueError: a folder holds no run, or one without an evaluation, or `picture` is another file.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"give at least two runs to compare, got {len(folders)}.")
+    if picture is not None:
+        check_picture(picture)
+    names = short_names(folders)
+    metrics = [read_run_metrics(folder) for folder in folders]
+    results = [read_results(folder) for folder in folders]
+    runs = [summarize(*each) for each in zip(folders, names, metrics, results, strict=True)]
+    differing = differing_knobs(runs)
+    warnings = [
+        f"`{name}` differs: the losses may be of different text or different tokens, and then do not compare"
+        for name in differing
+        if name in LOSS_KNOBS
+    ]
+    if picture is not None:
+        draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)], picture)
+    shown = [{key: value for key, value in asdict(run).items() if key != "knobs"} for run in runs]
+    return {"runs": shown, "differing_knobs": differing, "warnings": warnings}
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last names, with as many of those above as it takes to tell them apart.
+
+    Raises:
+        ValueError: the same folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ValueError("the same run is given twice.")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        ValueError: there is none, or none with an evaluation.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file() or not (folder / "run.yaml").is_file():
+        raise ValueError(f"{folder} holds no run: it has no metrics.jsonl and run.yaml.")
+    lines = read_metrics(path)
+    if not any("val_loss" in line for line in lines):
+        raise ValueError(f"the run in {folder} has not been evaluated yet. Wait for its first evaluation.")
+    return lines
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What results.json holds; nothing before the end of a run."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: dict[str, Any]) -> RunSummary:
+    """Put together what a run has come to."""
+    evaluations = [line for line in metrics if "val_loss" in line]
+    last = results or evaluations[-1]
+    best = best_evaluation(evaluations)
+    speeds = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
+    return RunSummary(
+        name=name,
+        is_finished=bool(results),
+        step=max(line["step"] for line in metrics),
+        tokens=max(line["tokens"] for line in metrics),
+        train_loss=last["train_loss"],
+        val_loss=last["val_loss"],
+        val_perplexity=last["val_perplexity"],
+        best_step=results.get("best_step", best["step"] if best else None),
+        parameters=results.get("parameters"),
+        tokens_per_second=float(np.median(speeds)) if speeds else None,
+        elapsed_seconds=results.get("elapsed_seconds"),
+        knobs=flat(asdict(load_config(folder / "run.yaml"))),
+    )
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested knobs as `section.name`."""
+    result: dict[str, Any] = {}
+    for name, value in section.items():
+        result.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return result
+
+
+def differing_knobs(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
+    """For every knob that is not the same in all runs, its values in their order; None where a run has none."""
+    names = dict.fromkeys(name for run in runs for name in run.knobs if name != "output_dir")
+    values = {name: [run.knobs.get(name) for run in runs] for name in names}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def render(comparison: dict[str, Any]) -> str:
+    """The comparison as a table to read: a column for each run."""
+    runs = comparison["runs"]
+    rows = [["", *(run["name"] for run in runs)]]
+    for label, write in [
+        ("state", lambda run: "finished" if run["is_finished"] else "unfinished"),
+        ("validation loss", lambda run: f"{run['val_loss']:.4f}"),
+        ("perplexity", lambda run: f"{run['val_perplexity']:,.2f}"),
+        ("training loss", lambda run: f"{run['train_loss']:.4f}"),
+        ("gap", lambda run: f"{run['val_loss'] - run['train_loss']:.4f}"),
+        ("best step", lambda run: written(run["best_step"])),
+        ("steps", lambda run: written(run["step"])),
+        ("tokens", lambda run: written(run["tokens"])),
+        ("parameters", lambda run: written(run["parameters"])),
+        ("tokens/s", lambda run: written(run["tokens_per_second"])),
+        ("seconds", lambda run: written(run["elapsed_seconds"])),
+    ]:
+        rows.append([label, *(write(run) for run in runs)])
+    for name, values in comparison["differing_knobs"].items():
+        rows.append([name, *(json.dumps(value, ensure_ascii=False) for value in values)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def written(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
+
+
+def check_picture(path: Path) -> None:
+    """Refuse to write over a file that this has not drawn.
+
+    Raises:
+        ValueError: it is there and something else.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the picture must be a .png, got {str(path)!r}.")
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            is_own = image.info.get("Software") == MADE_BY
+    except OSError:
+        is_own = False
+    if not is_own:
+        raise ValueError(f"{path} exists, and `hfgpt compare` has not drawn it. Name another with `--picture`.")
+
+
+def draw(runs: Sequence[RunSummary], metrics: Sequence[list[dict[str, Any]]], path: Path) -> None:
+    """Draw the losses against tokens seen: the validation rows' on the left, the training rows' on the right.
+
+    Both have the same axes, so that the gap of a run is the difference in height. A star marks its best evaluation.
+    """
+    figure = Figure(figsize=PICTURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, key, title in ((left, "val_loss", "validation loss"), (right, "train_loss", "training loss")):
+        axes.set(title=title, xlabel="tokens seen")
+        axes.grid(alpha=0.3)
+        for index, (run, lines) in enumerate(zip(runs, metrics, strict=True)):
+            draw_run(axes, run, lines, key, f"C{index % 10}")
+    left.set_ylabel("loss (nats per token)")
+    settled = [
+        line[key]
+        for lines in metrics
+        for line in lines
+        for key in ("val_loss", "train_loss")
+        if key in line and line["tokens"] >= 0.02 * max(each["tokens"] for each in lines)
+    ]
+    low, high = min(settled), max(settled)
+    margin = 0.05 * (high - low) or 0.1
+    left.set_ylim(low - margin, high + margin)
+    left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    add_perplexity_axis(right)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) < 5 else 3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": MADE_BY})
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str, color: str) -> None:
+    """Draw one loss of one run: its evaluations, and on the training side, thin, the mean of the batches around."""
+    evaluations = [line for line in lines if key in line]
+    if key == "train_loss":
+        batches = [line for line in lines if "loss" in line]
+        width = max(1, len(batches) // 100)
+        kernel = np.ones(width) / width
+        if len(batches) >= width:
+            axes.plot(
+                np.convolve([line["tokens"] for line in batches], kernel, "valid"),
+                np.convolve([line["loss"] for line in batches], kernel, "valid"),
+                color=color,
+                linewidth=0.7,
+                alpha=0.45,
+            )
+    label = f"{run.name}: validation loss {run.val_loss:.3f}, perplexity {run.val_perplexity:,.1f}"
+    label += "" if run.is_finished else " (unfinished)"
+    axes.plot(
+        [line["tokens"] for line in evaluations],
+        [line[key] for line in evaluations],
+        color=color,
+        marker="o",
+        markersize=3.5,
+        label=label,
+    )
+    best = [line for line in evaluations if line["step"] == run.best_step]
+    if best and key == "val_loss":
+        axes.plot(best[0]["tokens"], best[0][key], color=color, marker="*", markersize=13, linestyle="")

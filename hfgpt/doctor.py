@@ -1,0 +1,258 @@
+"""What a person needs to know of a machine before a run: versions, devices, memory, what is missing, and known traps.
+
+Nothing is downloaded, changed or told on: of secrets only whether they are there.
+"""
+
+import importlib.metadata
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+from huggingface_hub import constants, get_token
+from packaging.requirements import Requirement
+
+from hfgpt.results import cpu_name, environment
+from hfgpt.speed import matmul_peak
+
+EXTRAS = {
+    "trackers": "TensorBoard and trackio, for `train.trackers`",
+    "neighbours": "PEFT, TRL and lm-eval, which hfgpt's models work with",
+    "openai": "the checksums of OpenAI's TensorFlow checkpoints, for `hfgpt convert`",
+    "gguf": "files for llama.cpp, for `hfgpt convert`",
+    "onnx": "ONNX graphs, for `hfgpt convert`",
+    "test": "the checks of `make test`",
+}
+"""What each extra of hfgpt's package brings; others are listed without words."""
+
+LITTLE_DISK_BYTES = 2_000_000_000
+LITTLE_MEMORY_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a person should know.
+
+    Attributes:
+        is_fault: whether a run cannot work, or not as it says; otherwise it is a hint.
+        text: what it is, and what to do.
+    """
+
+    is_fault: bool
+    text: str
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """Look at this machine.
+
+    Args:
+        folder: where runs would be left; its disk is looked at.
+
+    Returns:
+        What is there, by section, and `findings`: a list of dictionaries with `is_fault` and `text`.
+    """
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
+    report = {
+        "versions": {name: value for name, value in environment().items() if name not in ("device", "cpu_count")},
+        "devices": devices(),
+        "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
+        "disk": {"total_bytes": disk.total, "free_bytes": disk.free},
+        "extras": {name: missing_packages(name) for name in extras()},
+        "hub": {
+            "has_token": get_token() is not None,
+            "is_offline": constants.is_offline_mode(),
+            "cache_is_writable": is_writable(Path(constants.HF_HUB_CACHE)),
+        },
+        "accelerate": accelerate_config(),
+    }
+    return {**report, "findings": [asdict(finding) for finding in findings(report)]}
+
+
+def devices() -> dict[str, Any]:
+    """CPU and accelerators, and how fast the one that a run would take multiplies fp32 matrices."""
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    return {
+        "used": device.type,
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "usable_cpu_count": usable_cpus(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "matmul_peak_fp32": matmul_peak(device, "fp32"),
+    }
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def extras() -> list[str]:
+    return importlib.metadata.metadata("hfgpt").get_all("Provides-Extra") or []
+
+
+def missing_packages(extra: str | None) -> list[str]:
+    """Requirements of an extra (None: of hfgpt itself) that are not met, as `name range`."""
+    missing = []
+    for text in importlib.metadata.requires("hfgpt") or []:
+        requirement = Requirement(text)
+        if requirement.name == "hfgpt":
+            continue
+        belongs = requirement.marker is None if extra is None else requirement.marker is not None
+        if not belongs or (requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})):
+            continue
+        if not is_met(requirement):
+            missing.append(f"{requirement.name}{requirement.specifier}")
+    return missing
+
+
+def is_met(requirement: Requirement) -> bool:
+    """Whether a package is installed in a version that is allowed."""
+    try:
+        return requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself if it is not there."""
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def accelerate_config() -> dict[str, Any] | None:
+    """What `accelerate config` has left as the default of `accelerate launch`, or None."""
+    path = Path(default_config_file)
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        return {"is_readable": False}
+    names = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "use_cpu")
+    return {"is_readable": True, **{name: content.get(name) for name in names}}
+
+
+def findings(report: dict[str, Any]) -> list[Finding]:
+    """The known traps that this machine has laid, faults first."""
+    found = [
+        Finding(True, f"{package} is needed and not installed in that version.") for package in missing_packages(None)
+    ]
+    found += device_findings(report["devices"])
+    found += accelerate_findings(report["accelerate"], report["devices"])
+    if report["disk"]["free_bytes"] < LITTLE_DISK_BYTES:
+        found.append(
+            Finding(False, f"the disk has {gigabytes(report['disk']['free_bytes'])} left: few checkpoints fit.")
+        )
+    if report["memory"]["available_bytes"] < LITTLE_MEMORY_BYTES:
+        free = gigabytes(report["memory"]["available_bytes"])
+        found.append(Finding(False, f"{free} of memory are free: a GPT-2 of 124M takes about 2 GB to train."))
+    if not report["hub"]["cache_is_writable"]:
+        found.append(Finding(True, "the cache of the Hub cannot be written: set HF_HOME to a folder that can."))
+    if report["hub"]["is_offline"]:
+        found.append(Finding(False, "HF_HUB_OFFLINE is set: models and data sets come from the cache only."))
+    elif not report["hub"]["has_token"]:
+        found.append(Finding(False, "no token for the Hub: reading is fine, `hfgpt push` needs `hf auth login`."))
+    return sorted(found, key=lambda finding: not finding.is_fault)
+
+
+def device_findings(seen: dict[str, Any]) -> list[Finding]:
+    """Traps between torch and the machine's processors."""
+    found = []
+    if shutil.which("nvidia-smi") and not seen["gpus"]:
+        if torch.version.cuda is None:
+            text = f"there is an NVIDIA driver, but torch {torch.__version__} has no CUDA: install torch's CUDA build."
+        else:
+            text = "there is an NVIDIA driver, but torch sees no GPU: look at CUDA_VISIBLE_DEVICES and `nvidia-smi`."
+        found.append(Finding(True, text))
+    if not seen["gpus"] and seen["used"] == "cpu" and seen["threads"] < seen["usable_cpu_count"]:
+        found.append(
+            Finding(
+                False,
+                f"torch uses {seen['threads']} of {seen['usable_cpu_count']} cores: OMP_NUM_THREADS may be set.",
+            )
+        )
+    if seen["threads"] > seen["usable_cpu_count"]:
+        found.append(
+            Finding(
+                False,
+                f"torch uses {seen['threads']} threads on {seen['usable_cpu_count']} cores, which is slow: set "
+                f"OMP_NUM_THREADS={seen['usable_cpu_count']}.",
+            )
+        )
+    return found
+
+
+def accelerate_findings(config: dict[str, Any] | None, seen: dict[str, Any]) -> list[Finding]:
+    """Traps in what `accelerate launch` does when it is told nothing."""
+    if config is None:
+        return []
+    if not config["is_readable"]:
+        return [Finding(True, "the default config of accelerate cannot be read: run `accelerate config` again.")]
+    kind, processes = str(config["distributed_type"]), config["num_processes"] or 1
+    if kind == "MULTI_CPU" or (config["use_cpu"] and processes > 1 and kind != "MULTI_GPU"):
+        return [
+            Finding(
+                True,
+                f"the default config of accelerate asks for {processes} processes on a CPU, and accelerate would start "
+                "one: use ACCELERATE_USE_CPU=true and `--multi_gpu`, as the README does.",
+            )
+        ]
+    if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and not config["use_cpu"] and processes > max(1, len(seen["gpus"])):
+        return [
+            Finding(
+                True,
+                f"the default config of accelerate asks for {processes} processes ({kind}), and there are "
+                f"{len(seen['gpus'])} GPUs here: run `accelerate config` again.",
+            )
+        ]
+    return []
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as lines to read."""
+    seen, hub, accelerate = report["devices"], report["hub"], report["accelerate"]
+    lines = [
+        ("versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value is not None)),
+        ("cpu", f"{seen['cpu']}; {seen['usable_cpu_count']} of {seen['cpu_count']} cores, {seen['threads']} threads"),
+        ("gpu", ", ".join(f"{gpu['name']} ({gigabytes(gpu['memory_bytes'])})" for gpu in seen["gpus"]) or "none"),
+        ("runs use", f"{seen['used']}, measured {seen['matmul_peak_fp32'] / 1e9:,.0f} GFLOP/s in fp32 matrix products"),
+        (
+            "memory",
+            f"{gigabytes(report['memory']['available_bytes'])} of {gigabytes(report['memory']['total_bytes'])} free",
+        ),
+        ("disk", f"{gigabytes(report['disk']['free_bytes'])} of {gigabytes(report['disk']['total_bytes'])} free"),
+        ("Hub", ("a token is set" if hub["has_token"] else "no token") + (", offline" if hub["is_offline"] else "")),
+        (
+            "accelerate",
+            "no default config"
+            if accelerate is None
+            else ", ".join(f"{name} {value}" for name, value in accelerate.items() if name != "is_readable"),
+        ),
+    ]
+    for name, missing in report["extras"].items():
+        state = "installed" if not missing else f'missing {", ".join(missing)}: `pip install "hfgpt[{name}]"`'
+        lines.append((f"[{name}]", f"{state}  ({EXTRAS.get(name, 'more')})"))
+    for finding in report["findings"]:
+        lines.append(("FAULT" if finding["is_fault"] else "hint", finding["text"]))
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB"

@@ -1,0 +1,143 @@
+"""What a run does about NaN and infinity: it stops or leaves the step out, and says where they came from first."""
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, send_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hfgpt.checkpoint import Position
+from hfgpt.config import TrainConfig
+from hfgpt.processes import is_split, whole
+from hfgpt.recorder import DIVERGED, Recorder
+
+MOST_SKIPPED_IN_A_ROW = 10
+"""Steps that `on_nonfinite: skip` leaves out one after the other before the run stops: they are no accident then."""
+
+
+class StepGuard:
+    """Looks at the gradient norm of every step before the optimizer does.
+
+    A loss that is not finite makes the norm so too, and on several processes all see the same norm, so all decide
+    the same. Under fp16 a norm that overflows is nothing unusual, and the scaler's to deal with.
+
+    Args:
+        model: whose steps they are.
+        train: the policy and the precision.
+        recorder: hears of steps that were left out; it knows of those before a run went on.
+    """
+
+    def __init__(self, model: PreTrainedModel, train: TrainConfig, recorder: Recorder) -> None:
+        self.model, self.recorder = model, recorder
+        self.skips = train.on_nonfinite == "skip"
+        self.is_scaled = train.precision == "fp16"
+        self.in_a_row = int(broadcast_object_list([recorder.skipped_in_a_row()])[0])
+
+    def allows(
+        self, position: Position, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
+    ) -> bool:
+        """Whether the optimizer may take a step; if not, its gradients must be dropped.
+
+        Args:
+            position: after the step.
+            grad_norm: of the step, before clipping.
+            batches: micro-batches of the step; they are only run again if the norm is not finite.
+            targets: in the whole step, over all processes.
+
+        Raises:
+            FloatingPointError: the norm is not finite, and the policy is to stop, or skipping does not help.
+        """
+        norm = 0.0 if self.is_scaled else float(grad_norm)
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        spoilt = first_nonfinite_weight(self.model)
+        found = gather_object([spoilt or repeat_step(self.model, batches, targets)])
+        origin = next((each for each in found if each), "the same step done again is finite")
+        self.in_a_row += 1
+        where = f"the gradient norm is {norm} at step {position.step} ({origin})"
+        if not self.skips or spoilt:
+            raise FloatingPointError(f"{where}: {DIVERGED}")
+        if self.in_a_row > MOST_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{where}, as in {MOST_SKIPPED_IN_A_ROW} steps before it, which were left out: {DIVERGED}"
+            )
+        self.recorder.skipped(position.step, position.tokens, norm, origin)
+        return False
+
+
+def first_nonfinite_weight(model: nn.Module) -> str | None:
+    """The first parameter, from the embedding to the head, that holds NaN or infinity, in words; None if none does."""
+    for name, parameter in model.named_parameters():
+        if not whole(parameter.isfinite().all()):
+            return f"the weights `{name}` are not finite"
+    return None
+
+
+def repeat_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], targets: Any) -> str | None:
+    """Do a step's forward and backward passes again and say where NaN or infinity comes up first; None if nowhere.
+
+    Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where the
+    model is split over processes only its weights are looked at, not this.
+    """
+    if is_split(model) or AcceleratorState().distributed_type == DistributedType.FSDP:
+        return None
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+        for batch in batches:
+            origin = trace(model, send_to_device(batch, model.device), targets)
+            if origin is not None:
+                return origin
+    return None
+
+
+def trace(model: PreTrainedModel, batch: Mapping[str, Any], targets: Any) -> str | None:
+    """Where in one forward and backward pass NaN or infinity comes up first, in words."""
+    layers: list[str] = []
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+
+            def look(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+                if not layers and any(not tensor.isfinite().all() for tensor in tensors_in(output)):
+                    layers.append(name)
+
+            hooks.callback(module.register_forward_hook(look).remove)
+        loss = model(**batch, num_items_in_batch=targets, skip_logits=True).loss
+    if layers and layers[0]:  # the whole model, whose name is empty, is not where it comes from
+        return f"the output of `{layers[0]}` is the first that is not finite"
+    if not loss.isfinite():
+        return "the loss is the first that is not finite"
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
+    # Backward goes from the head to the embedding.
+    for (name, _), gradient in reversed(list(zip(parameters, gradients, strict=True))):
+        if gradient is not None and not gradient.isfinite().all():
+            return f"the gradient of `{name}` is the first that is not finite"
+    return None
+
+
+def tensors_in(output: Any) -> Iterable[Tensor]:
+    """Floating-point tensors of a module's output."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors_in(value)]
+    if isinstance(output, tuple | list):
+        return [tensor for value in output for tensor in tensors_in(value)]
+    return []
+
+
+def refuse_spoilt_weights(model: nn.Module, step: int) -> None:
+    """Keep weights that are no numbers from being saved.
+
+    Raises:
+        FloatingPointError: naming the first of them.
+    """
+    spoilt = first_nonfinite_weight(model)
+    if spoilt is not None:
+        raise FloatingPointError(f"{spoilt} at step {step}: {DIVERGED}")

@@ -1,0 +1,190 @@
+"""Is my run normal? Cheap looks at a new run before its first step, each a number, and a warning where it is odd.
+
+They end no run: what is odd here may be meant.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hfgpt.data import collate
+from hfgpt.loss import IGNORE_INDEX
+from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.processes import is_split, split_again
+from hfgpt.recorder import Recorder
+from hfgpt.rows import TokenRows, TokenStream
+from hfgpt.run import Run
+
+MOST_TOKENS = 1024
+"""About so many tokens go through the model: their logits must fit into memory."""
+WINDOW = 64
+"""Tokens that must follow one another in both splits to count as duplicated, about three sentences; a power of 2."""
+MOST_POSITIONS = 4_000_000
+"""Positions of each split that are searched for duplicates; of longer ones, pieces spread over all of it."""
+PIECE = 100_000
+KEPT_OF = 8
+"""One window of so many is looked up, chosen by its content, so that its twin is chosen too."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look, and what it found.
+
+    Attributes:
+        value: the number.
+        is_normal: whether it is as it should be.
+        text: both in words; where it is not normal, what that can mean.
+    """
+
+    value: float
+    is_normal: bool
+    text: str
+
+
+def check_start(run: Run, recorder: Recorder) -> None:
+    """Look at a run that has not begun, after its first evaluation; write and say what was found.
+
+    Every process calls it, the main one speaks. Nothing is drawn from the random number generators of training.
+    """
+    recorder.pause()
+    rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
+    if recorder.speaks or is_split(run.model):  # a model that is split runs on all processes together
+        next_token = check_next_token(run.model, rows)
+        split_again(run.model)
+    if not recorder.speaks:
+        return
+    (start,) = (line for line in recorder.evaluations if line["step"] == 0)
+    is_new = run.config.init_from is None
+    vocab_size = run.model.config.vocab_size
+    checks = {
+        "initial_loss": check_loss(start["val_loss"], vocab_size, is_new),
+        "label_shift": check_shift(rows),
+        "next_token_loss": next_token,
+        "ids_out_of_range": check_range(rows, vocab_size),
+        "padding": check_padding(run.rows.train_counts.padding, run.rows.train_counts.targets),
+        "duplicates": check_duplicates(run.rows.train.stream, run.rows.validation.stream),
+    }
+    recorder.write({"step": 0, "tokens": 0, "checks": {name: asdict(check) for name, check in checks.items()}}, "check")
+    recorder.say("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))
+    for check in checks.values():
+        if not check.is_normal:
+            recorder.say(f"warning: {check.text}")
+    recorder.resume()
+
+
+def check_loss(loss: float, vocab_size: int, is_new: bool) -> Check:
+    """A new model finds every token about as likely; one that was trained before does better than that.
+
+    Args:
+        loss: of the validation rows at step 0, nats per token.
+        vocab_size: V.
+        is_new: whether the weights are drawn at random.
+    """
+    even = math.log(vocab_size)
+    text = f"loss {loss:.2f}, ln(vocab_size) {even:.2f}"
+    if is_new and loss < even - 0.5:
+        return Check(loss, False, f"{text}: no new model can be so good. Does it see the tokens it has to predict?")
+    if is_new and loss > even + 1:
+        return Check(loss, False, f"{text}: the first weights are too large. Lower `model.initializer_range`.")
+    if not is_new and loss > even:
+        return Check(loss, False, f"{text}: worse than guessing. Do weights and tokenizer belong together?")
+    return Check(loss, True, text)
+
+
+def check_shift(rows: TokenRows) -> Check:
+    """In real rows, every target is the next id of the input."""
+    batch = collate([rows[index] for index in range(len(rows))])
+    targets, following = batch["shift_labels"][:, :-1], batch["input_ids"][:, 1:]
+    counted = (targets != IGNORE_INDEX) & (batch["shift_labels"][:, 1:] != IGNORE_INDEX)
+    share = float((targets == following)[counted].double().mean()) if counted.any() else 1.0
+    text = f"{share:.1%} of the targets are the next token"
+    return Check(share, share == 1, text if share == 1 else f"{text}: the rest is trained on something else.")
+
+
+@torch.no_grad()
+def check_next_token(model: HFGPTForCausalLM, rows: TokenRows) -> Check:
+    """The loss that is trained is that of the next token, made here by hand from the logits.
+
+    The value is their difference, in nats per token.
+    """
+    batch = {name: each.to(model.device) for name, each in collate([rows[i] for i in range(len(rows))]).items()}
+    was_training = model.training
+    model.eval()
+    try:
+        trained = float(model(**batch, skip_logits=True).loss)
+        labels = ("labels", "shift_labels")
+        logits = model(**{name: each for name, each in batch.items() if name not in labels}, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    # From the rows themselves, so that a collator that shifts wrongly is found.
+    ids = torch.from_numpy(np.stack([rows[index]["input_ids"] for index in range(len(rows))])).long().to(model.device)
+    flat = logits.float().flatten(0, 1)
+    following = float(F.cross_entropy(flat, ids[:, 1:].flatten(), ignore_index=IGNORE_INDEX))
+    same = float(F.cross_entropy(flat, ids[:, :-1].flatten(), ignore_index=IGNORE_INDEX))
+    difference = trained - following
+    text = f"trained loss {trained:.2f}; of the next token {following:.2f}, of the same token {same:.2f}"
+    is_normal = abs(difference) < 0.02  # what TF32 or bf16 change
+    return Check(difference, is_normal, text if is_normal else f"{text}: labels are shifted twice, or not at all.")
+
+
+def check_range(rows: TokenRows, vocab_size: int) -> Check:
+    """Every id that is there is one that the model knows."""
+    ids = np.concatenate([rows[index]["input_ids"] for index in range(len(rows))])
+    ids = ids[ids != IGNORE_INDEX]
+    share = float(((ids < 0) | (ids >= vocab_size)).mean())
+    text = f"ids {ids.min()} to {ids.max()} of {vocab_size:,}"
+    return Check(share, share == 0, text if share == 0 else f"{text}: tokenizer and model do not belong together.")
+
+
+def check_padding(padding: int, targets: int) -> Check:
+    """Places that hold no target cost as much as those that do."""
+    share = padding / (padding + targets)
+    text = f"{share:.1%} padding"
+    return Check(share, share < 0.5, text if share < 0.5 else f"{text}: lower `data.block_size`, or pack documents.")
+
+
+def check_duplicates(train: TokenStream, validation: TokenStream) -> Check:
+    """Text of the validation split that is in the training split too makes the validation loss too good."""
+    share = duplicated_share(train, validation)
+    text = f"{share:.1%} of the validation text is in the training text"
+    is_normal = share < 0.05
+    return Check(
+        share,
+        is_normal,
+        text if is_normal else f"{text}, {WINDOW} tokens and more at a stretch: the validation loss flatters.",
+    )
+
+
+def duplicated_share(train: TokenStream, validation: TokenStream) -> float:
+    """Share of the windows of `WINDOW` tokens of one stream, wherever they begin, that are in the other one too."""
+    wanted = chosen_windows(validation)
+    return float(np.isin(wanted, chosen_windows(train)).mean()) if len(wanted) else 0.0
+
+
+def chosen_windows(stream: TokenStream) -> np.ndarray:
+    """Hashes (uint64) of the windows that are looked up: those divisible by `KEPT_OF`, wherever they stand."""
+    pieces = -(-len(stream) // PIECE)
+    taken = range(0, pieces, -(-pieces // (MOST_POSITIONS // PIECE)))
+    found = []
+    for piece in taken:
+        ids = stream.slice(piece * PIECE, min((piece + 1) * PIECE + WINDOW - 1, len(stream)))
+        hashes = window_hashes(ids)
+        found.append(hashes[(hashes >> np.uint64(32)) % np.uint64(KEPT_OF) == 0])
+    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
+
+
+def window_hashes(ids: np.ndarray) -> np.ndarray:
+    """A hash (uint64) of each run of `WINDOW` ids, at every position: sums of scrambled ids times powers, mod 2**64."""
+    if len(ids) < WINDOW:
+        return np.empty(0, dtype=np.uint64)
+    scrambled = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    scrambled ^= scrambled >> np.uint64(29)
+    hashes, base, length = scrambled, np.uint64(0xBF58476D1CE4E5B9), 1
+    with np.errstate(over="ignore"):
+        while length < WINDOW:  # of two windows side by side, one of twice the length
+            hashes = hashes[:-length] * base + hashes[length:]
+            base, length = base * base, 2 * length
+    return hashes
