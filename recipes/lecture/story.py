@@ -15,7 +15,7 @@ from hfgpt.config import RunConfig
 from hfgpt.disk import write_atomically
 from hfgpt.documents import Documents
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer
-from hfgpt.weights.openai import byte_level_bpe
+from hfgpt.weights.bpe import put_together
 
 URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
 """Edith Wharton, "The Verdict", 1908: in the public domain."""
@@ -76,7 +76,7 @@ def find_tokenizer(config: RunConfig, documents: Documents) -> PreTrainedTokeniz
     length = config.data.block_size
     vocabulary = gpt2_vocabulary()
     if vocabulary is not None:
-        return byte_level_bpe(vocabulary / "encoder.json", vocabulary / "vocab.bpe", length)
+        return put_together(vocabulary / "encoder.json", vocabulary / "vocab.bpe", length)
     try:
         return load_tokenizer(GPT2)
     except ValueError:
