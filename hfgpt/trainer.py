@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
+from hfgpt.hub import PushByList
 from hfgpt.milestones import evaluate, is_checkpoint_due, is_due, save_checkpoint, seed_training, stopped
 from hfgpt.optim import make_optimizer, make_schedule
 from hfgpt.processes import OptimizerState, check_engine
@@ -104,7 +105,7 @@ class RunSchedule(TrainerCallback):
         return control
 
 
-class HFGPTTrainer(Trainer):
+class HFGPTTrainer(PushByList, Trainer):
     """transformers' Trainer on a run's rows, optimizer, schedule, evaluation and checkpoints."""
 
     def __init__(self, run: Run, recorder: Recorder, stop: StopRequest) -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from typer.exceptions import TyperException
 
-from hfgpt.cli import card_commands, model_commands, run_commands, weights_commands  # noqa: F401 - each registers its own
+from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
 from hfgpt.cli.app import app
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
