@@ -18,8 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
+from hfgpt import __version__
 from hfgpt.disk import make_readable, sync, write_atomically
-from hfgpt.patience import TRIES, HubError, Say, connect, one_line_errors, patiently, was_retried_by_the_client
+from hfgpt.patience import TRIES, HubError, Say, limit_waiting, one_line_errors, patiently, was_retried_by_the_client
 from hfgpt.sharing import WEIGHTS, Plan, plan_push
 
 PULL_FILE = ".pulled.json"
@@ -153,6 +154,12 @@ def send(
         if tag is not None:
             patiently(lambda: target.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), say)
     return Pushed(repo_id, commit, f"{target.api.endpoint}/{repo_id}/commit/{commit}", is_new, pull_request)
+
+
+def connect(token: str | None) -> HfApi:
+    """The Hub's client."""
+    limit_waiting()
+    return HfApi(token=token, library_name="hfgpt", library_version=__version__)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from urllib.request import getproxies
 
 import httpx2
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,8 +25,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import default_client_factory
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
-
-from hfgpt import __version__
 
 TRIES = 5
 FIRST_WAIT_SECONDS = 1.0
@@ -43,22 +42,44 @@ class HubError(OSError):
     """The Hub does not do what it should, and waiting did not help."""
 
 
-def connect(token: str | None) -> HfApi:
-    """The Hub's client, which from now on waits for no answer longer than `ANSWER_SECONDS`."""
-    limit_waiting()
-    return HfApi(token=token, library_name="hfgpt", library_version=__version__)
+@cache
+def limit_waiting() -> None:
+    """Let this process wait for no answer longer than `ANSWER_SECONDS`, and not at all where no names are resolved.
+
+    It is done once: it closes the client that other threads may be using.
+    """
+    set_client_factory(make_client)
+
+
+def make_client() -> httpx2.Client:
+    client = default_client_factory()
+    client.timeout = httpx2.Timeout(ANSWER_SECONDS, connect=10.0)
+    client.event_hooks["request"].insert(0, refuse_without_names)
+    return client
+
+
+def refuse_without_names(request: httpx2.Request) -> None:
+    """Take a machine without name service for offline: huggingface_hub (2.4) would try for 23 s, file by file.
+
+    Raises:
+        OfflineModeIsEnabled: what huggingface_hub raises when HF_HUB_OFFLINE is set; what is cached can be used.
+    """
+    if getproxies():  # they resolve the names
+        return
+    try:
+        resolve(request.url.host)
+    except OSError as error:
+        raise OfflineModeIsEnabled(f"cannot reach {request.url.host}: no such name is known. Is it online?") from error
 
 
 @cache
-def limit_waiting() -> None:
-    """Set it once: it closes the client that other threads may be using."""
-    set_client_factory(client_that_does_not_wait_forever)
+def resolve(host: str) -> None:
+    """Look a name up, once.
 
-
-def client_that_does_not_wait_forever() -> httpx2.Client:
-    client = default_client_factory()
-    client.timeout = httpx2.Timeout(ANSWER_SECONDS, connect=10.0)
-    return client
+    Raises:
+        OSError: nobody knows it; that is asked again.
+    """
+    socket.getaddrinfo(host, None)
 
 
 def patiently(
@@ -113,18 +134,8 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(origin, HfHubHTTPError):
         return origin.response.status_code in PASSING
     if isinstance(origin, httpx2.TransportError):
-        return not is_offline(origin)
+        return True
     return isinstance(error, json.JSONDecodeError)  # a proxy's page instead of the Hub's answer
-
-
-def is_offline(error: BaseException) -> bool:
-    """Whether there is no name service, so that trying again is in vain."""
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, socket.gaierror) or "name resolution" in str(one) or "Name or service" in str(one):
-            return True
-        one = one.__cause__ or one.__context__
-    return False
 
 
 def was_retried_by_the_client(error: BaseException) -> bool:
@@ -182,7 +193,9 @@ def one_line_errors(repo_id: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ValueError(f"{repo_id} has no such revision. Name a branch, a tag or a commit.") from error
     except OfflineModeIsEnabled as error:
-        raise ValueError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it.") from error
+        if is_offline_mode():
+            raise ValueError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it.") from error
+        raise HubError(str(error)) from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, RuntimeError, json.JSONDecodeError, ValueError) as error:
         origin = origin_of(error)
         if (
@@ -199,6 +212,4 @@ def one_line_errors(repo_id: str) -> Iterator[None]:
         if status is not None and status not in PASSING:
             told = origin.server_message if isinstance(origin, HfHubHTTPError) else None
             raise HubError(f"the Hub answered {status}: {' '.join(str(told).split())}") from error
-        if is_offline(origin):
-            raise HubError("the Hub cannot be reached: this machine resolves no names. Is it online?") from error
         raise HubError(f"{reason(error)}, again and again. Try later; what arrived is not sent twice.") from error

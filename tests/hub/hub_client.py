@@ -46,7 +46,7 @@ def connected(home: Path, **options: object) -> Iterator[TestHub]:
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address it was made with
         patch.setattr(hfgpt.patience, "FIRST_WAIT_SECONDS", 0.01)
-        patch.setattr(hfgpt.patience, "ANSWER_SECONDS", 1.0)
+        patch.setattr(hfgpt.patience, "ANSWER_SECONDS", 5.0)
         start_anew()
         yield hub
     start_anew()
