@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hub_client import TOKEN
 from hub_models import KEPT, SENT, save_model
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
+from hfgpt.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.config import load_config
 from hfgpt.sharing import plan_push
 
@@ -222,11 +222,11 @@ def test_shards_all_go(tmp_path):
 
 
 def test_a_checkpoint_goes_as_a_model(tmp_path):
-    folder = tmp_path / "checkpoint-4"
-    save_model(folder)
-    torch.save({}, folder / "random_states_0.pt")
-    (folder / "trainer_state.json").write_text("{}")
-    (folder / "manifest.json").write_text("{}")
+    def write(folder):
+        save_model(folder)
+        (folder / "trainer_state.json").write_text("{}")
+
+    folder = save_checkpoint(tmp_path, Manifest(Position(4), {}), write, {}, keep_last=2)
 
     assert plan_push(folder).stays == {
         "manifest.json": "not on the list",
