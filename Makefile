@@ -14,9 +14,10 @@ test: lint
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
 
-# What a run survives, counted; about twenty minutes.
+# What a run survives, and what a push and a pull do, counted; about twenty minutes.
 faults: venv
 	$(BIN)/python tests/training/faults.py
+	HF_HUB_VERBOSITY=error $(BIN)/python tests/hub/hub_faults.py
 
 # transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt.
 upstream: venv

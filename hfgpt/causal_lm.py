@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.patience import limit_waiting
 from hfgpt.recorder import talk
 from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import load, openai
@@ -49,6 +50,7 @@ def load_causal_lm(
     if Path(source).is_file() or openai.recognises(Path(source)):
         return load(source, wanted), load_tokenizer(tokenizer or source)
     refuse_what_is_not_there(source)
+    limit_waiting()
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
         model_type = fields.get("model_type")

@@ -158,7 +158,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
     try:
         manifest = Manifest(Position(**content["position"]), content["identity"], content["val_loss"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}.") from error
+        raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
     check_files(folder)
     return manifest
 

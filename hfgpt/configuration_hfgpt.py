@@ -32,6 +32,9 @@ UNSUPPORTED_KNOBS = {
     "add_cross_attention": False,
 }
 
+DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""Numbers that weights come in."""
+
 # What transformers itself passes to a config's constructor besides the declared fields.
 TRANSFORMERS_KEYS = frozenset(
     "model_type auto_map num_labels torch_dtype attn_implementation _attn_implementation experts_implementation "
@@ -176,6 +179,10 @@ class HFGPTConfig(PreTrainedConfig):
         for name, harmless in UNSUPPORTED_KNOBS.items():
             if config_dict.pop(name, harmless) != harmless:
                 raise ValueError(f"`{name}` must be {harmless}: hfgpt does not build what {not harmless} asks for.")
+        for name in ("dtype", "torch_dtype"):
+            dtype = config_dict.get(name)
+            if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"`{name}` must be one of {sorted(DTYPES)}, got {dtype!r}.")
         known = {field.name for field in fields(cls)} | TRANSFORMERS_KEYS
         foreign = sorted(set(config_dict) - known)
         if foreign:

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hfgpt import pydoc_source
 from hfgpt.config import DataConfig
+from hfgpt.patience import limit_waiting
 
 # How files are read: as one document each, or by the loader of `datasets` of that name.
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -179,6 +180,7 @@ def reading_options(file_kind: str, column: str) -> dict[str, Any]:
 
 def load_table(name: str, *args: Any, **options: Any) -> Any:
     """`datasets.load_dataset`, a table or a stream, with one line of what went wrong."""
+    limit_waiting()
     try:
         return datasets.load_dataset(*args, **options)
     except (DatasetsError, OSError, ValueError) as error:

@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from error
     return manifest
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hfgpt.patience import limit_waiting
+
 END_OF_TEXT = "<|endoftext|>"
 
 # The tokenizers library needs about 160 bytes of memory per character of one call (0.23.3), so that a 100 MB file would
@@ -70,6 +72,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
+    limit_waiting()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, KeyError) as error:  # KeyError: JSON that is no tokenizer (transformers 5.23).

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
+from hfgpt.hub import PushByList
 from hfgpt.milestones import (
     Verdict,
     evaluate,
@@ -116,7 +117,7 @@ class RunSchedule(TrainerCallback):
         return control
 
 
-class HFGPTTrainer(Trainer):
+class HFGPTTrainer(PushByList, Trainer):
     """transformers' Trainer on a run's rows, optimizer, schedule, evaluation and checkpoints."""
 
     def __init__(self, run: Run, recorder: Recorder, stop: StopRequest) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import TestHub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,8 +62,19 @@ def folder(tmp_path_factory, lines, tokenizer):
 
 
 def test_every_command_and_snippet_in_the_readme_runs(folder):
+    with TestHub({"hf_token": ["user"]}) as hub:
+        run_all(folder, hub)
+
+
+def run_all(folder, hub):
     environment = {
         **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": "hf_token",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
@@ -80,6 +92,8 @@ def test_every_command_and_snippet_in_the_readme_runs(folder):
             ran += 1
     assert ran >= 10
     assert (folder / "out" / "gpt2" / "model.safetensors").is_file()
+    assert hub.repos["user/demo"].private
+    assert (folder / "out" / "copy" / "model.safetensors").is_file()
 
 
 def test_make_demo_does_what_the_readme_does_by_hand():

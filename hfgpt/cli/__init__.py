@@ -4,6 +4,7 @@ Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse
 130 stopped at once by Ctrl-C.
 """
 
+import errno
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from typer.exceptions import TyperException
 
-from hfgpt.cli import card_commands, model_commands, run_commands, weights_commands  # noqa: F401 - each registers its own
+from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
 from hfgpt.cli.app import app
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
@@ -43,7 +44,8 @@ def main() -> None:
         message = describe(error)
         if is_debug or message is None:
             raise
-        fail(message, 2 if isinstance(error, MISUSES) else 1)
+        is_misuse = isinstance(error, MISUSES) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+        fail(message, 2 if is_misuse else 1)
     if code == INTERRUPTED:
         print("stopped at once; the last checkpoint is as it was.", file=sys.stderr)
     raise SystemExit(code)

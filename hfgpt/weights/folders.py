@@ -22,6 +22,7 @@ from transformers.utils import (
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfig
 from hfgpt.manifest import MANIFEST, check_files
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
+from hfgpt.patience import limit_waiting
 from hfgpt.weights import gpt2
 from hfgpt.weights.stored import Stored, in_pickle, in_safetensors
 from hfgpt.weights.tables import (
@@ -48,6 +49,7 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
     Raises:
         ValueError: there is none, it is of another architecture, or a file is missing or damaged.
     """
+    limit_waiting()
     try:
         config = HFGPTConfig.from_pretrained(source)
         files = weight_files(source)

@@ -1,0 +1,98 @@
+"""Commands about the Hub: there and back."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfgpt.cli.app import Json, app, print_json
+
+Repository = Annotated[str, typer.Argument(help="Name on the Hub, `user/model`.", metavar="USER/MODEL")]
+
+
+def talk(text: str) -> None:
+    """Say something on stderr; hfgpt.recorder's `talk` would import torch, which `pull` does not need."""
+    print(text, file=sys.stderr)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run, or of any hfgpt or GPT-2 model.")],
+    repo_id: Repository,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository; default: the owner's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if there is none; default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pr", "--create-pr", help="Open a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Name to give the commit, such as v1.0.")] = None,
+    message: Annotated[str, typer.Option("--commit-message", "-m", help="Title of the commit.")] = "Upload model",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would go and what stays; send nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a model to the Hub, in one commit; what may go stands on a list."""
+    from hfgpt import hub
+
+    if dry_run:
+        plan = hub.plan_push(folder)
+        goes = {name: plan.size(name) for name in plan.goes}
+        stays = {name: {"size": plan.size(name), "reason": reason} for name, reason in plan.stays.items()}
+        if as_json:
+            print_json({"repo_id": repo_id, "goes": goes, "stays": stays, "notes": plan.notes})
+            return
+        print(f"would go to {repo_id}: {len(goes)} files, {as_size(sum(goes.values()))}")
+        width = max(map(len, [*goes, *stays]))
+        for name, size in goes.items():
+            print(f"  {name:<{width}}  {as_size(size):>9}")
+        print("stays here:")
+        for name, reason in plan.stays.items():
+            print(f"  {name:<{width}}  {as_size(plan.size(name)):>9}  {reason}")
+        for note in plan.notes:
+            talk(note)
+        return
+    pushed = hub.push(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        message=message,
+        say=talk,
+    )
+    if as_json:
+        print_json(asdict(pushed))
+    else:
+        talk("pushed" if pushed.is_new else "the Hub holds these files already; nothing was sent")
+        print(pushed.url)
+
+
+@app.command()
+def pull(
+    repo_id: Repository,
+    folder: Annotated[Path, typer.Argument(help="New or empty folder, or one that was pulled from there.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a model from the Hub, and check every file against the Hub's checksum."""
+    from hfgpt import hub
+
+    pulled = hub.pull(repo_id, folder, revision=revision, say=talk)
+    if as_json:
+        print_json(asdict(pulled))
+    else:
+        state = "" if pulled.is_new else "; they were there already"
+        talk(f"{pulled.files} files of {pulled.commit[:8]}, every checksum right{state}")
+        print(folder)
+
+
+def as_size(size: int) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.1f} GB"

@@ -1,0 +1,269 @@
+"""What of a model folder may leave this machine: a list, and what must not be in the files that are on it.
+
+huggingface_hub uploads whatever a folder holds. Here nothing goes that is not on `LIST`; the Hub is not asked.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import get_token
+
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+LIST = (
+    *WEIGHTS,
+    *("*.gguf", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+    *("run.yaml", "results.json", "metrics.jsonl", "samples.md", "README.md", ".eval_results/*.yaml"),
+    *("*.png", "*.jpg", "*.svg"),
+)
+"""What push sends, besides the code that config.json names. Nothing else ever leaves."""
+
+REASONS = (
+    (".env*", "secrets"),
+    ("*.env", "secrets"),
+    ("checkpoint-*", "checkpoint"),
+    ("superseded-checkpoint-*", "checkpoint"),
+    ("training_args.bin", "pickle that holds the Hub's token and paths of this machine"),
+    ("optimizer*", "optimizer state"),
+    ("*.lock", "lock"),
+    ("*.bin", "pickle"),
+    ("*.pt", "pickle"),
+    ("*.pth", "pickle"),
+    ("*.pkl", "pickle"),
+    (".pulled.json", "says where this folder is from"),
+    ("*", "not on the list"),
+)
+"""Why what stays does so: the first pattern that fits."""
+
+RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
+PATH_FIELDS = ("output_dir", "init_from", "tokenizer.name", "data.source", "data.files", "data.validation_files")
+TOKENS_OF_TEXT = ("tokenizer.json", "vocab.json", "merges.txt")
+"""Files of pieces of the training text, in which a path is a token like any other."""
+
+SECRET = re.compile(
+    rb"\b(?:hf_|api_org_)[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{60}|\bsk-[\w-]{32}|\bAKIA[A-Z0-9]{16}"
+)
+SOMEBODYS_HOME = re.compile(rb"(?:/home/|/Users/|\b[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})[^/\\\s\"']+")
+METADATA_BYTES = 64 * 2**20
+"""How much of a GGUF file is looked through: its texts come before its tensors."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push would do.
+
+    Attributes:
+        folder: that is pushed.
+        goes: path in the repository -> the file, or its content where it is not sent as it is.
+        stays: name in the folder -> why it is not sent.
+        notes: what a person should know.
+    """
+
+    folder: Path
+    goes: dict[str, Path | bytes]
+    stays: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def size(self, name: str) -> int:
+        """Bytes of what goes, or of what stays, by name."""
+        source = self.goes.get(name, self.folder / name)
+        if isinstance(source, bytes):
+            return len(source)
+        inside = source.rglob("*") if source.is_dir() else [source]
+        return sum(path.lstat().st_size for path in inside if not path.is_dir())
+
+
+def plan_push(folder: str | Path, token: str | None = None) -> Plan:
+    """Decide what of a folder goes to the Hub, and refuse what must not. The Hub is not asked.
+
+    Args:
+        folder: of a model: of a run, a checkpoint, or what `save_pretrained` left.
+        token: that must be in none of the files, besides all that look like one and that of this machine.
+
+    Raises:
+        ValueError: there is no model, it is damaged or not a number, the run is not finished, or a file that would go
+            holds a token or a path of somebody's home.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds a run that is not finished: it has no {RESULTS_FILE}. Go on with `hfgpt train --resume`, "
+            "or push one of its checkpoints."
+        )
+    allowed = [*LIST, *code_files(folder, config)]
+    goes: dict[str, Path | bytes] = {}
+    stays: dict[str, str] = {}
+    notes: list[str] = []
+    for name, path in entries(folder):
+        if path.is_file() and any(fnmatch(name, pattern) for pattern in allowed):
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{path} is a link to {path.resolve()}, outside of the folder. Put the file there.")
+            goes[name] = path
+        else:
+            stays[name] = next(reason for pattern, reason in REASONS if fnmatch(name, pattern))
+    if not any(fnmatch(name, pattern) for name in goes for pattern in WEIGHTS[:2]):
+        pickles = ", ".join(name for name in stays if name.endswith(".bin")) or "none"
+        raise ValueError(
+            f"{folder} has no weights in .safetensors (pickles: {pickles}). `hfgpt convert` writes a folder that has."
+        )
+    if RUN_FILE in goes:
+        content, shortened = shareable_run(folder / RUN_FILE)
+        if shortened:
+            goes[RUN_FILE] = content
+            notes.append(f"{RUN_FILE} goes without folders of this machine: {', '.join(shortened)}")
+    plan = Plan(folder, goes, stays, notes)
+    for name, source in goes.items():
+        refuse_secrets(name, source, folder, [token, get_token()])
+    refuse_damaged_model(folder)
+    return plan
+
+
+def entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What lies in a folder, subfolders as one entry but for that of evaluation results."""
+    for path in sorted(folder.iterdir()):
+        if path.name == ".eval_results" and path.is_dir():
+            yield from ((f"{path.name}/{inside.name}", inside) for inside in sorted(path.iterdir()))
+        else:
+            yield path.name, path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder.")
+    if not path.is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error or 'nested too deeply'}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object.")
+    return config
+
+
+def code_files(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The Python files that config.json's `auto_map` names, and those that they import from beside them.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{folder / 'config.json'}: `auto_map` must hold an object, got {auto_map!r}.")
+    references = [one for value in auto_map.values() for one in (value if isinstance(value, list) else [value])]
+    waiting = [str(one).partition(".")[0] for one in references if one and "--" not in str(one)]  # those elsewhere
+    found: list[str] = []
+    while waiting:
+        module = waiting.pop()
+        path = folder / f"{module}.py"
+        if path.name in found:
+            continue
+        if not re.fullmatch(r"\w+", module) or not path.is_file():
+            raise ValueError(f"{path} is missing: config.json and its code name it. Save the model again.")
+        found.append(path.name)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        waiting += re.findall(r"^\s*from\s+\.(\w+)\s+import\b", text, flags=re.MULTILINE)
+    return found
+
+
+def shareable_run(path: Path) -> tuple[bytes, list[str]]:
+    """A run without the folders of this machine: of a path that leads elsewhere only its last name is left.
+
+    The file itself stays as it is, since the run is known by it.
+
+    Returns:
+        The YAML to send, and the knobs whose value was shortened.
+
+    Raises:
+        ValueError: the file is no run of this version of hfgpt.
+    """
+    from hfgpt.config import config_yaml, load_config
+
+    try:
+        config = load_config(path)
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(str(path)) else f"{path}: {told}") from error
+    shortened: list[str] = []
+    for knob in PATH_FIELDS:
+        section, _, name = knob.rpartition(".")
+        holder: Any = getattr(config, section) if section else config
+        value = getattr(holder, name)
+        short = [last_name(one) for one in value] if isinstance(value, list) else last_name(value)
+        if short != value:
+            shortened.append(f"`{knob}`")
+            changed: Any = replace(holder, **{name: short})
+            config = replace(config, **{section: changed}) if section else changed
+    return config_yaml(config).encode(), shortened
+
+
+def last_name(value: Any) -> Any:
+    """The last name of a path that is absolute, or leads up or home; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    path = PureWindowsPath(value) if re.match(r"[A-Za-z]:[\\/]|\\\\", value) else PurePosixPath(value)
+    leads_elsewhere = path.is_absolute() or ".." in path.parts or value.startswith("~")
+    return path.name if leads_elsewhere else value
+
+
+def refuse_secrets(name: str, source: Path | bytes, folder: Path, tokens: list[str | None]) -> None:
+    """Refuse a file that would go if it holds a token, or a path that tells whose machine this is.
+
+    Raises:
+        ValueError: naming the file and, for text, the line; never the secret.
+    """
+    content = searchable(source)
+    patterns = [(SECRET, "a token")]
+    patterns += [(re.compile(re.escape(token.encode())), "the token of the Hub") for token in tokens if token]
+    if name not in TOKENS_OF_TEXT:
+        here = {str(place) for place in (Path.home(), Path.cwd(), folder.resolve()) if len(place.parts) > 2}
+        for place in sorted({*here, str(Path.home())} - {"/"}):
+            boundary = re.compile(rb"(?<![\w./-])" + re.escape(place.encode()) + rb"(?![\w.-])")
+            patterns.append((boundary, "a path of this machine"))
+        if name != "samples.md":  # the model wrote it, after its text
+            patterns.append((SOMEBODYS_HOME, "a path of somebody's home"))
+    for pattern, what in patterns:
+        found = pattern.search(content)
+        if found is not None:
+            line = content.count(b"\n", 0, found.start()) + 1
+            raise ValueError(f"{folder / name}, line {line}: holds {what}, so nothing was pushed. Take it out.")
+
+
+def searchable(source: Path | bytes) -> bytes:
+    """The part of a file that can hold text: all of it, but for the tensors."""
+    if isinstance(source, bytes):
+        return source
+    with source.open("rb") as file:
+        if source.suffix == ".safetensors":
+            return file.read(min(int.from_bytes(file.read(8), "little"), METADATA_BYTES))
+        return file.read(METADATA_BYTES if source.suffix == ".gguf" else -1)
+
+
+def refuse_damaged_model(folder: Path) -> None:
+    """Check that the weights are those of the config, all there and all numbers.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    from hfgpt.weights.folders import read_folder
+    from hfgpt.weights.stored import read
+    from hfgpt.weights.tables import build_from
+
+    _, checkpoint = read_folder(folder)
+    for name, tensor in checkpoint.tensors.items():
+        if not read(tensor).isfinite().all():
+            raise ValueError(f"{folder}: {name} holds NaN or infinity. Nothing was pushed.")
+    build_from(folder, checkpoint)
