@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
-from hfgpt.config import load_config
+from hfgpt.config import flatten, load_config
 from hfgpt.disk import write_atomically
 from hfgpt.overfitting import best_evaluation
 from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
@@ -156,16 +156,8 @@ def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: d
         parameters=results.get("parameters"),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         elapsed_seconds=results.get("elapsed_seconds"),
-        knobs=flat(asdict(load_config(folder / "run.yaml"))),
+        knobs={name: value for name, value in flatten(asdict(load_config(folder / "run.yaml"))).items() if value != {}},
     )
-
-
-def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested knobs as `section.name`."""
-    result: dict[str, Any] = {}
-    for name, value in section.items():
-        result.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return result
 
 
 def differing_knobs(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:

@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from hfgpt import checkpoint
 from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
-from hfgpt.config import DROPOUT_FIELDS, RunConfig
 from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
+from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent

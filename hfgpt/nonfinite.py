@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfgpt.checkpoint import Position
-from hfgpt.config import TrainConfig
+from hfgpt.knobs import TrainConfig
 from hfgpt.processes import is_split, whole
 from hfgpt.recorder import DIVERGED, Recorder
 

@@ -7,7 +7,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hfgpt.config import OptimConfig, choose
+from hfgpt.checks import choose
+from hfgpt.knobs import OptimConfig
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
-from hfgpt.config import DROPOUT_FIELDS, RunConfig, config_yaml, load_config
+from hfgpt.config import config_yaml, load_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, train_loader
 from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
+from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.processes import join_processes, split_over_processes

@@ -14,7 +14,8 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from hfgpt.config import RunConfig
+from hfgpt.config import flatten
+from hfgpt.knobs import RunConfig
 
 PROJECT = "hfgpt"
 """Under which trackers that have projects file a run; its name is that of its folder."""
@@ -121,21 +122,15 @@ def settings(name: str, folder: Path, step: int, run_id: str | None) -> dict[str
 
 def public_knobs(config: RunConfig) -> dict[str, int | float | str | bool]:
     """Every knob of a run as `section.name`, without what names a folder, a user or a password."""
-    knobs = dict(flatten(asdict(config)))
+    knobs = {
+        name: ", ".join(last_name(str(item)) for item in value) if isinstance(value, list) else value
+        for name, value in flatten(asdict(config)).items()
+        if value is not None and value != {}
+    }
     for name in PATHS:
         if name in knobs:
             knobs[name] = last_name(str(knobs[name]))
     return knobs
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, int | float | str | bool]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{name}", ", ".join(last_name(str(item)) for item in value)
-        elif value is not None:
-            yield f"{prefix}{name}", value
 
 
 def last_name(path: str) -> str:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from hfgpt.config import RunConfig
+from hfgpt.knobs import RunConfig
 from hfgpt.milestones import catch_up, finish_run, make_recorder
 from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run

@@ -21,8 +21,9 @@ from accelerate.state import AcceleratorState
 import hfgpt as package
 from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
-from hfgpt.config import MODEL_FIELDS, RunConfig, flatten, load_config
+from hfgpt.config import flatten, load_config
 from hfgpt.doctor import Finding
+from hfgpt.knobs import MODEL_FIELDS, RunConfig
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
 from hfgpt.tokenizer import load_tokenizer

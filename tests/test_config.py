@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hfgpt.config import RunConfig, check, config_yaml, find_recipe, load_config
+from hfgpt.checks import check
+from hfgpt.config import config_yaml, find_recipe, load_config
+from hfgpt.knobs import RunConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 BASE = """\

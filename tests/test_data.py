@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfgpt.config import DataConfig
 from hfgpt.data import (
     Documents,
     EpochBatches,
@@ -23,6 +22,7 @@ from hfgpt.data import (
     load_rows,
     train_loader,
 )
+from hfgpt.knobs import DataConfig
 from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.tokenizer import encode_ids, train_tokenizer
 
@@ -193,7 +193,7 @@ def test_other_texts_and_tokenizers_make_other_files_and_other_rows_none(tokeniz
 
 PROCESS = """
 import sys, datasets
-from hfgpt.config import DataConfig
+from hfgpt.knobs import DataConfig
 from hfgpt.data import load_documents, load_rows
 from hfgpt.tokenizer import load_tokenizer
 datasets.config.HF_DATASETS_CACHE = sys.argv[1]

@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hfgpt.config import RunConfig, load_config
+from hfgpt.config import load_config
+from hfgpt.knobs import RunConfig
 
 from .book import INITIALISATIONS
 from .steps import STEPS, Lecture

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM, decoding
 from hfgpt.checkpoint import Manifest, Position, checkpoints, load_states, save_checkpoint, verify_checkpoint
-from hfgpt.config import RunConfig
 from hfgpt.data import Rows, load_rows
 from hfgpt.documents import Documents, load_documents
+from hfgpt.knobs import RunConfig
 from hfgpt.loss import linear_cross_entropy
 from hfgpt.results import environment, write_json
 from hfgpt.tokenizer import encode_ids, tokenizer_hash

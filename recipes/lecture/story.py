@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import pydoc_source
-from hfgpt.config import RunConfig
 from hfgpt.disk import write_atomically
 from hfgpt.documents import Documents
+from hfgpt.knobs import RunConfig
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.weights.bpe import put_together
 

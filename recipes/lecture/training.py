@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hfgpt.checkpoint import Position
-from hfgpt.config import OptimConfig, TrainConfig
 from hfgpt.data import Rows, collate
 from hfgpt.disk import write_atomically
 from hfgpt.evaluation import score_batches
+from hfgpt.knobs import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
