@@ -72,7 +72,7 @@ def test_a_missing_tensor_is_refused_and_one_left_over_is_named(llama_folder, ca
         (T5Config().to_dict(), "a 't5' is no causal language model"),
         ({"model_type": "fancy"}, r"has no model type 'fancy'\.$"),
         ({"model_type": "fancy", "auto_map": {"AutoConfig": "a.B"}}, "'fancy', and needs code of its own"),
-        ({}, "has no model type None"),
+        ({}, "its config.json names no `model_type`"),
     ],
 )
 def test_what_is_no_causal_language_model_is_refused_in_one_line(config, message, tmp_path):
