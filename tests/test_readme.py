@@ -145,3 +145,17 @@ def test_numbers_in_the_readme_are_those_that_were_measured():
     assert f"{measured['val_perplexity']:.1f}" in row
     assert f"{measured['bigram_perplexity']:.1f}" in row
     assert measured["val_perplexity"] <= 0.85 * measured["bigram_perplexity"]
+
+
+def test_the_korean_section_shows_commands_that_run_above():
+    korean = README.partition("## 한국어")[2].partition("\n## ")[0]
+    shown = re.findall(r"\| `([^`]+)` \|$", korean, flags=re.MULTILINE)
+    run = {
+        line.partition("  #")[0].strip()
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+    }
+
+    assert len(shown) == 7
+    assert set(shown) <= run
