@@ -4,6 +4,7 @@ huggingface_hub uploads whatever a folder holds. Here nothing goes that is not o
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -231,7 +232,7 @@ def refuse_secrets(name: str, source: Path | bytes, folder: Path, tokens: list[s
     if name not in TOKENS_OF_TEXT:
         here = {str(place) for place in (Path.home(), Path.cwd(), folder.resolve()) if len(place.parts) > 2}
         for place in sorted({*here, str(Path.home())} - {"/"}):
-            boundary = re.compile(rb"(?<![\w./-])" + re.escape(place.encode()) + rb"(?![\w.-])")
+            boundary = re.compile(rb"(?<![\w./-])" + re.escape(os.fsencode(place)) + rb"(?![\w.-])")
             patterns.append((boundary, "a path of this machine"))
         if name != "samples.md":  # the model wrote it, after its text
             patterns.append((SOMEBODYS_HOME, "a path of somebody's home"))

@@ -80,6 +80,9 @@ def describe(error: Exception) -> str | None:
     """One line about what went wrong; None if only a traceback can tell."""
     if isinstance(error, ModuleNotFoundError):
         return describe_missing(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        # Python reads names that the locale has no letters for as surrogates; pyarrow (25), below datasets, does not.
+        return "a folder in use, such as HF_HOME, has letters that this locale has not. Set LC_ALL=C.UTF-8."
     # torch, on a GPU or a CPU
     is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or is_torch_memory:

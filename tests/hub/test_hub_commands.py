@@ -224,20 +224,25 @@ def test_odd_surroundings_are_no_obstacle(odd_place, hub, run):
 
 
 @pytest.mark.slow
-def test_a_whole_job_is_done_in_odd_surroundings(odd_place, lines):
+def test_a_whole_job_is_done_in_odd_surroundings(odd_place, lines, tmp_path):
     place, in_process = odd_place
     (place / "my text.txt").write_text("\n".join([*lines, "Ünï 한글"]), encoding="utf-8")
     tiny = "model.n_embd=32 model.n_layer=1 model.n_head=2 tokenizer.vocab_size=400 train.max_steps=2"
     small = "optim.warmup_steps=1 train.batch_size=2 train.eval_rows=2 sample.max_new_tokens=3 data.source=null"
 
+    train = ["train", "demo", "output_dir=out/a model", "data.files=my text.txt", *tiny.split(), *small.split()]
+
+    refused = in_process(*train)  # the cache of datasets lies below a name that is no text in this locale
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(b"error: a folder in use, such as HF_HOME, has letters")
     for words in (
-        ["train", "demo", "output_dir=out/a model", "data.files=my text.txt", *tiny.split(), *small.split()],
+        train,
         ["evaluate", "out/a model", "--data", "my text.txt"],
         ["generate", "out/a model", "the", "--max-new-tokens", "5"],
         ["push", "out/a model", "anna/demo"],
         ["pull", "anna/demo", "a copy"],
     ):
-        done = in_process(*words)
+        done = in_process(*words, HF_HOME=str(tmp_path / "home"))
         assert done.returncode == 0, (words, done.stderr.decode(errors="replace")[-2000:])
     trained, copy = (folder / "model.safetensors" for folder in (place / "out" / "a model", place / "a copy"))
     assert copy.read_bytes() == trained.read_bytes()
