@@ -8,6 +8,7 @@ Shape letters: B rows of a micro-batch, T `block_size`.
 
 import hashlib
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -240,8 +241,18 @@ def train_loader(
         batch_sampler=EpochBatches(len(rows), batch_size, seed, rank, world_size),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=outlive_one_sigterm,
         generator=torch.Generator(),  # Its own, so that starting an epoch draws nothing from the RNG dropout uses.
     )
+
+
+def outlive_one_sigterm(worker: int) -> None:
+    """Let a worker live through the SIGTERM that a service manager sends to all processes of a run at once.
+
+    torch (2.13) lets it die of that, and the training process with it, which needs it for the step that it finishes.
+    The next SIGTERM, which is the training process's own at its end, is obeyed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def start_at(loader: DataLoader[dict[str, np.ndarray]], epoch: int, number: int) -> None:

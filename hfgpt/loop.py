@@ -26,12 +26,10 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import OptimizerState, check_engine, exchange_gradients, prepare, whole
+from hfgpt.processes import PRECISIONS, OptimizerState, check_engine, exchange_gradients, prepare, whole
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names and accelerate's
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:

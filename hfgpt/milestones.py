@@ -182,7 +182,11 @@ def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Sco
                 raise Stopped
             yield batch
 
-    return score_batches(run.model, until_stopped())
+    # In the run's precision wherever it is asked for: before training the model is not prepared for it yet.
+    precision = run.config.train.precision
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(process.device.type, dtype, enabled=precision != "fp32"):
+        return score_batches(run.model, until_stopped())
 
 
 def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop: StopRequest) -> dict[str, Any] | None:
@@ -222,8 +226,10 @@ def score(run: Run, position: Position, limit: int, stop: StopRequest) -> dict[s
     Raises:
         Stopped: a stop was asked for.
     """
-    limit = min(limit or len(run.rows.validation), len(run.rows.validation), len(run.rows.train))
-    train, validation = (score_split(run, rows, limit, stop) for rows in (run.rows.train, run.rows.validation))
+    limit = limit or len(run.rows.validation)
+    train, validation = (
+        score_split(run, rows, min(limit, len(rows)), stop) for rows in (run.rows.train, run.rows.validation)
+    )
     refuse_divergence("val_loss", validation.loss, position.step)
     return {
         "step": position.step,
@@ -315,17 +321,17 @@ def finish_run(
         Stopped: a stop was asked for.
     """
     is_best_wanted = run.config.train.patience is not None
-    last_step = position.step
+    trained, last_step = position, position.step
     if is_best_wanted:
-        position = restore_best(run)
+        position = restore_best(run, recorder)
     try:
         line = score(run, position, limit=0, stop=stop)
         # Compared with the other evaluations on their rows, not on all.
         limit = run.config.train.eval_rows
-        is_same = not limit or limit >= min(len(run.rows.validation), len(run.rows.train))
+        is_same = not limit or limit >= len(run.rows.validation)
         comparable = line if is_same else score(run, position, limit, stop)
     except Stopped:
-        raise stopped(run, position) from None
+        raise stopped(run, trained) from None
     refuse_spoilt_weights(run.model, position.step)
     if is_best_wanted:
         split_again(run.model)
@@ -379,15 +385,18 @@ def finish_run(
     return results
 
 
-def restore_best(run: Run) -> Position:
+def restore_best(run: Run, recorder: Recorder) -> Position:
     """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
 
     Raises:
         ValueError: that checkpoint is damaged.
     """
     best = checkpoint.best_checkpoint(run.folder)
-    if best is None:
-        raise ValueError(f"{run.folder} has lost the checkpoint of its best evaluation. Train in another folder.")
+    line = broadcast_object_list([best_evaluation(recorder.evaluations)])[0]  # non-main processes have none
+    if best is None or best.name != f"checkpoint-{line['step']}":
+        raise ValueError(
+            f"{run.folder} has lost checkpoint-{line['step']}, that of its best evaluation. Train in another folder."
+        )
     manifest = checkpoint.verify_checkpoint(best)
     load_weights(run.model, load(best).state_dict())
     return manifest.position

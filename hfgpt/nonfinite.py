@@ -58,7 +58,8 @@ class StepGuard:
             return True
         spoilt = first_nonfinite_weight(self.model)
         found = gather_object([spoilt or repeat_step(self.model, batches, targets)])
-        origin = next((each for each in found if each), "the same step done again is finite")
+        unknown = "a split model is not searched" if is_split(self.model) else "the same step done again is finite"
+        origin = next((each for each in found if each), unknown)
         self.in_a_row += 1
         where = f"the gradient norm is {norm} at step {position.step} ({origin})"
         if not self.skips or spoilt:

@@ -25,6 +25,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Our names and accelerate's."""
+
 FOREIGN_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 """What `accelerate launch` sets, and the engine that it asks for, which steps by rules of its own."""
 

@@ -164,6 +164,8 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         model = split_over_processes(model)
     else:
         model.to(PartialState().device)
+        if config.train.shard:
+            talk("`train.shard` has no effect on one process: there is nothing to split.")
     lock = None
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ They hear numbers and knobs, nothing else: no environment variable, no path abov
 password. Both loops speak to them through the recorder.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
@@ -24,6 +25,8 @@ TRACKERS_FOLDER = "trackers"
 """Inside the run's folder, where trackers that write files do so. They put the machine's name into them."""
 
 PATHS = ("output_dir", "init_from", "tokenizer.name", "data.files", "data.validation_files")
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 RUN_IDS: dict[str, Callable[[Any], str]] = {
     "wandb": lambda tracker: tracker.tracker.id,
@@ -130,6 +133,9 @@ def public_knobs(config: RunConfig) -> dict[str, int | float | str | bool]:
     for name in PATHS:
         if name in knobs:
             knobs[name] = last_name(str(knobs[name]))
+    source = knobs.get("data.source")
+    if source is not None and not HUB_ID.fullmatch(str(source)):
+        knobs["data.source"] = last_name(str(source))
     return knobs
 
 

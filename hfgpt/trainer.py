@@ -4,6 +4,7 @@ Trainer owns the loop: devices, accumulation, backward, clipping. Rows, optimize
 checkpoints are the run's own. `HFGPTTrainer` only puts them where Trainer asks for such things.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import OptimizerState, check_engine
+from hfgpt.processes import PRECISIONS, OptimizerState, check_engine
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -52,13 +53,18 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     Raises:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
+    # Trainer takes these from a launcher; the recipe alone says how a run computes.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[run.config.train.precision]
+    if not run.config.train.compile:
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     trainer = HFGPTTrainer(run, recorder, stop)
     check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     is_over = run.position.step == run.total_steps or judge(run, recorder).is_enough
     if is_over:  # Trainer would train one step before it looks
-        trainer.accelerator.prepare(run.model)  # the evaluation runs under the run's precision
+        # The evaluation runs under the run's precision. A model that is split already must not be wrapped.
+        trainer.accelerator.prepare_model(run.model, device_placement=False, evaluation_mode=True)
         return run.position
     trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
     is_enough = trainer.position.step == run.total_steps or trainer.is_enough

@@ -67,7 +67,7 @@ def complete_override(incomplete: str) -> list[str]:
 def recipe_keys() -> list[str]:
     """The key path of every knob, read from the source: importing it takes seconds, and Tab is pressed often."""
     fields: dict[str, dict[str, str]] = {}
-    for name in ("config.py", "configuration_hfgpt.py"):
+    for name in ("knobs.py", "configuration_hfgpt.py"):
         for node in ast.parse((Path(__file__).parents[1] / name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]

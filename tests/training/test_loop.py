@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HFGPTForCausalLM
 from hfgpt.checkpoint import checkpoints
 from hfgpt.config import load_config
+from hfgpt.data import eval_loader
+from hfgpt.evaluation import score_batches
 from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run
 from hfgpt.train import train
@@ -380,3 +382,29 @@ def test_a_compiled_model_takes_the_same_steps(recipe):
 
     for mine, theirs in zip(training_lines(compiled), training_lines(eager), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # fused sums round otherwise
+
+
+def test_all_validation_rows_are_scored_at_the_end_even_if_training_has_fewer(recipe):
+    text = (recipe.parent / "text.txt").read_text()
+    (recipe.parent / "short.txt").write_text(text[:1500])
+    (recipe.parent / "long.txt").write_text(text[1500:])
+    files = [f"data.files={recipe.parent / 'short.txt'}", f"data.validation_files={recipe.parent / 'long.txt'}"]
+
+    folder = run(recipe, "out", *files, "data.validation_fraction=0.1", "train.epochs=1", "optim.warmup_steps=1")
+
+    results = json.loads((folder / "results.json").read_text())
+    rows = prepare_run(load_config(folder / "run.yaml", [f"output_dir={recipe.parent / 'new'}"])).rows
+    model = HFGPTForCausalLM.from_pretrained(folder)
+    assert len(rows.validation) > len(rows.train)
+    assert results["val_loss"] == score_batches(model, eval_loader(rows.validation, 4)).loss
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_launcher_that_speaks_of_precision_and_compiling_changes_nothing(recipe, monkeypatch, loop):
+    overrides = [f"loop={loop}", "train.epochs=1"]
+    expected = metrics(run(recipe, "plain", *overrides))
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+
+    assert metrics(run(recipe, "launched", *overrides)) == expected

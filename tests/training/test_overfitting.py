@@ -1,6 +1,7 @@
 """Training ends when it does no good any more, the same in both loops and after any stop, and keeps what was best."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,3 +149,14 @@ def test_patience_without_checkpoints_is_refused(recipe):
         load_config(recipe, ["train.patience=2", "train.save_every=0"])
     with pytest.raises(ValueError, match=r"`train\.patience` must be at least 1, got 0"):
         load_config(recipe, ["train.patience=0"])
+
+
+def test_a_run_that_has_lost_its_best_checkpoint_keeps_no_other_weights_instead(recipe, losses_of):
+    folder = run(recipe, "out", *PATIENT)
+    losses = losses_of(folder)
+    best = min(losses, key=losses.get)
+    shutil.rmtree(folder / f"checkpoint-{best}")
+    (folder / "results.json").unlink()
+
+    with pytest.raises(ValueError, match=rf"has lost checkpoint-{best}, that of its best evaluation"):
+        run(recipe, "out", *PATIENT, resume=True)

@@ -173,3 +173,25 @@ def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(recipe):
     assert best_checkpoint(folder).name == f"checkpoint-{best}"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-40", f"checkpoint-{best}"]
     assert verify_checkpoint(folder / f"checkpoint-{best}").val_loss == losses[best]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_sigterm_to_workers_and_all_leaves_a_checkpoint_too(recipe, cache, loop):
+    # As a service manager does. The workers would die of it, and the run of their death.
+    words = [f"loop={loop}", "data.num_workers=2", "train.epochs=null", "train.max_steps=3000", "train.save_every=0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "hfgpt", "train", recipe, *words],
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for line in process.stderr:
+            if line.startswith("step ") and "step 0/" not in line:
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.stderr.read()
+
+    assert process.returncode == RESUMABLE, said
+    assert "as asked. It goes on from checkpoint-" in said
