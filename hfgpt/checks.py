@@ -63,7 +63,8 @@ def check(config: RunConfig) -> RunConfig:
             raise ValueError(f"`train.shard` does not go with `train.{name}` ({value!r}) yet. Leave one of them out.")
     if (train.max_steps is None) == (train.epochs is None):
         raise ValueError(
-            f"give `train.max_steps` or `train.epochs`, one of them: got {train.max_steps} and {train.epochs}."
+            f"give `train.max_steps` or `train.epochs`, one of them: got {train.max_steps} and {train.epochs}. "
+            "`train.epochs=null` takes back what a recipe says."
         )
     for name, value, least in [
         ("seed", config.seed, 0),

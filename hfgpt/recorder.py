@@ -138,7 +138,8 @@ class Recorder:
         text = f"loss {loss:.3f} nats/token  lr {learning_rate:.1e}  {line['tokens_per_second']:,.0f} tokens/s"
         if self.peak_tokens_per_second is not None:
             line["peak_share"] = line["tokens_per_second"] / self.peak_tokens_per_second
-            text += f"  {line['peak_share']:.0%} of peak"
+            if line["peak_share"] <= 1:  # else the machine was busy with something else when its peak was measured
+                text += f"  {line['peak_share']:.0%} of peak"
         if "grad_norm" in line:
             text += f"  gradient norm {grad_norm:.2f}"
         self.write(line, "train")

@@ -56,7 +56,9 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
         ignored = ignored_keys(HFGPTConfig.get_config_dict(source)[0])
     except (OSError, TypeError, AttributeError, StrictDataclassError) as error:
         # What transformers explains in paragraphs becomes one line.
-        raise ValueError(f"no model {str(source)!r}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        here = "" if Path(source).exists() else "there is no such folder here, and the Hub does not give it: "
+        raise ValueError(f"no model {str(source)!r}: {here}{reason}") from error
     check_manifest(source)
     tensors = read_files(files)
     refuse_missing_blocks(config, tensors)
