@@ -16,8 +16,10 @@ from hfgpt.checkpoint import checkpoints
 from hfgpt.config import load_config
 from hfgpt.data import eval_loader
 from hfgpt.evaluation import score_batches
+from hfgpt.milestones import score_split
 from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run
+from hfgpt.stopping import StopRequest
 from hfgpt.train import train
 
 
@@ -408,3 +410,16 @@ def test_a_launcher_that_speaks_of_precision_and_compiling_changes_nothing(recip
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
 
     assert metrics(run(recipe, "launched", *overrides)) == expected
+
+
+def test_an_evaluation_before_training_has_the_precision_of_the_run(recipe):
+    prepared = prepare_run(load_config(recipe, ["train.precision=bf16"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = score_batches(prepared.model, eval_loader(prepared.rows.validation, 4)).loss
+
+    with StopRequest() as stop:
+        found = score_split(prepared, prepared.rows.validation, 0, stop).loss
+
+    assert found == expected
+    assert found != score_batches(prepared.model, eval_loader(prepared.rows.validation, 4)).loss  # in fp32
+    prepared.lock.release()

@@ -10,6 +10,7 @@ import pytest
 from runs import LOOPS, metrics, run, training_lines
 
 from hfgpt.config import load_config
+from hfgpt.knobs import DataConfig, RunConfig, TrainConfig
 from hfgpt.recorder import Recorder
 from hfgpt.trackers import public_knobs
 
@@ -148,3 +149,13 @@ def test_knobs_leave_without_folders_and_passwords(recipe):
     assert knobs["model.hidden_size"] == 32
     assert "secret" not in str(knobs)
     assert "user" not in str(knobs)
+
+
+@pytest.mark.parametrize(
+    ("source", "sent"),
+    [("/home/anna/private/set", "set"), ("../private/set", "set"), ("anna/set", "anna/set"), ("pydoc", "pydoc")],
+)
+def test_a_data_set_in_a_folder_goes_by_its_last_name_only(source, sent):
+    config = RunConfig(data=DataConfig(source=source), train=TrainConfig(max_steps=1))
+
+    assert public_knobs(config)["data.source"] == sent
