@@ -6,7 +6,7 @@ Shape letters: N rows, T `block_size`.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -88,6 +88,10 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     def __len__(self) -> int:
         return len(self.starts)
 
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield every row, without the filler, which Python would find by counting up."""
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         whole = self.block_size + 1
         if index == len(self):
@@ -119,6 +123,6 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def pairs(self) -> np.ndarray:
         """Every target behind the id before it, int32 (targets, 2)."""
-        rows = np.stack([self[index]["input_ids"] for index in range(len(self))])
+        rows = np.stack([row["input_ids"] for row in self])
         pairs = np.stack([rows[:, :-1].ravel(), rows[:, 1:].ravel()], axis=1)
         return pairs[pairs[:, 1] != IGNORE_INDEX]

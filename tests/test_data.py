@@ -432,3 +432,9 @@ def test_a_filler_has_positions_too():
     assert batch["shift_labels"].tolist() == [[1, 2, 3, 4], [-100] * 4]
     with pytest.raises(IndexError, match="there are 1 rows, got 2"):
         rows[2]
+
+
+def test_walking_over_rows_ends_before_the_filler():
+    assert [row["input_ids"].tolist() for row in numbered_rows(2, block_size=2)] == ids_of(
+        numbered_rows(2, block_size=2)
+    )

@@ -2,6 +2,7 @@
 # Many machines with SLURM, eight GPUs each: sbatch recipes/accelerate/slurm.sh recipes/mine.yaml
 # Two minutes before the time is up SLURM sends TERM, which the launchers pass on: the run writes a checkpoint and ends,
 # and the job puts itself back into the queue, to go on where it stopped. `output_dir` must be on a shared disk.
+# Written without a cluster at hand: an example to adapt, not a job that was run.
 # (A run without a launcher may be sent USR1 instead. torchrun, which accelerate uses, dies of USR1 itself.)
 #SBATCH --job-name=hfgpt
 #SBATCH --nodes=2

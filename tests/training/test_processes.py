@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
@@ -64,8 +65,7 @@ def wait_for_step(folder, step, process, seconds=120):
 
 def workers_of(process):
     """Process ids of the workers that a launcher has started."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "hfgpt" in line]
+    return [child.pid for child in psutil.Process(process.pid).children() if "hfgpt" in child.cmdline()]
 
 
 def assert_same_path(one, other, bound=1e-5):
