@@ -14,7 +14,7 @@ test: lint
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
 
-# What a run survives, and what a push and a pull do, counted; about three quarters of an hour.
+# What a run survives, and what a push and a pull do, counted; about half an hour.
 faults: venv
 	$(BIN)/python tests/training/faults.py
 	HF_HUB_VERBOSITY=error $(BIN)/python tests/hub/hub_faults.py

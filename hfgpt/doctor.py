@@ -22,6 +22,7 @@ from hfgpt.speed import matmul_peak
 
 EXTRAS = {
     "trackers": "TensorBoard and trackio, for `train.trackers`",
+    "deepspeed": "DeepSpeed, for `accelerate launch --use_deepspeed`",
     "neighbours": "PEFT, TRL and lm-eval, which hfgpt's models work with",
     "openai": "the checksums of OpenAI's TensorFlow checkpoints, for `hfgpt convert`",
     "gguf": "files for llama.cpp, for `hfgpt convert`",

@@ -26,10 +26,11 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, OptimizerState, check_engine, exchange_gradients, prepare, whole
+from hfgpt.processes import PRECISIONS, check_engine, exchange_gradients, optimizer_state, prepare, whole
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
+from hfgpt.zero import count_step, deepspeed_plugin, settle_deepspeed
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
@@ -47,17 +48,20 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     config, position = run.config, run.position
+    plugin = deepspeed_plugin(config, accumulation_steps=1)
     accelerator = Accelerator(
-        mixed_precision=PRECISIONS[config.train.precision],
+        mixed_precision=PRECISIONS[config.train.precision] if plugin is None else "no",
+        deepspeed_plugin=plugin,
         dynamo_backend="inductor" if config.train.compile else "no",
         # Accumulation is done here; a launcher's variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    settle_deepspeed()
     loader = run.train_loader()
     check_engine(accelerator)
     model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
-    states: dict[str, Any] = {"optimizer": OptimizerState(run.model, optimizer), "schedule": schedule}
+    states: dict[str, Any] = {"optimizer": optimizer_state(run.model, optimizer), "schedule": schedule}
     if accelerator.scaler is not None:
         states["scaler"] = accelerator.scaler
     seed_training(config)
@@ -103,6 +107,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
             position = run.next_position(position, len(micro_batches), int(targets))
             is_finite = guard.allows(position, grad_norm, micro_batches, targets)
             if not is_finite:
+                count_step(optimizer)
                 optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed

@@ -24,7 +24,7 @@ from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
-from hfgpt.processes import is_split, load_weights, split_again
+from hfgpt.processes import count_parameters, is_split, load_weights, split_again, whole_weights
 from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import (
     PLOT_FILE,
@@ -148,7 +148,7 @@ def make_recorder(run: Run) -> Recorder:
         / training_flops_per_token(run.model, config.data.block_size),
         trackers=Trackers(config, run.folder, run.position.step) if process.is_main_process else None,
     )
-    recorder.say(f"{run.model.num_parameters():,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}")
+    recorder.say(f"{count_parameters(run.model):,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}")
     if run.resume_from is not None:
         recorder.say(f"going on from {run.resume_from} at step {run.position.step}")
     return recorder
@@ -286,8 +286,10 @@ def save_checkpoint(
 def save_model(run: Run, folder: Path) -> None:
     """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
     is_main = PartialState().is_main_process
-    if is_main or is_split(run.model):  # where it is split, all put it together and the first one writes
-        run.model.save_pretrained(folder)
+    weights = whole_weights(run.model)
+    # Where FSDP2 has split it, transformers puts it together on all processes, and the first one writes.
+    if is_main or (weights is None and is_split(run.model)):
+        run.model.save_pretrained(folder, state_dict=weights)
     if is_main:
         run.tokenizer.save_pretrained(folder)
         for path in folder.glob("*.safetensors"):
@@ -356,7 +358,7 @@ def finish_run(
             "skipped_steps": sum("skipped" in each for each in metrics),
             "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
             **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
-            "parameters": run.model.num_parameters(),
+            "parameters": count_parameters(run.model),
             **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
             "validation_tokens": run.rows.validation_counts.tokens,
             "checks": next((each["checks"] for each in metrics if "checks" in each), None),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfgpt.checkpoint import Position
 from hfgpt.knobs import TrainConfig
-from hfgpt.processes import is_split, whole
+from hfgpt.processes import is_finite, is_split
 from hfgpt.recorder import DIVERGED, Recorder
 
 MOST_SKIPPED_IN_A_ROW = 10
@@ -75,7 +75,7 @@ class StepGuard:
 def first_nonfinite_weight(model: nn.Module) -> str | None:
     """The first parameter, from the embedding to the head, that holds NaN or infinity, in words; None if none does."""
     for name, parameter in model.named_parameters():
-        if not whole(parameter.isfinite().all()):
+        if not is_finite(parameter):
             return f"the weights `{name}` are not finite"
     return None
 

@@ -1,6 +1,7 @@
 """Several processes: how they find one another, which engine runs them, and a model that is split over them.
 
-DDP and FSDP2 are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on CPUs as well.
+DDP, FSDP2 and DeepSpeed (zero.py) are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on CPUs
+as well.
 """
 
 import os
@@ -23,13 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from hfgpt import zero
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names and accelerate's."""
-
-FOREIGN_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-"""What `accelerate launch` sets, and the engine that it asks for, which steps by rules of its own."""
 
 
 def join_processes() -> None:
@@ -39,13 +38,18 @@ def join_processes() -> None:
         ValueError: this is one of several processes, but they do not come together; or fewer were started than asked
             for; or they are to be run by an engine that hfgpt does not drive.
     """
-    for variable, engine in FOREIGN_ENGINES.items():
-        if parse_flag_from_env(variable):
-            raise ValueError(
-                f"the launcher asks for {engine}, which hfgpt does not drive. `train.shard=true` splits weights, "
-                "gradients and optimizer state over the processes of a plain launch."
-            )
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "the launcher asks for Megatron-LM, which hfgpt does not drive. `train.shard=true` splits weights, "
+            "gradients and optimizer state over the processes of a plain launch."
+        )
+    is_deepspeed = zero.is_asked_for()
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=zero.backend())
+    if is_deepspeed and process.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"the launcher asks for DeepSpeed, and accelerate gives {process.distributed_type.value}: "
+            "ACCELERATE_USE_CPU (`use_cpu`, `--cpu`) turns it off. DeepSpeed finds CPUs by itself: leave that out."
+        )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if process.num_processes != started:
         raise ValueError(
@@ -101,7 +105,7 @@ def split_over_processes(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
 
 def is_split(model: nn.Module) -> bool:
     """Whether processes hold parts of the weights, so that all of them must run each forward pass together."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or zero.is_partitioned(next(model.parameters()))
 
 
 def split_again(model: nn.Module) -> None:
@@ -116,10 +120,40 @@ def split_again(model: nn.Module) -> None:
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """Give a model all its weights, which every process has whole; where it is split, each takes its part."""
-    if is_split(model):
+    if zero.is_partitioned(next(model.parameters())):
+        for name, parameter in model.named_parameters():
+            zero.load_parameter(parameter, weights[name])
+    elif is_split(model):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(weights)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights that stage 3 of ZeRO has split, put together on the CPU of the first process; all of them call it.
+
+    None under every other engine, where transformers does so by itself when it saves.
+    """
+    if not zero.is_partitioned(next(model.parameters())):
+        return None
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = zero.whole_parameter(parameter)
+        if PartialState().is_main_process:
+            weights[name] = weight.cpu()
+    return weights
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, whole, and tied ones once."""
+    return sum(zero.number_of_elements(parameter) for parameter in model.parameters())
+
+
+def is_finite(parameter: nn.Parameter) -> bool:
+    """Whether a weight holds numbers only; where it is split all processes call this."""
+    if zero.is_partitioned(parameter):
+        return bool(zero.whole_parameter(parameter).isfinite().all())
+    return bool(whole(parameter.isfinite().all()))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -137,6 +171,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
 
 def exchange_gradients(accelerator: Accelerator, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Let processes exchange gradients once a step, with its last micro-batch."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.sync_gradients = is_last  # and with the exchange comes the step of the optimizer
+        return nullcontext()
     if is_last:
         return nullcontext()
     return without_exchange(model) if isinstance(model, FSDPModule) else accelerator.no_sync(model)
@@ -151,23 +188,38 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
+def optimizer_state(model: nn.Module, optimizer: Any) -> "OptimizerState | zero.ZeroOptimizerState":
+    """What a checkpoint keeps of an optimizer, torch's or accelerate's around it, of a model that is not wrapped."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return zero.ZeroOptimizerState(model, inner) if zero.is_zero(inner) else OptimizerState(model, inner)
+
+
 class OptimizerState:
     """The state of an optimizer by the names of the parameters, whole, so that any number of processes can take it.
 
     Args:
         model: whose parameters it optimizes, not wrapped.
-        optimizer: torch's, or accelerate's around it.
+        optimizer: torch's.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, on the CPU; where the model is split all processes call this, and the first one gets it."""
+        if not self.optimizer.state:  # no step was done yet; torch would do one, and count it
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            groups = self.optimizer.param_groups
+            return {
+                "state": {},
+                "param_groups": [{**group, "params": [names[each] for each in group["params"]]} for group in groups],
+            }
         options = StateDictOptions(full_state_dict=is_split(self.model), cpu_offload=is_split(self.model))
         return get_optimizer_state_dict(self.model, self.optimizer, options=options)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, each process its part."""
+        if not state["state"]:
+            return zero.load_groups(self.optimizer, state["param_groups"])
         options = StateDictOptions(full_state_dict=is_split(self.model))
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        return set_optimizer_state_dict(self.model, self.optimizer, state, options=options)

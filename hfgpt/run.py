@@ -31,6 +31,7 @@ from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
+from hfgpt.zero import check_deepspeed
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
@@ -115,6 +116,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     check_optim(config.optim)
     check_trackers(config.train.trackers)
     join_processes()
+    check_deepspeed(config)
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("`train.precision` is fp16, which a CPU does not compute in. Use fp32 or bf16.")
     folder = Path(config.output_dir)

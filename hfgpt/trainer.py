@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from hfgpt import zero
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.data import start_at
 from hfgpt.hub import PushByList
@@ -33,7 +34,7 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, OptimizerState, check_engine
+from hfgpt.processes import PRECISIONS, check_engine, optimizer_state
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -54,10 +55,12 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     # Trainer takes these from a launcher; the recipe alone says how a run computes.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[run.config.train.precision]
+    precision = "fp32" if zero.is_asked_for() else run.config.train.precision  # DeepSpeed's is in its plugin
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision]
     if not run.config.train.compile:
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     trainer = HFGPTTrainer(run, recorder, stop)
+    zero.settle_deepspeed()
     check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
@@ -76,15 +79,18 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
 def training_arguments(run: Run) -> TrainingArguments:
     """The recipe in Trainer's words; what it evaluates, logs and saves is decided by `RunSchedule`."""
     config = run.config
-    return TrainingArguments(
+    plugin = zero.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
+    arguments = TrainingArguments(
         output_dir=str(run.folder),
-        use_cpu=PartialState().device.type == "cpu",  # Trainer asks to be told before it takes bf16 on a CPU
+        # Trainer asks to be told before it takes bf16 on a CPU; being told turns DeepSpeed off.
+        use_cpu=PartialState().device.type == "cpu" and plugin is None,
+        ddp_backend=zero.backend(),
         seed=config.seed,
         max_steps=run.total_steps,
         per_device_train_batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         max_grad_norm=config.optim.max_grad_norm,
-        bf16=config.train.precision == "bf16",
+        bf16=config.train.precision == "bf16" and plugin is None,
         fp16=config.train.precision == "fp16",
         torch_compile=config.train.compile,
         use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
@@ -97,6 +103,9 @@ def training_arguments(run: Run) -> TrainingArguments:
         disable_tqdm=True,
         report_to=[],
     )
+    if plugin is not None:  # Trainer's own, made of the launcher's words alone
+        arguments.deepspeed_plugin = plugin
+    return arguments
 
 
 class RunSchedule(TrainerCallback):
@@ -167,6 +176,7 @@ class HFGPTTrainer(PushByList, Trainer):
         self.is_finite = self.guard.allows(self.position, norm, self.batches, self.targets)
         if not self.is_finite:
             model.zero_grad()
+            zero.count_step(self.optimizer)
         return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -199,7 +209,7 @@ class HFGPTTrainer(PushByList, Trainer):
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and random numbers."""
-        optimizer = OptimizerState(self.run.model, self.optimizer)
+        optimizer = optimizer_state(self.run.model, self.optimizer)
         states: dict[str, Any] = {"optimizer": optimizer, "schedule": self.lr_scheduler}
         if self.accelerator.scaler is not None:
             states["scaler"] = self.accelerator.scaler
@@ -212,12 +222,11 @@ class HFGPTTrainer(PushByList, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Do nothing: `prepare_run` has loaded and verified the weights."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_states(Path(checkpoint), self.states(), self.run.rows.stream)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Do nothing: `_load_optimizer_and_scheduler` has loaded the scaler as well."""
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would load files of its own
+        if resume_from_checkpoint is not None:
+            load_states(Path(resume_from_checkpoint), self.states(), self.run.rows.stream)
+        return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

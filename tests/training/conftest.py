@@ -1,3 +1,7 @@
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -44,3 +48,36 @@ def recipe(tmp_path, cache):
         )
     )
     return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def launch(recipe, cache):
+    """A function that starts `accelerate launch` with several processes on CPU."""
+    started = []
+
+    def launch(name, *overrides, processes=2, resume=False, zero_stage=None, engine=(), program=("-m", "hfgpt")):
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
+        if zero_stage is None:
+            environment["ACCELERATE_USE_CPU"] = "true"
+            engine = ["--multi_gpu"]
+        else:
+            engine = ["--use_deepspeed", "--zero_stage", str(zero_stage), *engine]
+        words = ["-m", "accelerate.commands.launch", *engine, "--num_processes", str(processes)]
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        words += ["--main_process_port", "0", *program, "train", str(recipe), f"output_dir={recipe.parent / name}"]
+        with (recipe.parent / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, *words, *overrides, *(["--resume"] if resume else [])],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,7 +1,11 @@
 """Runs of a small recipe, and how two of them are compared."""
 
 import json
+import shutil
+import time
 
+import psutil
+import pytest
 from accelerate.state import AcceleratorState
 
 from hfgpt.card import compare_card
@@ -50,3 +54,37 @@ def assert_same_run(one, other):
         for key in TIMINGS:
             result.pop(key, None)
     assert results[0] == results[1]
+
+
+def wait_for_step(folder, step, process, seconds=120):
+    """Wait until a run has written the line of a step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (folder / "metrics.jsonl").is_file():
+            text = (folder / "metrics.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            if any(line["step"] >= step for line in lines):
+                return
+        assert process.poll() is None, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} did not come in {seconds} s")
+
+
+def workers_of(process):
+    """Process ids of the workers that a launcher has started."""
+    return [child.pid for child in psutil.Process(process.pid).children() if "hfgpt" in child.cmdline()]
+
+
+def assert_same_path(one, other, bound=1e-5):
+    """Compare two runs whose sums are in another order."""
+    for mine, theirs in zip(training_lines(one), training_lines(other), strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=bound)
+    assert metrics(one)[-1]["val_loss"] == pytest.approx(metrics(other)[-1]["val_loss"], abs=bound)
+
+
+def start_at_first_checkpoint(whole, folder):
+    """Make a folder what that of a run was when it had written its first checkpoint; the lines after it are cut."""
+    shutil.copytree(whole / "checkpoint-1", folder / "checkpoint-1")
+    for name in ("run.yaml", "metrics.jsonl", "samples.md"):
+        shutil.copyfile(whole / name, folder / name)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import DROPOUT, LOOPS, NO_DROPOUT, assert_same_run, metrics, run, training_lines
+from runs import DROPOUT, LOOPS, NO_DROPOUT, assert_same_run, metrics, run, start_at_first_checkpoint, training_lines
 from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
@@ -46,12 +46,16 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def third_step(recipe):
     """A pick: the batch of the third step."""
+    return pick_step(recipe, 3)
+
+
+def pick_step(recipe, number):
     from hfgpt.data import train_loader
     from hfgpt.run import prepare_run
 
     prepared = prepare_run(load_config(recipe, [f"output_dir={recipe.parent / 'unused'}"]))
     prepared.lock.release()
-    ids = [batch["input_ids"] for batch in train_loader(prepared.rows.train, 4, seed=0)][2]
+    ids = [batch["input_ids"] for batch in train_loader(prepared.rows.train, 4, seed=0)][number - 1]
     return lambda input_ids: torch.equal(input_ids, ids)
 
 
@@ -99,6 +103,22 @@ def test_looking_for_the_origin_changes_no_later_step(recipe, poisoned, third_st
 
     assert training_lines(looked) == training_lines(blind)
     assert (looked / "model.safetensors").read_bytes() == (blind / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_checkpoints_from_before_the_first_step_that_counted_change_nothing(recipe, poisoned, loop):
+    """The optimizer has no state yet, and torch, asked for it, makes a step of its own."""
+    poisoned(pick_step(recipe, 1))
+    overrides = [f"loop={loop}", *SKIP]
+    rare = run(recipe, "rare", *overrides, "train.save_every=1000")
+
+    often = run(recipe, "often", *overrides)
+    start_at_first_checkpoint(often, recipe.parent / "again")
+    again = run(recipe, "again", *overrides, resume=True)
+
+    assert training_lines(often) == training_lines(rare)
+    assert (often / "model.safetensors").read_bytes() == (rare / "model.safetensors").read_bytes()
+    assert_same_run(often, again)
 
 
 def test_too_many_in_a_row_stop_the_run_also_across_a_resume(recipe, poisoned, monkeypatch):

@@ -1,6 +1,5 @@
 """Several processes: the same steps as one, on however many a run goes on, and what happens when one of them dies."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,72 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from runs import DROPOUT, assert_same_run, metrics, run, training_lines
+from runs import DROPOUT, assert_same_path, assert_same_run, run, wait_for_step, workers_of
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.processes import check_engine, join_processes
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes/accelerate"
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
-
-
-@pytest.fixture
-def launch(recipe, cache):
-    """A function that starts `accelerate launch` with two processes on CPU."""
-    started = []
-
-    def launch(name, *overrides, processes=2, resume=False):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cache)}
-        words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        words += ["--main_process_port", "0", "-m", "hfgpt", "train", str(recipe), f"output_dir={recipe.parent / name}"]
-        with (recipe.parent / f"{name}.log").open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, *words, *overrides, *(["--resume"] if resume else [])],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        started.append(process)
-        return process
-
-    yield launch
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for_step(folder, step, process, seconds=120):
-    """Wait until a run has written the line of a step."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (folder / "metrics.jsonl").is_file():
-            text = (folder / "metrics.jsonl").read_text()
-            lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            if any(line["step"] >= step for line in lines):
-                return
-        assert process.poll() is None, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} did not come in {seconds} s")
-
-
-def workers_of(process):
-    """Process ids of the workers that a launcher has started."""
-    return [child.pid for child in psutil.Process(process.pid).children() if "hfgpt" in child.cmdline()]
-
-
-def assert_same_path(one, other, bound=1e-5):
-    """Compare two runs whose sums are in another order."""
-    for mine, theirs in zip(training_lines(one), training_lines(other), strict=True):
-        assert mine["tokens"] == theirs["tokens"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=bound)
-    assert metrics(one)[-1]["val_loss"] == pytest.approx(metrics(other)[-1]["val_loss"], abs=bound)
 
 
 @pytest.mark.parametrize("loop", ["accelerate", pytest.param("trainer", marks=pytest.mark.slow)])
@@ -157,8 +100,10 @@ def test_a_run_whose_process_is_killed_ends_and_goes_on_bit_for_bit(recipe, laun
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"asks for DeepSpeed, which hfgpt does not drive. `train.shard=true`"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"asks for Megatron-LM"),
+        (
+            {"ACCELERATE_USE_MEGATRON_LM": "true"},
+            r"asks for Megatron-LM, which hfgpt does not drive. `train.shard=true`",
+        ),
         ({"WORLD_SIZE": "2"}, r"2 processes were started, but each is alone"),
         (
             # What `accelerate launch --cpu --num_processes 2` and a configuration with MULTI_CPU set.
@@ -196,6 +141,10 @@ def test_an_engine_that_did_not_come_is_refused(monkeypatch):
             ["--config_file", str(CONFIGURATIONS / "fsdp2.yaml"), "--main_process_port", "0"],
             "asks for FSDP, and accelerate gives MULTI_CPU",
         ),
+        (
+            ["--config_file", str(CONFIGURATIONS / "deepspeed.yaml"), "--main_process_port", "0"],
+            "asks for DeepSpeed, and accelerate gives MULTI_CPU: ACCELERATE_USE_CPU",
+        ),
     ],
 )
 def test_real_launches_that_are_not_what_was_asked_for_are_refused(recipe, cache, words, message):
@@ -217,7 +166,8 @@ def test_accelerate_reads_every_configuration(path):
     config = load_config_from_file(str(path))
 
     assert config.num_processes == 2
-    assert config.distributed_type.value == ("FSDP" if path.stem == "fsdp2" else "MULTI_GPU")
+    engines = {"fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+    assert config.distributed_type.value == engines.get(path.stem, "MULTI_GPU")
     assert config.mixed_precision == "no"  # or it would be another run than the recipe says
 
 

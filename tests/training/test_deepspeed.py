@@ -1,0 +1,311 @@
+"""DeepSpeed's ZeRO on two processes: the steps of one process, at every stage, in both loops, stopped and gone on."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    DROPOUT,
+    LOOPS,
+    assert_same_path,
+    assert_same_run,
+    metrics,
+    run,
+    start_at_first_checkpoint,
+    training_lines,
+    wait_for_step,
+    workers_of,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hfgpt import zero
+from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
+from hfgpt.config import load_config
+
+WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
+POISONED = (str(Path(__file__).with_name("poisoned_run.py")),)
+UNEVEN = ["train.gradient_accumulation_steps=3", "optim.max_grad_norm=0.5"]  # a last step of fewer micro-batches
+
+STAGES_AND_LOOPS = [
+    pytest.param(2, "accelerate"),
+    *[pytest.param(stage, "accelerate", marks=pytest.mark.slow) for stage in (1, 3)],
+    *[pytest.param(stage, "trainer", marks=pytest.mark.slow) for stage in (1, 2, 3)],
+]
+
+
+@pytest.fixture
+def deepspeed(launch, recipe):
+    """A function that runs the recipe on two processes with DeepSpeed to its end, and gives its folder."""
+
+    def deepspeed(name, *overrides, zero_stage, **kwargs):
+        process = launch(name, *overrides, zero_stage=zero_stage, **kwargs)
+        assert process.wait(timeout=240) == 0, log_of(recipe.parent / name)[-3000:]
+        return recipe.parent / name
+
+    return deepspeed
+
+
+def log_of(folder):
+    return folder.with_name(f"{folder.name}.log").read_text(errors="replace")
+
+
+def optimizer_of(checkpoint):
+    return torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("zero_stage", "loop"), STAGES_AND_LOOPS)
+def test_deepspeed_takes_the_same_steps_as_one_process_and_leaves_the_same_files(recipe, deepspeed, zero_stage, loop):
+    one = run(recipe, "one", f"loop={loop}", *UNEVEN)
+
+    two = deepspeed("two", f"loop={loop}", "train.batch_size=2", *UNEVEN, zero_stage=zero_stage)
+
+    assert_same_path(two, one)
+    assert training_lines(one)[0]["grad_norm"] > 0.5  # so it was clipped
+    for mine, theirs in zip(training_lines(two), training_lines(one), strict=True):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5)
+        assert mine["learning_rate"] == theirs["learning_rate"]
+    assert {path.name for path in one.glob("*.*")} == {path.name for path in two.glob("*.*")}
+    assert (two / "config.json").read_bytes() == (one / "config.json").read_bytes()
+    assert json.loads((two / "results.json").read_text())["parameters"] == 37_120
+    # The state of the optimizer is that of the run on one process: whole, and by the same names.
+    mine, theirs = (optimizer_of(checkpoints(folder)[0]) for folder in (two, one))
+    assert mine["param_groups"] == theirs["param_groups"]
+    for name, kept in theirs["state"].items():
+        for key, value in kept.items():
+            torch.testing.assert_close(mine["state"][name][key], value, atol=1e-6, rtol=0)
+    model = AutoModelForCausalLM.from_pretrained(two)
+    for name, weight in load_file(one / "model.safetensors").items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("zero_stage", "loop"), STAGES_AND_LOOPS)
+def test_a_run_goes_from_one_process_to_deepspeed_and_back(recipe, monkeypatch, launch, zero_stage, loop):
+    from test_stopping import at_step
+
+    from hfgpt.stopping import Stopped
+
+    steps = [f"loop={loop}", "train.epochs=null", "train.max_steps=200", "train.save_every=50"]
+    one = run(recipe, "one", "train.batch_size=8", *steps)
+    other = recipe.parent / "other"
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 11, "SIGTERM")
+        with pytest.raises(Stopped):
+            run(recipe, "other", "train.batch_size=8", *steps)
+    process = launch("other", *steps, zero_stage=zero_stage, resume=True)
+    wait_for_step(other, 20, process)
+    os.kill(process.pid, signal.SIGTERM)  # the launcher, as a scheduler does; it passes it on
+    assert process.wait(timeout=120) != 0
+    assert "as asked. It goes on from checkpoint-" in log_of(other), log_of(other)[-3000:]
+    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step < 200
+    run(recipe, "other", "train.batch_size=8", *steps, resume=True)
+
+    assert_same_path(other, one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_stage(recipe, launch, deepspeed):
+    steps = ["train.epochs=null", "train.max_steps=100", "train.save_every=50"]
+    one = run(recipe, "one", "train.batch_size=8", *steps)
+    other = recipe.parent / "other"
+
+    process = launch("other", *steps, zero_stage=3)
+    wait_for_step(other, 20, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step < 100
+    deepspeed("other", *steps, zero_stage=1, resume=True)
+
+    assert_same_path(other, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "loop"), [(2, "accelerate"), (3, "accelerate"), (3, "trainer")])
+def test_a_killed_run_goes_on_bit_for_bit(recipe, launch, deepspeed, zero_stage, loop):
+    overrides = [f"loop={loop}", "train.epochs=null", "train.max_steps=60", "train.save_every=3", *WITH_DROPOUT]
+    whole = deepspeed("whole", *overrides, zero_stage=zero_stage)
+    killed = recipe.parent / "killed"
+
+    process = launch("killed", *overrides, zero_stage=zero_stage)
+    wait_for_step(killed, 20, process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert 18 <= verify_checkpoint(checkpoints(killed)[0]).position.step < 60
+    deepspeed("killed", *overrides, zero_stage=zero_stage, resume=True)
+
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.slow
+def test_the_best_weights_come_back_where_every_process_holds_a_part(recipe, deepspeed):
+    overrides = ["optim.learning_rate=0.5", "train.patience=2", "train.eval_every=2", "train.epochs=20"]
+
+    folder = deepspeed("out", *overrides, zero_stage=3)
+
+    results = json.loads((folder / "results.json").read_text())
+    best = folder / f"checkpoint-{results['best_step']}"
+    assert results["best_step"] < results["last_step"]
+    assert results["val_loss"] == pytest.approx(results["best_val_loss"], abs=1e-5)
+    assert (folder / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_step_that_is_not_finite_is_left_out(recipe, deepspeed, zero_stage, loop):
+    overrides = [f"loop={loop}", "train.on_nonfinite=skip", "train.save_every=1", "train.epochs=1"]
+
+    folder = deepspeed("out", *overrides, zero_stage=zero_stage, program=POISONED)
+
+    (skipped,) = [line for line in metrics(folder) if "skipped" in line]
+    origin = "the output of `model.layers.1.mlp` is the first that is not finite"
+    assert (skipped["step"], skipped["skipped"]) == (3, origin if zero_stage == 2 else "a split model is not searched")
+    weights = [load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3, 4)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[1]["model.norm.weight"], weights[2]["model.norm.weight"])
+    # The schedule counts it, as under every other engine.
+    whole = run(recipe, "whole", "train.epochs=1", "train.batch_size=8")
+    rates = {line["step"]: line["learning_rate"] for line in training_lines(whole)}
+    assert all(line["learning_rate"] == pytest.approx(rates[line["step"]]) for line in training_lines(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_checkpoint_from_before_the_first_step_that_counted_is_as_good(recipe, monkeypatch, deepspeed, zero_stage):
+    """Its optimizer has no state yet."""
+    monkeypatch.setenv("POISONED_STEP", "1")
+    overrides = ["train.on_nonfinite=skip", "train.save_every=1", "train.epochs=1"]
+    whole = deepspeed("whole", *overrides, zero_stage=zero_stage, program=POISONED)
+
+    assert optimizer_of(whole / "checkpoint-1")["state"] == {}
+    start_at_first_checkpoint(whole, recipe.parent / "split")
+    assert_same_run(whole, deepspeed("split", *overrides, zero_stage=zero_stage, resume=True))
+    start_at_first_checkpoint(whole, recipe.parent / "plain")
+    assert_same_path(run(recipe, "plain", *overrides, "train.batch_size=8", resume=True), whole)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_stops_the_run(recipe, launch):
+    process = launch("out", "train.save_every=1", zero_stage=2, program=POISONED)
+
+    assert process.wait(timeout=240) != 0
+    log = log_of(recipe.parent / "out")
+    assert "the gradient norm is inf at step 3 (the output of `model.layers.1.mlp` is the first" in log, log[-3000:]
+    assert checkpoints(recipe.parent / "out")[0].name == "checkpoint-2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_bf16_is_autocast_as_without_deepspeed(recipe, launch, deepspeed, zero_stage):
+    """Weights and what is exchanged stay fp32: only the products of each process are rounded, as with DDP."""
+    bf16 = ["train.precision=bf16"]
+    process = launch("plain", *bf16)
+    assert process.wait(timeout=240) == 0
+
+    split = deepspeed("split", *bf16, zero_stage=zero_stage)
+
+    # The mean of 256 losses in bf16, each rounded at 1e-2, and steps that follow from it; fp32 itself is 1e-2 away.
+    assert_same_path(split, recipe.parent / "plain", bound=5e-4)
+    assert load_file(split / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    assert optimizer_of(checkpoints(split)[0])["state"]["model.norm.weight"]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_state_that_lies_in_the_memory_of_the_cpu_makes_no_difference(recipe, launch, zero_stage):
+    one = run(recipe, "one", "train.batch_size=8")
+
+    process = launch("two", zero_stage=zero_stage, engine=["--offload_optimizer_device", "cpu"])
+
+    assert process.wait(timeout=240) == 0, log_of(recipe.parent / "two")[-3000:]
+    assert_same_path(recipe.parent / "two", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_compiled_model_takes_the_same_steps_with_deepspeed(recipe, deepspeed, loop):
+    one = run(recipe, "one", f"loop={loop}", "train.batch_size=8", "train.epochs=1")
+
+    two = deepspeed("two", f"loop={loop}", "train.epochs=1", "train.compile=true", zero_stage=2)
+
+    assert_same_path(two, one)
+
+
+@pytest.mark.slow
+def test_deepspeed_runs_on_one_process_too(recipe, deepspeed):
+    one = run(recipe, "one", "train.epochs=1")
+
+    assert_same_path(deepspeed("two", "train.epochs=1", zero_stage=3, processes=1), one)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A launcher that asks for DeepSpeed, and a function that sets what else it says."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return monkeypatch.setenv
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, [], "asks for DeepSpeed's stage 0, which splits nothing"),
+        ({"optimizer": {"type": "Adam", "params": {}}}, [], "a section `optimizer`: the recipe's `optim` says that"),
+        ({"scheduler": {"type": "WarmupLR"}}, [], "a section `scheduler`: the recipe's `optim` says that"),
+        ({"bf16": {"enabled": True}}, [], "enables `bf16`: the recipe's `train.precision` says that"),
+        ({"fp16": {"enabled": True}}, [], "enables `fp16`: the recipe's `train.precision`"),
+        ({"gradient_clipping": 0.25}, [], '`gradient_clipping` 0.25, `optim.max_grad_norm` is 1.0. Make it "auto"'),
+        ({"train_micro_batch_size_per_gpu": 7}, [], "`train_micro_batch_size_per_gpu` 7, `train.batch_size` is 4"),
+        (
+            {"gradient_accumulation_steps": 5},
+            [],
+            "`gradient_accumulation_steps` 5, `train.gradient_accumulation_steps` is 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+            [],
+            "`offload_param` on nvme, which hfgpt does not drive. Use cpu",
+        ),
+        ({}, ["train.precision=fp16"], r"`train.precision` \('fp16'\) does not go with DeepSpeed"),
+        ({}, ["train.shard=true"], "`train.shard` does not go with DeepSpeed, which splits by itself"),
+        ({"zero_optimization": {"stage": 3}}, ["train.compile=true"], "`train.compile` does not go with .* stage 3"),
+    ],
+)
+def test_what_launcher_and_recipe_say_differently_is_refused(recipe, asked, tmp_path, settings, overrides, message):
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **settings}))
+    asked("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+
+    with pytest.raises(ValueError, match=message):
+        zero.deepspeed_plugin(load_config(recipe, overrides), accumulation_steps=1)
+
+
+def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked, tmp_path):
+    same = {"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+    settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}, **same}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    asked("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+    config = load_config(recipe, ["train.gradient_accumulation_steps=3"])
+
+    plugin = zero.deepspeed_plugin(config, accumulation_steps=1)
+
+    assert plugin.zero_stage == 1
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 1  # hfgpt has divided the loss already
+
+
+def test_deepspeed_that_is_not_installed_is_said_in_one_line(asked, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    with pytest.raises(ValueError, match=r'DeepSpeed, which is not installed: `pip install "hfgpt\[deepspeed\]"`'):
+        zero.backend()
+
+
+def test_a_deepspeed_that_did_not_come_is_refused_before_anything_is_written(recipe, asked):
+    asked("ACCELERATE_USE_CPU", "true")
+
+    with pytest.raises(ValueError, match="asks for DeepSpeed, and accelerate gives NO: ACCELERATE_USE_CPU"):
+        run(recipe, "out")
+    assert not (recipe.parent / "out").exists()
