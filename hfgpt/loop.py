@@ -84,7 +84,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
             # The micro-batches of one step; at the end of an epoch there may be fewer.
             micro_batches = list(islice(batches, config.train.gradient_accumulation_steps))
             own_targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
-            own = [float(own_targets), float(stop.signal is not None)]
+            own = [own_targets, int(stop.signal is not None)]
             # One exchange a step, of the targets and of whether any process was asked to stop.
             targets, is_stopping = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
 

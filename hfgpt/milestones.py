@@ -1,7 +1,6 @@
 """What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints, and its end."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
-from hfgpt.processes import count_parameters, is_split, load_weights, split_again, whole_weights
+from hfgpt.processes import count_parameters, engine, is_split, load_weights, split_again, whole_weights
 from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
 from hfgpt.results import (
     PLOT_FILE,
@@ -133,8 +132,13 @@ def catch_up(run: Run, recorder: Recorder, stop: StopRequest) -> None:
         checkpoint.record_score(run.resume_from, line["val_loss"])  # as if it had been there when it was written
 
 
-def make_recorder(run: Run) -> Recorder:
-    """Open the run's records where training starts: a resumed run drops the lines that it will write again."""
+def make_recorder(run: Run, started_at: float) -> Recorder:
+    """Open the run's records where training starts: a resumed run drops the lines that it will write again.
+
+    Args:
+        run: the run.
+        started_at: `time.perf_counter()` when this process began with it.
+    """
     config, process = run.config, PartialState()
     peak = matmul_peak(process.device, config.train.precision)
     recorder = Recorder(
@@ -143,6 +147,7 @@ def make_recorder(run: Run) -> Recorder:
         prompt=config.sample.prompt,
         settings={name: getattr(config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
         start=run.position,
+        started_at=started_at,
         peak_tokens_per_second=process.num_processes
         * peak
         / training_flops_per_token(run.model, config.data.block_size),
@@ -304,16 +309,13 @@ def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
     return {"unigram": baselines.unigram, "bigram": baselines.bigram}
 
 
-def finish_run(
-    run: Run, recorder: Recorder, position: Position, started_at: float, stop: StopRequest
-) -> dict[str, Any]:
+def finish_run(run: Run, recorder: Recorder, position: Position, stop: StopRequest) -> dict[str, Any]:
     """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
 
     Args:
         run: the run, trained.
         recorder: its records.
         position: where training ended.
-        started_at: `time.perf_counter()` when this process began to train.
         stop: asked for in the middle, it leaves the end for another time.
 
     Returns:
@@ -365,12 +367,12 @@ def finish_run(
             "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
             "peak_memory_bytes": peak_memory_bytes(),
             "tokens_per_second": training_speed(metrics),
-            "elapsed_seconds": time.perf_counter() - started_at,
+            "elapsed_seconds": recorder.elapsed_seconds(),
             "run": describe_run(run, position),
             "samples": [{"step": step, "text": text} for step, text in progress(recorder.samples.read())],
             "card": {"license": None, "language": "en" if run.config.data.source == "pydoc" else None, "repo_id": None},
             "verified": None,
-            "environment": environment(),
+            "environment": {**environment(), "processes": PartialState().num_processes, "engine": engine(run.model)},
         }
         plot_losses(
             comparable_lines(metrics, results),

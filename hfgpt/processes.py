@@ -91,6 +91,15 @@ def hint_to_scale_out() -> str | None:
     return f"one of {devices} GPUs is used; for all: `accelerate launch --num_processes {devices} -m hfgpt train ...`"
 
 
+def engine(model: nn.Module) -> str | None:
+    """Which engine runs a model on several processes; None on one."""
+    if PartialState().distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed"
+    if is_split(model):
+        return "FSDP2"
+    return "DDP" if PartialState().num_processes > 1 else None
+
+
 def split_over_processes(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
     """The same model, each process holding a part of every weight (FSDP2).
 

@@ -55,6 +55,7 @@ class Recorder:
         prompt: of the samples.
         settings: decoding settings of the samples.
         start: where training starts.
+        started_at: `time.perf_counter()` when this process began with the run; now, if it is not given.
         peak_tokens_per_second: what the machine would reach if it did nothing but multiply matrices, as fast as it
             can; None leaves the share of it out.
         trackers: hear every line too; None on processes that have none.
@@ -67,6 +68,7 @@ class Recorder:
         prompt: str,
         settings: Mapping[str, Any],
         start: Position,
+        started_at: float | None = None,
         peak_tokens_per_second: float | None = None,
         trackers: Trackers | None = None,
     ) -> None:
@@ -76,6 +78,8 @@ class Recorder:
         self.peak_tokens_per_second, self.trackers = peak_tokens_per_second, trackers
         self.speaks = PartialState().is_main_process
         self.began_at = self.started_at = time.perf_counter()
+        self.process_started_at = self.began_at if started_at is None else started_at
+        self.seconds_before = 0.0
         self.evaluations: list[dict[str, Any]] = []
         if not self.speaks:
             return
@@ -90,7 +94,9 @@ class Recorder:
         self.samples.truncate_after(last_step)
         for line in last_lines if is_trained else []:
             self.metrics.write(line)
-        self.evaluations = [line for line in self.metrics.read() if "val_loss" in line]
+        lines = self.metrics.read()
+        self.evaluations = [line for line in lines if "val_loss" in line]
+        self.seconds_before = max((line["elapsed_seconds"] for line in lines), default=0.0)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self.bar = Progress(
             TextColumn("step"),
@@ -199,9 +205,14 @@ class Recorder:
 
     def write(self, line: dict[str, Any], kind: str) -> None:
         """Append a line to metrics.jsonl, and send it to the trackers; `kind` says of what it is, to them."""
+        line = {**line, "elapsed_seconds": self.elapsed_seconds()}
         self.metrics.write(line)
         if self.trackers is not None:
             self.trackers.log(line, kind)
+
+    def elapsed_seconds(self) -> float:
+        """Of all processes that have worked on the run, each up to the step that the next one went on from."""
+        return self.seconds_before + time.perf_counter() - self.process_started_at
 
     def pause(self) -> None:
         """Stop the clock of training: what follows is no training."""

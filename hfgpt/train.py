@@ -34,7 +34,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
         from hfgpt.trainer import run_trainer as train_loop  # takes seconds to import, so only when it is wanted
     else:
         from hfgpt.loop import run_loop as train_loop
-    recorder = make_recorder(run)
+    recorder = make_recorder(run, started_at)
     if (hint := hint_to_scale_out()) is not None:
         recorder.say(hint)
     try:
@@ -43,7 +43,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
             if run.position.step == 0:
                 check_start(run, recorder)
             position = train_loop(run, recorder, stop)
-            return finish_run(run, recorder, position, started_at, stop)
+            return finish_run(run, recorder, position, stop)
     finally:
         recorder.close()
         if run.lock is not None:

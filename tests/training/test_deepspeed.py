@@ -70,7 +70,8 @@ def test_deepspeed_takes_the_same_steps_as_one_process_and_leaves_the_same_files
         assert mine["learning_rate"] == theirs["learning_rate"]
     assert {path.name for path in one.glob("*.*")} == {path.name for path in two.glob("*.*")}
     assert (two / "config.json").read_bytes() == (one / "config.json").read_bytes()
-    assert json.loads((two / "results.json").read_text())["parameters"] == 37_120
+    results = json.loads((two / "results.json").read_text())
+    assert (results["parameters"], results["environment"]["engine"]) == (37_120, "DeepSpeed")
     # The state of the optimizer is that of the run on one process: whole, and by the same names.
     mine, theirs = (optimizer_of(checkpoints(folder)[0]) for folder in (two, one))
     assert mine["param_groups"] == theirs["param_groups"]

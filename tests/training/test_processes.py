@@ -1,5 +1,6 @@
 """Several processes: the same steps as one, on however many a run goes on, and what happens when one of them dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -28,6 +29,9 @@ def test_two_processes_take_the_same_fifty_steps_as_one(recipe, launch, loop):
 
     assert process.wait(timeout=240) == 0, (recipe.parent / "two.log").read_text()[-3000:]
     assert_same_path(recipe.parent / "two", one)
+    environment = json.loads((recipe.parent / "two/results.json").read_text())["environment"]
+    assert (environment["processes"], environment["engine"]) == (2, "DDP")
+    assert "processes: 2 (DDP)" in (recipe.parent / "two/README.md").read_text()
 
 
 @pytest.mark.parametrize("loop", ["accelerate", pytest.param("trainer", marks=pytest.mark.slow)])

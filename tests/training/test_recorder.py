@@ -27,20 +27,44 @@ def test_a_training_line_holds_what_was_measured(recorder, tmp_path):
     recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
 
     (line,) = lines(tmp_path)
-    speed = line.pop("tokens_per_second")
+    speed, seconds = line.pop("tokens_per_second"), line.pop("elapsed_seconds")
     assert line == {"step": 1, "loss": 2.5, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": 640}
     assert speed > 0
+    assert 0 < seconds < 60
+
+
+def test_the_time_of_a_run_is_that_of_all_its_processes(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: now[0])
+
+    def recorder(step, started_at):
+        return Recorder(tmp_path, 100, "The", SETTINGS, Position(step=step, tokens=step), started_at)
+
+    first = recorder(0, started_at=90.0)
+    for second in (105.0, 110.0, 140.0):  # the last of them is killed before there is a checkpoint of it
+        now[0] = second
+        first.training(step=int(second - 100) // 5, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=int(second))
+    first.close()
+    now[0] = 5.0  # another process, another clock
+    second = recorder(2, started_at=3.0)
+    now[0] = 10.0
+    second.training(step=3, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=300)
+    second.close()
+
+    assert [line["elapsed_seconds"] for line in lines(tmp_path)] == [15.0, 20.0, 27.0]
+    assert second.elapsed_seconds() == 27.0
 
 
 def test_time_spent_on_evaluation_is_no_training_time(recorder, tmp_path, monkeypatch):
-    now = iter([10.0, 11.0, 111.0, 112.0])
+    now = [11.0]
     recorder.started_at = 10.0
-    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: next(now))
-    next(now)
+    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: now[0])
 
-    recorder.pause()  # at 11
-    recorder.resume()  # at 111
-    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)  # at 112
+    recorder.pause()
+    now[0] = 111.0
+    recorder.resume()
+    now[0] = 112.0
+    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
 
     assert lines(tmp_path)[0]["tokens_per_second"] == pytest.approx(640 / 2)
 
