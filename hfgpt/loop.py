@@ -26,11 +26,11 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, check_engine, exchange_gradients, optimizer_state, prepare, whole
+from hfgpt.processes import PRECISIONS, exchange_gradients, optimizer_state, prepare, settle_engine, whole
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
-from hfgpt.zero import count_step, deepspeed_plugin, settle_deepspeed
+from hfgpt.zero import count_step, deepspeed_plugin
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
@@ -56,9 +56,8 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         # Accumulation is done here; a launcher's variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    settle_deepspeed()
+    settle_engine(accelerator)
     loader = run.train_loader()
-    check_engine(accelerator)
     model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
     states: dict[str, Any] = {"optimizer": optimizer_state(run.model, optimizer), "schedule": schedule}

@@ -292,7 +292,7 @@ def save_model(run: Run, folder: Path) -> None:
     """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
     is_main = PartialState().is_main_process
     weights = whole_weights(run.model)
-    # Where FSDP2 has split it, transformers puts it together on all processes, and the first one writes.
+    # Where transformers has split it, all put it together, and the first one writes.
     if is_main or (weights is None and is_split(run.model)):
         run.model.save_pretrained(folder, state_dict=weights)
     if is_main:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -63,6 +63,29 @@ def join_processes() -> None:
                 "`accelerate launch` was asked for several processes and started one. On CPUs several processes want "
                 "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`."
             )
+
+
+def leave_processes() -> None:
+    """End what the processes talk through, once there is nothing more to say; all of them call it.
+
+    Left to the end of the interpreter, gloo may abort a process that has done its work (pytorch issue 190489).
+    """
+    if torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
+def settle_engine(accelerator: Accelerator) -> None:
+    """Refuse another engine than the launcher was asked for, and let it compute as the recipe says; before `prepare`.
+
+    Raises:
+        ValueError: see `check_engine`.
+    """
+    check_engine(accelerator)
+    zero.settle_deepspeed()
+    if accelerator.is_fsdp2:
+        # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def check_engine(accelerator: Accelerator) -> None:
@@ -138,16 +161,16 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
         model.load_state_dict(weights)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The weights that stage 3 of ZeRO has split, put together on the CPU of the first process; all of them call it.
+def whole_weights(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
+    """The weights of a model that accelerate has split, put together on the CPU of the first process; all call it.
 
-    None under every other engine, where transformers does so by itself when it saves.
+    None where it is whole, or transformers has split it, which puts it together by itself when it saves.
     """
-    if not zero.is_partitioned(next(model.parameters())):
+    if not is_split(model) or model.is_distributed_loading_by_transformers:
         return None
     weights = {}
     for name, parameter in model.named_parameters():
-        weight = zero.whole_parameter(parameter)
+        weight = zero.whole_parameter(parameter) if zero.is_partitioned(parameter) else whole(parameter.detach())
         if PartialState().is_main_process:
             weights[name] = weight.cpu()
     return weights
@@ -228,7 +251,7 @@ class OptimizerState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, each process its part."""
-        if not state["state"]:
-            return zero.load_groups(self.optimizer, state["param_groups"])
-        options = StateDictOptions(full_state_dict=is_split(self.model))
-        return set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        if state["state"]:  # else no step was done yet
+            options = StateDictOptions(full_state_dict=is_split(self.model))
+            set_optimizer_state_dict(self.model, self.optimizer, dict(state), options=options)
+        zero.load_groups(self.optimizer, state["param_groups"])  # torch makes lists of the tuples in them

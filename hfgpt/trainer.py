@@ -34,7 +34,7 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, check_engine, optimizer_state
+from hfgpt.processes import PRECISIONS, optimizer_state, settle_engine
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
@@ -60,8 +60,7 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     if not run.config.train.compile:
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     trainer = HFGPTTrainer(run, recorder, stop)
-    zero.settle_deepspeed()
-    check_engine(trainer.accelerator)
+    settle_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     is_over = run.position.step == run.total_steps or judge(run, recorder).is_enough

@@ -42,6 +42,7 @@ def evaluate(
     from accelerate import PartialState
 
     from hfgpt.measure import measure, render, save_tasks, to_json
+    from hfgpt.processes import leave_processes
     from hfgpt.recorder import talk
 
     report = measure(
@@ -58,6 +59,7 @@ def evaluate(
         tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
         limit=limit,
     )
+    leave_processes()
     if not PartialState().is_main_process:
         return
     if as_json:

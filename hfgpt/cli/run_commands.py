@@ -95,6 +95,7 @@ def train(
     from hfgpt.config import load_config
 
     loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
+    from hfgpt.processes import leave_processes
     from hfgpt.recorder import talk
     from hfgpt.stopping import RESUMABLE, Stopped
     from hfgpt.train import train
@@ -103,7 +104,9 @@ def train(
         results = train(loaded, resume=resume or resume is not None)
     except Stopped as error:
         talk(str(error))
+        leave_processes()
         raise typer.Exit(RESUMABLE) from None
+    leave_processes()
     if results is None:
         talk(f"{loaded.output_dir} holds this run, finished.")
         results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))

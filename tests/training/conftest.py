@@ -10,6 +10,15 @@ import yaml
 from accelerate.state import AcceleratorState
 from runs import NO_DROPOUT
 
+ENGINES = {
+    "ddp": ["--multi_gpu"],
+    "fsdp2": ["--config_file", str(Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml")],
+    "zero1": ["--use_deepspeed", "--zero_stage", "1"],
+    "zero2": ["--use_deepspeed", "--zero_stage", "2"],
+    "zero3": ["--use_deepspeed", "--zero_stage", "3"],
+}
+"""What `accelerate launch` is told for each."""
+
 TEXT_LENGTH = 4900  # leaves a micro-batch of fewer rows, and a last step of fewer micro-batches
 
 
@@ -55,19 +64,23 @@ def launch(recipe, cache):
     """A function that starts `accelerate launch` with several processes on CPU."""
     started = []
 
-    def launch(name, *overrides, processes=2, resume=False, zero_stage=None, engine=(), program=("-m", "hfgpt")):
+    def launch(name, *overrides, engine="ddp", processes=2, resume=False, words=(), poisoned_step=None):
         environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
-        if zero_stage is None:
+        program = ["-m", "hfgpt"]
+        if engine == "ddp":
             environment["ACCELERATE_USE_CPU"] = "true"
-            engine = ["--multi_gpu"]
-        else:
-            engine = ["--use_deepspeed", "--zero_stage", str(zero_stage), *engine]
-        words = ["-m", "accelerate.commands.launch", *engine, "--num_processes", str(processes)]
-        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        words += ["--main_process_port", "0", *program, "train", str(recipe), f"output_dir={recipe.parent / name}"]
+        if engine == "fsdp2":
+            environment["PRETEND_GPUS"] = "yes"
+        if poisoned_step is not None:
+            environment["POISONED_STEP"] = str(poisoned_step)
+        if engine == "fsdp2" or poisoned_step is not None:
+            program = [str(Path(__file__).with_name("odd_run.py"))]
+        command = ["-m", "accelerate.commands.launch", *ENGINES[engine], "--num_processes", str(processes), *words]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", *program, "train", str(recipe), f"output_dir={recipe.parent / name}"]
         with (recipe.parent / f"{name}.log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, *words, *overrides, *(["--resume"] if resume else [])],
+                [sys.executable, *command, *overrides, *(["--resume"] if resume else [])],
                 env=environment,
                 stdout=log,
                 stderr=log,

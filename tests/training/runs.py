@@ -72,7 +72,7 @@ def wait_for_step(folder, step, process, seconds=120):
 
 def workers_of(process):
     """Process ids of the workers that a launcher has started."""
-    return [child.pid for child in psutil.Process(process.pid).children() if "hfgpt" in child.cmdline()]
+    return [child.pid for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
 
 
 def assert_same_path(one, other, bound=1e-5):

@@ -1,0 +1,42 @@
+"""`hfgpt` where something is not as usual, in a process of a launch.
+
+PRETEND_GPUS: accelerate takes CPUs for GPUs, so that it splits models as it does there.
+POISONED_STEP: a step whose gradients are not finite.
+"""
+
+import os
+
+import torch
+from accelerate.state import DistributedType, PartialState
+
+from hfgpt import run
+from hfgpt.cli import main
+
+make_model = run.make_model
+
+
+def poisoned_model(*arguments):
+    model, step = make_model(*arguments), int(os.environ["POISONED_STEP"])
+    seen = []  # batches of training, when each is given for the first time
+
+    def look(module, args, kwargs):
+        if module.training and not any(torch.equal(kwargs["input_ids"], each) for each in seen):
+            seen.append(kwargs["input_ids"])
+        module.is_poisoned = len(seen) >= step and torch.equal(kwargs["input_ids"], seen[step - 1])
+
+    def overflow(module, args, output):
+        return output * torch.inf if model.training and model.is_poisoned else output
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.model.layers[1].mlp.register_forward_hook(overflow)
+    return model
+
+
+if "POISONED_STEP" in os.environ:
+    run.make_model = poisoned_model
+if "PRETEND_GPUS" in os.environ:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *arguments, **names: ("gloo", DistributedType.MULTI_GPU)
+
+if __name__ == "__main__":
+    main()
