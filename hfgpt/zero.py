@@ -24,6 +24,21 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from hfgpt.knobs import RunConfig
 
+SETTINGS = {
+    *("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("gradient_clipping", "fp16", "bf16", "amp", "torch_autocast", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+}
+"""Sections of DeepSpeed's configuration that a launcher may have; many others would change what a run computes."""
+
+ZERO_SETTINGS = {
+    *("stage", "offload_optimizer", "offload_param", "overlap_comm", "contiguous_gradients", "reduce_scatter"),
+    *("reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "sub_group_size"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+}
+"""The same within `zero_optimization`: sizes and ways of the exchange."""
+
 
 def is_asked_for() -> bool:
     """Whether the launcher asks for DeepSpeed.
@@ -101,8 +116,10 @@ def refuse_foreign_settings(settings: dict[str, Any]) -> None:
         if section in settings:
             raise ValueError(f"the launcher's DeepSpeed has a section `{section}`: the recipe's `optim` says that.")
     for section in ("fp16", "bf16", "amp", "torch_autocast"):
-        if settings.get(section, {}).get("enabled") is True:
+        if settings.get(section, {}).get("enabled", False) not in (False, "auto"):
             raise ValueError(f"the launcher's DeepSpeed enables `{section}`: the recipe's `train.precision` says that.")
+    for name in [*(settings.keys() - SETTINGS), *(settings["zero_optimization"].keys() - ZERO_SETTINGS)]:
+        raise ValueError(f"the launcher's DeepSpeed has `{name}`, which hfgpt does not drive. Leave it out.")
     for part in ("offload_optimizer", "offload_param"):
         if (settings["zero_optimization"].get(part) or {}).get("device") == "nvme":
             raise ValueError(f"the launcher's DeepSpeed has `{part}` on nvme, which hfgpt does not drive. Use cpu.")

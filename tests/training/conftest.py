@@ -13,6 +13,7 @@ from runs import NO_DROPOUT
 ENGINES = {
     "ddp": ["--multi_gpu"],
     "fsdp2": ["--config_file", str(Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml")],
+    "json": ["--use_deepspeed"],  # and a file of DeepSpeed's
     "zero1": ["--use_deepspeed", "--zero_stage", "1"],
     "zero2": ["--use_deepspeed", "--zero_stage", "2"],
     "zero3": ["--use_deepspeed", "--zero_stage", "3"],

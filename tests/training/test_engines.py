@@ -237,6 +237,29 @@ def test_state_that_lies_in_the_memory_of_the_cpu_makes_no_difference(recipe, la
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stage": 2, "round_robin_gradients": True, "contiguous_gradients": False, "reduce_scatter": False},
+        {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+        {"stage": 3, "sub_group_size": 3000, "stage3_param_persistence_threshold": 40, "reduce_bucket_size": 2000},
+    ],
+)
+def test_ways_and_sizes_of_the_exchange_make_no_difference(recipe, tmp_path, launched, settings):
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": settings}))
+    words = ["--deepspeed_config_file", str(tmp_path / "deepspeed.json")]
+    overrides = ["train.epochs=2", "train.save_every=1"]
+    one = run(recipe, "one", "train.batch_size=8", *overrides)
+
+    two = launched("two", *overrides, engine="json", words=words)
+    start_at_first_checkpoint(two, recipe.parent / "again")
+    again = launched("again", *overrides, engine="json", words=words, resume=True)
+
+    assert_same_path(two, one)
+    assert_same_run(two, again)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_compiled_model_takes_the_same_steps_with_deepspeed(recipe, launched, loop):
     one = run(recipe, "one", f"loop={loop}", "train.batch_size=8", "train.epochs=1")
@@ -269,6 +292,18 @@ def asked(monkeypatch):
         ({"scheduler": {"type": "WarmupLR"}}, [], "a section `scheduler`: the recipe's `optim` says that"),
         ({"bf16": {"enabled": True}}, [], "enables `bf16`: the recipe's `train.precision` says that"),
         ({"fp16": {"enabled": True}}, [], "enables `fp16`: the recipe's `train.precision`"),
+        ({"bf16": {"enabled": "true"}}, [], "enables `bf16`: the recipe's `train.precision` says that"),
+        (
+            {"communication_data_type": "bf16"},
+            [],
+            "has `communication_data_type`, which hfgpt does not drive. Leave it",
+        ),
+        ({"progressive_layer_drop": {"enabled": True}}, [], "has `progressive_layer_drop`, which hfgpt does not drive"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            [],
+            "has `zero_quantized_weights`, which hfgpt does not drive",
+        ),
         ({"gradient_clipping": 0.25}, [], '`gradient_clipping` 0.25, `optim.max_grad_norm` is 1.0. Make it "auto"'),
         ({"train_micro_batch_size_per_gpu": 7}, [], "`train_micro_batch_size_per_gpu` 7, `train.batch_size` is 4"),
         (
@@ -303,7 +338,7 @@ def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked,
 
     plugin = zero.deepspeed_plugin(config, accumulation_steps=1)
 
-    assert plugin.engine == 1
+    assert plugin.zero_stage == 1
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == 1  # hfgpt has divided the loss already
 
 
