@@ -39,6 +39,9 @@ ZERO_SETTINGS = {
 }
 """The same within `zero_optimization`: sizes and ways of the exchange."""
 
+OFFLOAD_SETTINGS = {"device", "nvme_path", "pin_memory"}
+"""The same within `offload_optimizer` and `offload_param`."""
+
 
 def is_asked_for() -> bool:
     """Whether the launcher asks for DeepSpeed.
@@ -80,7 +83,9 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
     refuse_foreign_settings(settings)
     refuse_what_does_not_go_together(config, plugin.zero_stage)
     train = config.train
+    rows_per_step = train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes
     for name, value, knob in [
+        ("train_batch_size", rows_per_step, "rows per step"),
         ("train_micro_batch_size_per_gpu", train.batch_size, "train.batch_size"),
         ("gradient_accumulation_steps", train.gradient_accumulation_steps, "train.gradient_accumulation_steps"),
         ("gradient_clipping", config.optim.max_grad_norm or 0.0, "optim.max_grad_norm"),
@@ -91,6 +96,7 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
             raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, `{knob}` is {value}. Make it "auto".')
         settings[name] = value
     settings["gradient_accumulation_steps"] = accumulation_steps
+    settings["train_batch_size"] = "auto"  # accelerate multiplies again, with these steps
     settings["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer, on the CPU too
     if train.precision == "bf16":  # autocast, as without DeepSpeed: weights, gradients and what is exchanged stay fp32
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -116,12 +122,17 @@ def refuse_foreign_settings(settings: dict[str, Any]) -> None:
         if section in settings:
             raise ValueError(f"the launcher's DeepSpeed has a section `{section}`: the recipe's `optim` says that.")
     for section in ("fp16", "bf16", "amp", "torch_autocast"):
+        if not isinstance(settings.get(section, {}), dict):
+            raise ValueError(f"the launcher's DeepSpeed has `{section}` {settings[section]!r}, which is no section.")
         if settings.get(section, {}).get("enabled", False) not in (False, "auto"):
             raise ValueError(f"the launcher's DeepSpeed enables `{section}`: the recipe's `train.precision` says that.")
     for name in [*(settings.keys() - SETTINGS), *(settings["zero_optimization"].keys() - ZERO_SETTINGS)]:
         raise ValueError(f"the launcher's DeepSpeed has `{name}`, which hfgpt does not drive. Leave it out.")
     for part in ("offload_optimizer", "offload_param"):
-        if (settings["zero_optimization"].get(part) or {}).get("device") == "nvme":
+        place = settings["zero_optimization"].get(part) or {}
+        for name in place.keys() - OFFLOAD_SETTINGS:
+            raise ValueError(f"the launcher's DeepSpeed has `{part}.{name}`, which hfgpt does not drive. Leave it out.")
+        if place.get("device") == "nvme":
             raise ValueError(f"the launcher's DeepSpeed has `{part}` on nvme, which hfgpt does not drive. Use cpu.")
 
 
@@ -228,14 +239,12 @@ class ZeroOptimizerState:
             state[name] = {}
             for key, value in kept.items():
                 whole = safe_get_full_optimizer_state(self.parameters[name], key) if value.ndim else value.clone()
-                state[name][key] = whole.cpu() if is_main else None
+                state[name][key] = whole.cpu().clone() if is_main else None  # a view would be saved with its filling
         named = zip(self.optimizer.param_groups, groups, strict=True)
         return {"state": state, "param_groups": [{**group, "params": names} for group, names in named]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, of this engine or another, each process its part."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         load_groups(self.optimizer, state["param_groups"])
         if not state["state"]:  # no step was done yet
             return
@@ -249,8 +258,22 @@ class ZeroOptimizerState:
         for name, kept in state["state"].items():
             for key, value in kept.items():
                 if value.ndim:
-                    parameter = self.parameters[name]
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                    self.set_part(self.parameters[name], key, value)
+
+    def set_part(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Give this process its part of what is kept for a parameter, from the whole."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        value = value.to(parameter.device)
+        if not is_partitioned(parameter):
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Parts are equally long, the last ones filled up; DeepSpeed (0.19) would look for the filling in the whole.
+        length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        process = PartialState()
+        filling = length * process.num_processes - value.numel()
+        padded = nn.functional.pad(value.flatten(), (0, filling))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, length * process.process_index, length), key)
 
     def link(self) -> None:
         """Tell each parameter where its part of the state lies.

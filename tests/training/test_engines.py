@@ -236,6 +236,20 @@ def test_state_that_lies_in_the_memory_of_the_cpu_makes_no_difference(recipe, la
     assert_same_path(recipe.parent / "two", one)
 
 
+@pytest.mark.parametrize("zero_stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_weights_that_three_processes_cannot_share_evenly_go_on_as_well(recipe, launched, zero_stage):
+    overrides = ["train.epochs=2", "train.save_every=1"]
+    whole = launched("whole", *overrides, engine=zero_stage, processes=3)
+
+    start_at_first_checkpoint(whole, recipe.parent / "split")
+    split = launched("split", *overrides, engine=zero_stage, processes=3, resume=True)
+    start_at_first_checkpoint(whole, recipe.parent / "plain")
+    plain = run(recipe, "plain", *overrides, "train.batch_size=12", resume=True)
+
+    assert_same_run(whole, split)
+    assert_same_path(plain, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
@@ -304,6 +318,13 @@ def asked(monkeypatch):
             [],
             "has `zero_quantized_weights`, which hfgpt does not drive",
         ),
+        ({"bf16": None}, [], "has `bf16` None, which is no section"),
+        ({"train_batch_size": 5}, [], "`train_batch_size` 5, `rows per step` is 4"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            [],
+            "has `offload_optimizer.super_offload`, which hfgpt does not drive",
+        ),
         ({"gradient_clipping": 0.25}, [], '`gradient_clipping` 0.25, `optim.max_grad_norm` is 1.0. Make it "auto"'),
         ({"train_micro_batch_size_per_gpu": 7}, [], "`train_micro_batch_size_per_gpu` 7, `train.batch_size` is 4"),
         (
@@ -330,7 +351,12 @@ def test_what_launcher_and_recipe_say_differently_is_refused(recipe, asked, tmp_
 
 
 def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked, tmp_path):
-    same = {"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+    same = {
+        "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "train_batch_size": 12,
+    }
     settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}, **same}
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
     asked("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
