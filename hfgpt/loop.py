@@ -30,7 +30,7 @@ from hfgpt.processes import PRECISIONS, exchange_gradients, optimizer_state, pre
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
-from hfgpt.zero import count_step, deepspeed_plugin
+from hfgpt.zero import deepspeed_plugin, let_schedule_count
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
@@ -106,7 +106,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
             position = run.next_position(position, len(micro_batches), int(targets))
             is_finite = guard.allows(position, grad_norm, micro_batches, targets)
             if not is_finite:
-                count_step(optimizer)
+                let_schedule_count(optimizer)
                 optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed

@@ -1,39 +1,27 @@
-"""What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints, and its end."""
+"""What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 
 from hfgpt import checkpoint
-from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
 from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate
 from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
-from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
-from hfgpt.ngram import ngram_perplexities
+from hfgpt.knobs import RunConfig
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
-from hfgpt.processes import count_parameters, engine, is_split, load_weights, split_again, whole_weights
-from hfgpt.recorder import METRICS_FILE, Recorder, refuse_divergence
+from hfgpt.processes import count_parameters, is_split, split_again, whole_weights
+from hfgpt.recorder import Recorder, refuse_divergence
 from hfgpt.results import (
-    PLOT_FILE,
-    RESULTS_FILE,
-    comparable_lines,
-    environment,
-    peak_memory_bytes,
-    plot_losses,
-    read_metrics,
-    training_speed,
     write_json,
 )
 from hfgpt.rows import TokenRows
@@ -41,14 +29,7 @@ from hfgpt.run import Run, prompt_ids
 from hfgpt.speed import matmul_peak, training_flops_per_token
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.text_stream import stream_text
-from hfgpt.tokenizer import bytes_of_ids
 from hfgpt.trackers import Trackers
-from hfgpt.weights import load
-
-SHAPE_FIELDS = (
-    *("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "activation_function", "tie_word_embeddings"),
-)
 
 
 def is_due(every: int | str, step: int, run: Run) -> bool:
@@ -299,190 +280,3 @@ def save_model(run: Run, folder: Path) -> None:
         run.tokenizer.save_pretrained(folder)
         for path in folder.glob("*.safetensors"):
             make_readable(path)
-
-
-def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
-    """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
-    if rows.stream is not None:
-        return {}
-    baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
-    return {"unigram": baselines.unigram, "bigram": baselines.bigram}
-
-
-def finish_run(run: Run, recorder: Recorder, position: Position, stop: StopRequest) -> dict[str, Any]:
-    """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
-
-    Args:
-        run: the run, trained.
-        recorder: its records.
-        position: where training ended.
-        stop: asked for in the middle, it leaves the end for another time.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        Stopped: a stop was asked for.
-    """
-    is_best_wanted = run.config.train.patience is not None
-    trained, last_step = position, position.step
-    if is_best_wanted:
-        position = restore_best(run, recorder)
-    try:
-        line = score(run, position, limit=0, stop=stop)
-        # Compared with the other evaluations on their rows, not on all.
-        limit = run.config.train.eval_rows
-        is_same = not limit or limit >= len(run.rows.validation)
-        comparable = line if is_same else score(run, position, limit, stop)
-    except Stopped:
-        raise stopped(run, trained) from None
-    refuse_spoilt_weights(run.model, position.step)
-    if is_best_wanted:
-        split_again(run.model)
-    else:  # with the best weights the lines would go back to an earlier step
-        record_evaluation(run, recorder, line, comparable)
-    results: dict[str, Any] = {}
-    save_model(run, run.folder)
-    if PartialState().is_main_process:
-        best = best_evaluation([*recorder.evaluations, comparable])
-        assert best is not None
-        baselines = score_ngrams(run.rows, run.model.config.vocab_size)
-        metrics = read_metrics(run.folder / METRICS_FILE)
-        targets = run.rows.validation.pairs()[:, 1]
-        results = {
-            **line,
-            "loss_gap": line["val_loss"] - line["train_loss"],
-            "last_step": last_step,
-            "best_step": best["step"],
-            "best_val_loss": best["val_loss"],
-            "eval_rows_train_loss": comparable["train_loss"],
-            "eval_rows_val_loss": comparable["val_loss"],
-            "skipped_steps": sum("skipped" in each for each in metrics),
-            "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
-            **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
-            "parameters": count_parameters(run.model),
-            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
-            "validation_tokens": run.rows.validation_counts.tokens,
-            "checks": next((each["checks"] for each in metrics if "checks" in each), None),
-            "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "tokens_per_second": training_speed(metrics),
-            "elapsed_seconds": recorder.elapsed_seconds(),
-            "run": describe_run(run, position),
-            "samples": [{"step": step, "text": text} for step, text in progress(recorder.samples.read())],
-            "card": {"license": None, "language": "en" if run.config.data.source == "pydoc" else None, "repo_id": None},
-            "verified": None,
-            "environment": {**environment(), "processes": PartialState().num_processes, "engine": engine(run.model)},
-        }
-        plot_losses(
-            comparable_lines(metrics, results),
-            run.folder / PLOT_FILE,
-            baselines=baselines,
-            best_step=best["step"],
-            final_val_loss=None if is_same or is_best_wanted else line["val_loss"],
-        )
-        say_what_is_kept(recorder, best, comparable, last_step)
-        if not leave_card(run.folder, results):
-            recorder.say(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
-        write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
-    PartialState().wait_for_everyone()
-    return results
-
-
-def restore_best(run: Run, recorder: Recorder) -> Position:
-    """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
-
-    Raises:
-        ValueError: that checkpoint is damaged.
-    """
-    best = checkpoint.best_checkpoint(run.folder)
-    line = broadcast_object_list([best_evaluation(recorder.evaluations)])[0]  # non-main processes have none
-    if best is None or best.name != f"checkpoint-{line['step']}":
-        raise ValueError(
-            f"{run.folder} has lost checkpoint-{line['step']}, that of its best evaluation. Train in another folder."
-        )
-    manifest = checkpoint.verify_checkpoint(best)
-    load_weights(run.model, load(best).state_dict())
-    return manifest.position
-
-
-def say_what_is_kept(recorder: Recorder, best: dict[str, Any], comparable: dict[str, Any], last_step: int) -> None:
-    """Say which weights the folder holds, where those are not the best and the last at once.
-
-    Args:
-        recorder: says it, and knows the evaluations.
-        best: the best evaluation.
-        comparable: that of the weights that the folder holds, on the same rows.
-        last_step: where training ended.
-    """
-    lowest = f"the validation loss was lowest at step {best['step']} of {last_step} ({best['val_loss']:.3f}"
-    if comparable["step"] < last_step:
-        recorder.say(f"{lowest}); the folder holds those weights")
-    elif best["step"] < last_step:
-        recorder.say(
-            f"{lowest}, and {comparable['val_loss']:.3f} at the end): the model has begun to learn its text by heart. "
-            "The folder holds the last weights; `train.patience` stops in time and keeps the best"
-        )
-    start = next((line["val_loss"] for line in recorder.evaluations if line["step"] == 0), None)
-    if start is not None and best["val_loss"] >= start:
-        recorder.say(f"no evaluation was better than the one before training ({start:.3f})")
-
-
-def describe_run(run: Run, position: Position) -> dict[str, Any]:
-    """What was trained, on what and how, as results.json says it: no path of this machine, nothing that was measured.
-
-    It is the same in both loops, and for a run that was interrupted.
-    """
-    config, model = run.config, run.model.config
-    is_pydoc = config.data.source == "pydoc"
-    tokenizer = config.tokenizer.name or config.init_from
-    return {
-        **starting_point(config.init_from, "base_model"),
-        "seed": config.seed,
-        "model": {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DROPOUT_FIELDS)},
-        "tokenizer": {
-            **starting_point(tokenizer, "name"),
-            "vocab_size": len(run.tokenizer),
-            "sha256": run.identity["tokenizer"],
-        },
-        "data": {
-            "source": "pydoc" if is_pydoc else None,
-            "hub_id": None if is_pydoc else starting_point(config.data.source, "hub_id")["hub_id"],
-            **{name: getattr(config.data, name) for name in ("name", "split", "validation_split")},
-            **{name: getattr(config.data, name) for name in ("block_size", "stride", "packing")},
-            "streaming": config.data.streaming,
-            "train_sha256": None if config.data.streaming else run.identity["training rows"],
-            "validation_sha256": run.identity["validation rows"],
-        },
-        "optim": asdict(config.optim),
-        "train": {
-            "rows_per_step": run.identity["number of rows per step"],
-            "epochs": None if config.data.streaming else position.epoch + position.rows / len(run.rows.train),
-            "precision": config.train.precision,
-        },
-        "sample": asdict(config.sample),
-    }
-
-
-def starting_point(name: str | None, key: str) -> dict[str, str | None]:
-    """Where something comes from, nothing, a folder of this machine, which is not named, or the Hub."""
-    kind = "nothing" if name is None else "folder" if Path(name).exists() else "hub"
-    return {"starts_from": kind, key: name if kind == "hub" else None}
-
-
-def progress(samples: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Of the samples of a run its first after training began, one from its middle, and its last."""
-    trained = [sample for sample in samples if sample[0] > 0]
-    return [trained[index] for index in sorted({(len(trained) - 1) * part // 2 for part in range(3)}) if trained]
-
-
-def bits_per_byte(loss: float, targets: np.ndarray, lengths: np.ndarray | None) -> float | None:
-    """A loss per byte of text, which models with other tokenizers can be compared by.
-
-    Args:
-        loss: nats per token, the mean over `targets`.
-        targets: (N,) token ids; those that stand for no text count with their loss.
-        lengths: bytes that each id stands for, or None if nobody knows.
-    """
-    num_bytes = 0 if lengths is None else int(lengths[targets].sum())
-    return loss * len(targets) / math.log(2) / num_bytes if num_bytes else None

@@ -43,9 +43,8 @@ def join_processes() -> None:
             "the launcher asks for Megatron-LM, which hfgpt does not drive. `train.shard=true` splits weights, "
             "gradients and optimizer state over the processes of a plain launch."
         )
-    is_deepspeed = zero.is_asked_for()
     process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=zero.backend())
-    if is_deepspeed and process.distributed_type != DistributedType.DEEPSPEED:
+    if zero.is_asked_for() and not zero.is_running():
         raise ValueError(
             f"the launcher asks for DeepSpeed, and accelerate gives {process.distributed_type.value}: "
             "ACCELERATE_USE_CPU (`use_cpu`, `--cpu`) turns it off. DeepSpeed finds CPUs by itself: leave that out."
@@ -116,7 +115,7 @@ def hint_to_scale_out() -> str | None:
 
 def engine(model: nn.Module) -> str | None:
     """Which engine runs a model on several processes; None on one."""
-    if PartialState().distributed_type == DistributedType.DEEPSPEED:
+    if zero.is_running():
         return "DeepSpeed"
     if is_split(model):
         return "FSDP2"
@@ -203,7 +202,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
 
 def exchange_gradients(accelerator: Accelerator, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Let processes exchange gradients once a step, with its last micro-batch."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if zero.is_running():
         accelerator.sync_gradients = is_last  # and with the exchange comes the step of the optimizer
         return nullcontext()
     if is_last:
@@ -223,7 +222,7 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
 def optimizer_state(model: nn.Module, optimizer: Any) -> "OptimizerState | zero.ZeroOptimizerState":
     """What a checkpoint keeps of an optimizer, torch's or accelerate's around it, of a model that is not wrapped."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return zero.ZeroOptimizerState(model, inner) if zero.is_zero(inner) else OptimizerState(model, inner)
+    return zero.ZeroOptimizerState(model, inner) if zero.is_running() else OptimizerState(model, inner)
 
 
 class OptimizerState:

@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
+from hfgpt.ending import finish_run
 from hfgpt.knobs import RunConfig
-from hfgpt.milestones import catch_up, finish_run, make_recorder
+from hfgpt.milestones import catch_up, make_recorder
 from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
 from hfgpt.sanity import check_start

@@ -150,7 +150,10 @@ class HFGPTTrainer(PushByList, Trainer):
         return self.run.train_loader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        self.optimizer = optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
+        optimizer: Optimizer | None = getattr(self, "optimizer", None)
+        if optimizer is None:  # for DeepSpeed Trainer asks twice
+            optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
+        self.optimizer = optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -175,7 +178,7 @@ class HFGPTTrainer(PushByList, Trainer):
         self.is_finite = self.guard.allows(self.position, norm, self.batches, self.targets)
         if not self.is_finite:
             model.zero_grad()
-            zero.count_step(self.optimizer)
+            zero.let_schedule_count(self.optimizer)
         return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
+from accelerate.utils import DeepSpeedPlugin, DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
@@ -82,21 +82,12 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
     settings = plugin.deepspeed_config
     refuse_foreign_settings(settings)
     refuse_what_does_not_go_together(config, plugin.zero_stage)
+    refuse_other_numbers(settings, config)
     train = config.train
-    rows_per_step = train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes
-    for name, value, knob in [
-        ("train_batch_size", rows_per_step, "rows per step"),
-        ("train_micro_batch_size_per_gpu", train.batch_size, "train.batch_size"),
-        ("gradient_accumulation_steps", train.gradient_accumulation_steps, "train.gradient_accumulation_steps"),
-        ("gradient_clipping", config.optim.max_grad_norm or 0.0, "optim.max_grad_norm"),
-    ]:
-        asked = settings.get(name, "auto")
-        is_default = (name, asked) == ("gradient_accumulation_steps", 1)  # what a launcher says that was told nothing
-        if asked not in ("auto", value) and not is_default:
-            raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, `{knob}` is {value}. Make it "auto".')
-        settings[name] = value
+    settings["train_micro_batch_size_per_gpu"] = train.batch_size
     settings["gradient_accumulation_steps"] = accumulation_steps
-    settings["train_batch_size"] = "auto"  # accelerate multiplies again, with these steps
+    settings["train_batch_size"] = "auto"  # accelerate multiplies
+    settings["gradient_clipping"] = config.optim.max_grad_norm or 0.0
     settings["zero_force_ds_cpu_optimizer"] = False  # the recipe's optimizer, on the CPU too
     if train.precision == "bf16":  # autocast, as without DeepSpeed: weights, gradients and what is exchanged stay fp32
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -136,6 +127,26 @@ def refuse_foreign_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"the launcher's DeepSpeed has `{part}` on nvme, which hfgpt does not drive. Use cpu.")
 
 
+def refuse_other_numbers(settings: dict[str, Any], config: RunConfig) -> None:
+    """Refuse numbers that the recipe says otherwise.
+
+    Raises:
+        ValueError: naming both.
+    """
+    train = config.train
+    rows_per_step = train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes
+    for name, value, knob in [
+        ("train_batch_size", rows_per_step, "the recipe's rows per step"),
+        ("train_micro_batch_size_per_gpu", train.batch_size, "`train.batch_size`"),
+        ("gradient_accumulation_steps", train.gradient_accumulation_steps, "`train.gradient_accumulation_steps`"),
+        ("gradient_clipping", config.optim.max_grad_norm or 0.0, "`optim.max_grad_norm`"),
+    ]:
+        asked = settings.get(name, "auto")
+        is_default = (name, asked) == ("gradient_accumulation_steps", 1)  # what a launcher says that was told nothing
+        if asked not in ("auto", value) and not is_default:
+            raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, {knob}: {value}. Make it "auto".')
+
+
 def refuse_what_does_not_go_together(config: RunConfig, stage: int) -> None:
     """Refuse recipes that DeepSpeed, or this stage of it, is not driven with.
 
@@ -164,20 +175,23 @@ def settle_deepspeed() -> None:
     unset_hf_deepspeed_config()
 
 
-def is_zero(optimizer: Any) -> bool:
-    """Whether this is the optimizer of DeepSpeed's ZeRO, which hides torch's in it."""
-    return isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+def is_running() -> bool:
+    """Whether DeepSpeed is the engine of this process."""
+    return PartialState().distributed_type == DistributedType.DEEPSPEED
 
 
-def count_step(optimizer: Any) -> None:
-    """Let the schedule count a step that was left out because its gradients are not finite, as other engines do."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if is_zero(inner):
-        inner.overflow = False
+def let_schedule_count(optimizer: Any) -> None:
+    """Let the schedule count a step that was left out because its gradients are not finite, as with other engines.
+
+    Args:
+        optimizer: accelerate's, which tells that DeepSpeed has left a step out; nothing happens without DeepSpeed.
+    """
+    if is_running():
+        optimizer.optimizer.overflow = False
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether each process holds a part of a weight (stage 3)."""
+    """Whether each process holds a part of a weight (stage 3), by the mark that DeepSpeed itself goes by."""
     return hasattr(parameter, "ds_id")
 
 
@@ -220,7 +234,7 @@ class ZeroOptimizerState:
         self.optimizer = optimizer
         self.inner: Optimizer = optimizer.optimizer
         self.parameters = dict(model.named_parameters())
-        self.is_stage_3 = not hasattr(optimizer, "bit16_groups")
+        self.is_stage_3 = is_partitioned(next(model.parameters()))
         # What torch's optimizer sees are flat tensors, each this process's part of many parameters.
         self.flat: list[Tensor] = (
             optimizer.fp32_partitioned_groups_flat if self.is_stage_3 else optimizer.single_partition_of_fp32_groups

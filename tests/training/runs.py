@@ -1,7 +1,9 @@
 """Runs of a small recipe, and how two of them are compared."""
 
 import json
+import os
 import shutil
+import signal
 import time
 
 import psutil
@@ -10,6 +12,8 @@ from accelerate.state import AcceleratorState
 
 from hfgpt.card import compare_card
 from hfgpt.config import load_config
+from hfgpt.recorder import Recorder
+from hfgpt.stopping import Stopped
 from hfgpt.train import train
 
 LOOPS = ["accelerate", "trainer"]
@@ -88,3 +92,29 @@ def start_at_first_checkpoint(whole, folder):
     shutil.copytree(whole / "checkpoint-1", folder / "checkpoint-1")
     for name in ("run.yaml", "metrics.jsonl", "samples.md"):
         shutil.copyfile(whole / name, folder / name)
+
+
+def send(name):
+    """Send this process a signal."""
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def at_step(monkeypatch, step, name):
+    """Send a signal while the line of a step is written."""
+    training = Recorder.training
+
+    def with_signal(recorder, number, *rest):
+        training(recorder, number, *rest)
+        if number == step:
+            send(name)
+
+    monkeypatch.setattr(Recorder, "training", with_signal)
+
+
+def run_to_step(recipe, name, step, *overrides, resume=False):
+    """Run the recipe, and stop it by a signal at a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, "SIGTERM")
+        with pytest.raises(Stopped):
+            run(recipe, name, *overrides, resume=resume)
+    return recipe.parent / name

@@ -16,6 +16,7 @@ from runs import (
     assert_same_run,
     metrics,
     run,
+    run_to_step,
     start_at_first_checkpoint,
     training_lines,
     wait_for_step,
@@ -86,19 +87,11 @@ def test_an_engine_takes_the_same_steps_as_one_process_and_leaves_the_same_files
 
 
 @pytest.mark.parametrize(("engine", "loop"), ENGINES_AND_LOOPS)
-def test_a_run_goes_from_one_process_to_an_engine_and_back(recipe, monkeypatch, launch, engine, loop):
-    from test_stopping import at_step
-
-    from hfgpt.stopping import Stopped
-
+def test_a_run_goes_from_one_process_to_an_engine_and_back(recipe, launch, engine, loop):
     steps = [f"loop={loop}", "train.epochs=null", "train.max_steps=200", "train.save_every=50"]
     one = run(recipe, "one", "train.batch_size=8", *steps)
-    other = recipe.parent / "other"
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 11, "SIGTERM")
-        with pytest.raises(Stopped):
-            run(recipe, "other", "train.batch_size=8", *steps)
+    other = run_to_step(recipe, "other", 11, "train.batch_size=8", *steps)
     process = launch("other", *steps, engine=engine, resume=True)
     wait_for_step(other, 20, process)
     os.kill(process.pid, signal.SIGTERM)  # the launcher, as a scheduler does; it passes it on
@@ -236,13 +229,13 @@ def test_state_that_lies_in_the_memory_of_the_cpu_makes_no_difference(recipe, la
     assert_same_path(recipe.parent / "two", one)
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
-def test_weights_that_three_processes_cannot_share_evenly_go_on_as_well(recipe, launched, zero_stage):
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_weights_that_three_processes_cannot_share_evenly_go_on_as_well(recipe, launched, engine):
     overrides = ["train.epochs=2", "train.save_every=1"]
-    whole = launched("whole", *overrides, engine=zero_stage, processes=3)
+    whole = launched("whole", *overrides, engine=engine, processes=3)
 
     start_at_first_checkpoint(whole, recipe.parent / "split")
-    split = launched("split", *overrides, engine=zero_stage, processes=3, resume=True)
+    split = launched("split", *overrides, engine=engine, processes=3, resume=True)
     start_at_first_checkpoint(whole, recipe.parent / "plain")
     plain = run(recipe, "plain", *overrides, "train.batch_size=12", resume=True)
 
@@ -319,18 +312,18 @@ def asked(monkeypatch):
             "has `zero_quantized_weights`, which hfgpt does not drive",
         ),
         ({"bf16": None}, [], "has `bf16` None, which is no section"),
-        ({"train_batch_size": 5}, [], "`train_batch_size` 5, `rows per step` is 4"),
+        ({"train_batch_size": 5}, [], "`train_batch_size` 5, the recipe's rows per step: 4"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
             [],
             "has `offload_optimizer.super_offload`, which hfgpt does not drive",
         ),
-        ({"gradient_clipping": 0.25}, [], '`gradient_clipping` 0.25, `optim.max_grad_norm` is 1.0. Make it "auto"'),
-        ({"train_micro_batch_size_per_gpu": 7}, [], "`train_micro_batch_size_per_gpu` 7, `train.batch_size` is 4"),
+        ({"gradient_clipping": 0.25}, [], '`gradient_clipping` 0.25, `optim.max_grad_norm`: 1.0. Make it "auto"'),
+        ({"train_micro_batch_size_per_gpu": 7}, [], "`train_micro_batch_size_per_gpu` 7, `train.batch_size`: 4"),
         (
             {"gradient_accumulation_steps": 5},
             [],
-            "`gradient_accumulation_steps` 5, `train.gradient_accumulation_steps` is 1",
+            "`gradient_accumulation_steps` 5, `train.gradient_accumulation_steps`: 1",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},

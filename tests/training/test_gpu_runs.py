@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LOOPS, metrics, run, training_lines
-from test_stopping import WITH_DROPOUT, at_step
-
-from hfgpt.stopping import Stopped
+from runs import LOOPS, metrics, run, run_to_step, training_lines
+from test_stopping import WITH_DROPOUT
 
 FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
 
@@ -19,14 +17,11 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_resuming_in_half_precision_equals_never_stopping(recipe, monkeypatch, loop, precision):
+def test_resuming_in_half_precision_equals_never_stopping(recipe, loop, precision):
     overrides = [f"loop={loop}", f"train.precision={precision}", *WITH_DROPOUT]
     whole = run(recipe, "whole", *overrides)
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, "SIGTERM")
-        with pytest.raises(Stopped):
-            run(recipe, "stopped", *overrides)
+    run_to_step(recipe, "stopped", 7, *overrides)
     stopped = run(recipe, "stopped", *overrides, resume=True)
 
     assert metrics(whole) == metrics(stopped)

@@ -87,7 +87,7 @@ def test_resuming_a_run_that_was_stopped_after_its_last_step_equals_never_stoppi
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfgpt.milestones.ngram_perplexities", stop)
+        patch.setattr("hfgpt.ending.ngram_perplexities", stop)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, "stopped", *overrides)
     stopped = run(recipe, "stopped", *overrides, resume=True)

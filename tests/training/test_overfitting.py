@@ -94,7 +94,7 @@ def test_a_stop_anywhere_changes_nothing_of_when_it_ends(recipe, monkeypatch, lo
     for place, stop in [
         ("hfgpt.recorder.Recorder.training", between_evaluations),
         ("hfgpt.milestones.score_batches", while_evaluating),
-        ("hfgpt.milestones.ngram_perplexities", after_the_end),
+        ("hfgpt.ending.ngram_perplexities", after_the_end),
     ]:
         name = stop.__name__
         with monkeypatch.context() as patch:

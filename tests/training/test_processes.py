@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from runs import DROPOUT, assert_same_path, assert_same_run, run, wait_for_step, workers_of
+from runs import DROPOUT, assert_same_path, assert_same_run, run, run_to_step, wait_for_step, workers_of
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.processes import check_engine, join_processes
@@ -35,19 +35,11 @@ def test_two_processes_take_the_same_fifty_steps_as_one(recipe, launch, loop):
 
 
 @pytest.mark.parametrize("loop", ["accelerate", pytest.param("trainer", marks=pytest.mark.slow)])
-def test_a_run_goes_from_one_process_to_two_and_back_and_sees_the_same_rows(recipe, monkeypatch, launch, loop):
+def test_a_run_goes_from_one_process_to_two_and_back_and_sees_the_same_rows(recipe, launch, loop):
     steps = [f"loop={loop}", "train.epochs=null", "train.max_steps=200", "train.save_every=50"]
     one = run(recipe, "one", "train.batch_size=8", *steps)
-    other = recipe.parent / "other"
 
-    from test_stopping import at_step
-
-    from hfgpt.stopping import Stopped
-
-    with monkeypatch.context() as patch:
-        at_step(patch, 11, "SIGTERM")
-        with pytest.raises(Stopped):
-            run(recipe, "other", "train.batch_size=8", *steps)
+    other = run_to_step(recipe, "other", 11, "train.batch_size=8", *steps)
     process = launch("other", "train.batch_size=4", *steps, resume=True)
     wait_for_step(other, 20, process)
     for worker in workers_of(process):

@@ -6,34 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from runs import DROPOUT, LOOPS, assert_same_run, metrics, run
+from runs import DROPOUT, LOOPS, assert_same_run, at_step, metrics, run, send
 
 from hfgpt.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.cli import app
 from hfgpt.config import load_config
 from hfgpt.evaluation import score_batches
-from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run
 from hfgpt.stopping import RESUMABLE, SIGNALS, Stopped, StopRequest
 from hfgpt.train import train
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
-
-
-def send(name):
-    os.kill(os.getpid(), getattr(signal, name))
-
-
-def at_step(monkeypatch, step, name):
-    """Send a signal while the line of a step is written."""
-    training = Recorder.training
-
-    def with_signal(recorder, number, *rest):
-        training(recorder, number, *rest)
-        if number == step:
-            send(name)
-
-    monkeypatch.setattr(Recorder, "training", with_signal)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import DROPOUT, LOOPS, files, metrics, run
-from test_stopping import at_step
+from runs import DROPOUT, LOOPS, files, metrics, run, run_to_step
 
 from hfgpt.checkpoint import checkpoints, seal, unseal
-from hfgpt.stopping import Stopped
 from hfgpt.tokenizer import train_tokenizer
 
 
@@ -57,14 +55,11 @@ def test_trainer_walks_the_same_path_through_a_stream(recipe):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_resuming_in_a_stream_equals_never_stopping(recipe, monkeypatch, loop):
+def test_resuming_in_a_stream_equals_never_stopping(recipe, loop):
     whole = run(recipe, "whole", f"loop={loop}")
 
     for step in (7, 18):
-        with monkeypatch.context() as patch:
-            at_step(patch, step, "SIGTERM")
-            with pytest.raises(Stopped):
-                run(recipe, "stopped", f"loop={loop}", resume=True)
+        run_to_step(recipe, "stopped", step, f"loop={loop}", resume=True)
     stopped = run(recipe, "stopped", f"loop={loop}", resume=True)
 
     assert metrics(whole) == metrics(stopped)
@@ -72,12 +67,8 @@ def test_resuming_in_a_stream_equals_never_stopping(recipe, monkeypatch, loop):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
 
 
-def test_a_stream_goes_on_with_as_many_processes_only(recipe, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, "SIGTERM")
-        with pytest.raises(Stopped):
-            run(recipe, "stopped")
-    manifest = checkpoints(recipe.parent / "stopped")[0] / "manifest.json"
+def test_a_stream_goes_on_with_as_many_processes_only(recipe):
+    manifest = checkpoints(run_to_step(recipe, "stopped", 7))[0] / "manifest.json"
 
     content = unseal(manifest.read_text())
     content["identity"]["number of processes"] = 2
