@@ -134,6 +134,8 @@ class RunSchedule(TrainerCallback):
 class HFGPTTrainer(PushByList, Trainer):
     """transformers' Trainer on a run's rows, optimizer, schedule, evaluation and checkpoints."""
 
+    optimizer: Optimizer | None
+
     def __init__(self, run: Run, recorder: Recorder, stop: StopRequest) -> None:
         self.run, self.recorder, self.stop, self.position = run, recorder, stop, run.position
         self.evaluation: dict[str, Any] | None = None
@@ -150,11 +152,9 @@ class HFGPTTrainer(PushByList, Trainer):
         return self.run.train_loader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        optimizer: Optimizer | None = getattr(self, "optimizer", None)
-        if optimizer is None:  # for DeepSpeed Trainer asks twice
-            optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
-        self.optimizer = optimizer
-        return optimizer
+        if self.optimizer is None:  # for DeepSpeed Trainer asks twice
+            self.optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         target = self.optimizer if optimizer is None else optimizer
