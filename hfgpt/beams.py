@@ -113,9 +113,10 @@ def beam_search(
     finished: list[list[Beam]] = [[] for _ in range(B)]
     is_open = [True] * B
     mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    logits_BV, past_key_values = next_logits(model, input_ids, mask_BS, None)
+    logits_BV, cache = next_logits(model, input_ids, mask_BS, {})
     refuse_nan(logits_BV)
-    past_key_values.batch_repeat_interleave(num_beams)
+    for each in cache.values():
+        each.batch_repeat_interleave(num_beams)
     logits_NV = logits_BV.repeat_interleave(num_beams, dim=0)
     ids_NS = input_ids.repeat_interleave(num_beams, dim=0)
     mask_NS = mask_BS.repeat_interleave(num_beams, dim=0)
@@ -161,8 +162,9 @@ def beam_search(
         next_N1 = next_BK.gather(1, order_BN).view(-1, 1)
         ids_NS = torch.cat([ids_NS[beams_N], next_N1], dim=1)
         mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
-        past_key_values.reorder_cache(beams_N)
-        logits_NV, past_key_values = next_logits(model, next_N1, mask_NS, past_key_values)
+        for each in cache.values():
+            each.reorder_cache(beams_N)
+        logits_NV, cache = next_logits(model, next_N1, mask_NS, cache)
     if not all(finished):
         raise ValueError(dead_end(rules))
     return finished

@@ -1,12 +1,22 @@
 """`HFGPTConfig`: the shape of a GPT, in transformers' words, with GPT-2's names as aliases.
 
-This file travels to the Hub with the weights, so it imports nothing but transformers.
+This file travels to the Hub with the weights, so it imports nothing but transformers and what that needs.
 """
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
+
+import transformers
+from packaging.version import Version
+
+# Before all that an older transformers does not have: whoever opens a folder by its own code may have any.
+if Version(transformers.__version__) < Version("5.23"):
+    raise ImportError(
+        f"hfgpt's models need transformers 5.23 or newer; {transformers.__version__} is installed. Run `pip install "
+        "--upgrade transformers`."
+    )
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -78,7 +88,7 @@ class HFGPTConfig(PreTrainedConfig):
     """
 
     model_type = "hfgpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the names of transformers 5.23 and 5.24
     attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",

@@ -8,8 +8,9 @@ Shape letters: B batch, T tokens that go into one call of the model, S tokens so
 E ids that end a row.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,12 +174,13 @@ def stream(
     sampling = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
     def steps() -> Iterator[Tensor]:
-        ids_BT, ids_BS, past_key_values = input_ids, input_ids, None
+        ids_BT, ids_BS = input_ids, input_ids
+        cache: dict[str, Any] = {}
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stop_ids_E = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
         is_finished_B = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         for _ in range(max_new_tokens):
-            logits_BV, past_key_values = next_logits(model, ids_BT, mask_BS, past_key_values)
+            logits_BV, cache = next_logits(model, ids_BT, mask_BS, cache)
             if ids_BT is input_ids:
                 refuse_nan(logits_BV)
             logits_BV = apply_history(logits_BV.float(), chosen, ids_BS, mask_BS, is_unknown)
@@ -208,14 +210,15 @@ def stop_ids_of(eos_token_id: int | Sequence[int] | None) -> list[int]:
 
 
 @torch.no_grad()
-def next_logits(model: Any, ids_BT: Tensor, mask_BS: Tensor, past_key_values: Any) -> tuple[Tensor, Any]:
-    """Let the model read `ids_BT` after what `past_key_values` holds.
+def next_logits(model: Any, ids_BT: Tensor, mask_BS: Tensor, cache: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Let the model read `ids_BT` after what `cache` holds.
 
     Args:
         model: as for `stream`.
         ids_BT: tokens that the model has not seen, (B, T).
         mask_BS: 1 for a token, 0 for padding, over all tokens so far, (B, S).
-        past_key_values: the cache of the first S - T tokens; None when there are none.
+        cache: the model's keys and values of the first S - T tokens, as the keyword under which it takes them; empty
+            when there are none.
 
     Returns:
         The logits of the next token, (B, V), and the cache with `ids_BT` in it.
@@ -231,14 +234,26 @@ def next_logits(model: Any, ids_BT: Tensor, mask_BS: Tensor, past_key_values: An
             input_ids=ids_BT,
             attention_mask=mask_BS,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **cache,
         )
     finally:
         for module in training:
             module.training = True
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], take_cache(model, output)
+
+
+def take_cache(model: Any, output: Any) -> dict[str, Any]:
+    """Take the cache from a model's output, under the name by which the model's next call takes it.
+
+    transformers calls it `cache` from 5.24 on and `past_key_values` before, in outputs and in calls; but code that came
+    with the weights may know only one name in calls, whatever is installed.
+    """
+    field = "cache" if "cache" in output else "past_key_values"
+    parameters = inspect.signature(model.forward).parameters
+    name = next((each for each in (field, "past_key_values", "cache") if each in parameters), field)
+    return {name: output[field]}
 
 
 def dead_end(rules: Rules) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.decoding import apply_history, next_logits, refuse_nan, shape_distribution
+from hfgpt.decoding import apply_history, next_logits, refuse_nan, shape_distribution, take_cache
 from hfgpt.generation import Writer
 from hfgpt.rules import Rules
 from hfgpt.settings import HISTORY, SAMPLING, Settings
@@ -180,7 +180,7 @@ def explore(
             distribution(label, settings, writer, ids, logits_TV[-1], candidates)
             for label, settings in variants.items()
         ],
-        path=likeliest_path(writer, ids_1T, logits_TV[-1], output.past_key_values, steps, alternatives),
+        path=likeliest_path(writer, ids_1T, logits_TV[-1], take_cache(writer.model, output), steps, alternatives),
         context=writer.context,
     )
 
@@ -255,9 +255,9 @@ def likeliest(writer: Writer, probabilities_V: Tensor, count: int) -> list[Token
 
 
 def likeliest_path(
-    writer: Writer, ids_1S: Tensor, logits_V: Tensor, past_key_values: Any, steps: int, alternatives: int
+    writer: Writer, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
 ) -> list[Step]:
-    """Follow the likeliest token, `steps` times; `past_key_values` holds `ids_1S`, `logits_V` is what comes after."""
+    """Follow the likeliest token, `steps` times; `cache` holds `ids_1S`, `logits_V` is what comes after."""
     path: list[Step] = []
     for _ in range(min(steps, writer.context - ids_1S.size(1))):
         probabilities_V = known_distribution(writer, logits_V)
@@ -267,7 +267,7 @@ def likeliest_path(
             break
         next_11 = torch.tensor([[taken.token_id]], device=ids_1S.device)
         ids_1S = torch.cat([ids_1S, next_11], dim=1)
-        logits_1V, past_key_values = next_logits(writer.model, next_11, torch.ones_like(ids_1S), past_key_values)
+        logits_1V, cache = next_logits(writer.model, next_11, torch.ones_like(ids_1S), cache)
         logits_V = logits_1V[0].float().cpu()
     return path
 

@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BTC: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        kv_cache: Any = None,
         attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -106,8 +106,8 @@ class CausalSelfAttention(nn.Module):
         Args:
             x_BTC: normed hidden states, (B, T, C).
             attention_mask: in the form that `attend` takes.
-            past_key_values: None, or an object whose `update(key, value, layer_idx)` appends (B, H, T, D) tensors and
-                returns all keys and values so far, (B, H, S, D).
+            kv_cache: None, or an object whose `update(key, value, layer_idx, kwargs=kwargs)` appends (B, H, T, D)
+                tensors and returns all keys and values so far, (B, H, S, D). It may change what `attend` is handed.
             attend: an attention function with `eager_attention`'s signature.
             **kwargs: handed on to `attend`.
 
@@ -120,8 +120,8 @@ class CausalSelfAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         k_BHSD, v_BHSD = k_BHTD, v_BHTD
-        if past_key_values is not None:
-            k_BHSD, v_BHSD = past_key_values.update(k_BHTD, v_BHTD, self.layer_idx)
+        if kv_cache is not None:
+            k_BHSD, v_BHSD = kv_cache.update(k_BHTD, v_BHTD, self.layer_idx, kwargs=kwargs)
         attended_BTHD, weights_BHTS = attend(
             self,
             q_BHTD,
@@ -171,13 +171,13 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        kv_cache: Any = None,
         attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention,
         **kwargs: Any,
     ) -> Tensor:
         """Map the residual stream (B, T, C) to itself; the arguments are `CausalSelfAttention`'s."""
         attended_BTC, _ = self.self_attn(
-            self.input_layernorm(x_BTC), attention_mask, past_key_values=past_key_values, attend=attend, **kwargs
+            self.input_layernorm(x_BTC), attention_mask, kv_cache=kv_cache, attend=attend, **kwargs
         )
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))

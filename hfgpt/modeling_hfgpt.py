@@ -3,8 +3,8 @@
 Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
 base class that says what the model can do, the model, its heads, and the names under which tools look for it.
 
-This file, gpt.py, loss.py, positions.py and configuration_hfgpt.py travel to the Hub with the weights and run where
-hfgpt is not installed, so they import one another by `from .x import y` only.
+This file, gpt.py, loss.py, positions.py, arguments.py and configuration_hfgpt.py travel to the Hub with the weights and
+run where hfgpt is not installed, so they import one another by `from .x import y` only.
 
 Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary, L labels.
 """
@@ -33,14 +33,17 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
-from .loss import linear_cross_entropy, shift_left
+from .loss import IGNORE_INDEX, linear_cross_entropy, shift_left
 from .positions import count_positions, find_documents, refuse_missing_positions
+
+logger = logging.get_logger(__name__)
 
 
 class HFGPTBlock(GradientCheckpointingLayer, Block):
@@ -54,7 +57,7 @@ class HFGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HFGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -189,6 +192,8 @@ class HFGPTModel(HFGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Turn tokens into hidden states.
@@ -199,20 +204,37 @@ class HFGPTModel(HFGPTPreTrainedModel):
             position_ids: (B, T) positions from 0. Where they do not go on by one, a new document begins that sees
                 nothing before it, unless a (B, 1, T, S) mask says otherwise or the cache holds what came before. None
                 counts the unmasked tokens.
-            past_key_values: keys and values of what came before.
+            past_key_values: keys and values of what came before; `cache` from transformers 5.24 on.
             inputs_embeds: (B, T, C) token embeddings in place of `input_ids`.
             use_cache: whether to return keys and values; None asks the config, or in training returns none.
-            **kwargs: handed on to the attention function.
+            cache: another name of `past_key_values`. Give one of them.
+            token_type_ids: (B, T) ids whose token embeddings are added, as in GPT-2.
+            **kwargs: what transformers itself hands on, to the attention function; see `check_arguments`.
 
         Returns:
-            `last_hidden_state` (B, T, C) after the last norm, and `past_key_values`.
+            `last_hidden_state` (B, T, C) after the last norm, and `past_key_values` or `cache`, as the installed
+            transformers calls it.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than positions; documents in one
-                row that the attention implementation cannot keep apart.
+            TypeError: an argument that nothing reads.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; two caches; more tokens than positions;
+                documents in one row that the attention implementation cannot keep apart; a cache that holds tokens,
+                with gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give `input_ids` or `inputs_embeds`, one of them.")
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        check_arguments(kwargs, attend, HFGPTForCausalLM.forward)
+        past_key_values = take_cache(past_key_values, cache, kwargs)
+        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass computes each block once more, and would put the same keys into the cache again.
+            if past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "a cache that holds tokens cannot be read while activations are checkpointed. Give all tokens at "
+                    "once, or turn gradient checkpointing off."
+                )
+            logger.warning_once("The cache stays empty: it does not go together with gradient checkpointing.")
+            past_key_values = None
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         # Documents are told apart by the positions the caller gave, never by those derived from a padding mask.
@@ -223,8 +245,8 @@ class HFGPTModel(HFGPTPreTrainedModel):
             config=self.config,
             inputs_embeds=x_BTC,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             and_mask_function=None if documents_BS is None else packed_sequence_mask_function(documents_BS),
+            **{CACHE: past_key_values},
         )
         if position_ids is None:
             position_ids = count_positions(x_BTC, attention_mask, past_key_values)
@@ -236,18 +258,19 @@ class HFGPTModel(HFGPTPreTrainedModel):
         # A later stage of a pipeline has no first block; its `inputs_embeds` are hidden states of the stage before.
         if not isinstance(self.layers[0], nn.Identity):
             x_BTC = x_BTC + self.embed_positions(position_ids)
+            if token_type_ids is not None:
+                x_BTC = x_BTC + self.embed_tokens(token_type_ids)
             x_BTC = F.dropout(x_BTC, p=self.config.embd_pdrop, training=self.training)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         for block in self.layers:
             x_BTC = block(
                 x_BTC,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                kv_cache=past_key_values,
                 attend=attend,
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTC), **{CACHE: past_key_values})
 
 
 class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
@@ -274,7 +297,9 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        skip_logits: bool = False,
+        skip_logits: bool | None = None,  # not False: a pipeline hands every default that is not None to the body
+        cache: Cache | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Score every next token, and the whole sequence if there are labels.
@@ -289,14 +314,16 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
                 `shift_labels`, in which place t holds the target of position t, takes their place if it is given.
             use_cache: whether to return keys and values; None asks the config, or in training returns none.
             logits_to_keep: make logits of the last so many positions only; 0 makes all.
-            skip_logits: whether to make the loss without ever holding all logits; `logits` is then None.
+            skip_logits: whether to make the loss without ever holding all logits; `logits` is then None. None: not.
+            cache: see there.
+            token_type_ids: see there.
             **kwargs: `shift_labels`; `num_items_in_batch`, what the summed loss is divided by (default: the number of
-                targets); the rest goes to the attention function.
+                targets); `ignore_index` in place of -100; the rest as there.
 
         Returns:
-            `loss` in nats per token, `logits` (B, T, V), `past_key_values`.
+            `loss` in nats per token, `logits` (B, T, V), the cache as there.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, ignore_index = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", IGNORE_INDEX)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -304,6 +331,8 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         hidden_BTC = outputs.last_hidden_state
@@ -311,6 +340,8 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
 
         loss = logits = None
         if skip_logits and targets is not None:
+            if ignore_index != IGNORE_INDEX:
+                targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
             loss = linear_cross_entropy(hidden_BTC, self.lm_head.weight, targets, kwargs.get("num_items_in_batch"))
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_BTC, logits_to_keep))
@@ -320,14 +351,15 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
                     labels=labels,
                     shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # it takes a view
                     vocab_size=self.config.vocab_size,
+                    ignore_index=ignore_index,
                     **kwargs,
                 )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -351,6 +383,7 @@ class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """Score every label of each row.
@@ -364,10 +397,11 @@ class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
             inputs_embeds: see there.
             labels: (B,) class ids, or numbers if `num_labels` is 1; (B, L) for several labels at once.
             use_cache: see there.
-            **kwargs: handed on to the attention function.
+            cache: see there.
+            **kwargs: as there.
 
         Returns:
-            `loss` by `config.problem_type`, `logits` (B, L), `past_key_values`.
+            `loss` by `config.problem_type`, `logits` (B, L), the cache as there.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -376,6 +410,7 @@ class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_BTC = outputs.last_hidden_state
@@ -388,9 +423,9 @@ class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits_BL,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -415,6 +450,8 @@ def find_last_tokens(
 class HFGPTForTokenClassification(GenericForTokenClassification, HFGPTPreTrainedModel):
     """The GPT with a classifier of every token, which knows only the tokens before it."""
 
+    forward = with_both_cache_names(GenericForTokenClassification.forward)
+
     def __init__(self, config: HFGPTConfig) -> None:
         # Not transformers' own constructor: it makes the body by AutoModel, which does not know remote code.
         PreTrainedModel.__init__(self, config)
@@ -427,6 +464,8 @@ class HFGPTForTokenClassification(GenericForTokenClassification, HFGPTPreTrained
 
 class HFGPTForQuestionAnswering(GenericForQuestionAnswering, HFGPTPreTrainedModel):
     """The GPT with two scores for every token: is it where the answer starts, and is it where it ends?"""
+
+    forward = with_both_cache_names(GenericForQuestionAnswering.forward)
 
     def __init__(self, config: HFGPTConfig) -> None:
         PreTrainedModel.__init__(self, config)  # as above

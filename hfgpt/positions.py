@@ -45,11 +45,13 @@ def find_documents(
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError("`cu_seq_lens_q` packs documents; give `position_ids` that start again with each.")
         return None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return None  # it says itself who sees whom
+    if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
+        return None  # one row of all requests, whose places in the cache keep them apart
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     if not (isinstance(past_length, int) and past_length == 0):
         return None
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return None  # it says itself who sees whom
     starts_BT = find_starts(position_ids.expand(x_BTC.shape[0], -1), attention_mask)
     if not is_tracing(starts_BT) and not starts_BT.any():
         return None
@@ -69,6 +71,11 @@ def find_documents(
     length = starts_BT.shape[1]
     places = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
     return F.pad(starts_BT.cumsum(dim=-1), (0, places - length), value=-1)
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether this is continuous batching's cache, which does not say how much it holds; it is no `Cache`."""
+    return cache is not None and not isinstance(cache, Cache)
 
 
 def find_starts(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -94,7 +101,7 @@ def refuse_missing_positions(position_ids: Tensor, past_key_values: Cache | None
     makes the GPU wait.
     """
     length = position_ids.shape[-1]
-    if past_key_values is not None:
+    if past_key_values is not None and not is_paged(past_key_values):
         past_length = past_key_values.get_seq_length()
         # A static cache counts on the device; what is known of its length is how long it can become.
         is_counted = isinstance(past_length, int)

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
+from hfgpt.arguments import CACHE
 from hfgpt.weights.gpt2 import to_gpt2_tensors
 
 IGNORED = -100
@@ -32,11 +33,11 @@ def gradients(model):
 
 
 def test_keys_and_values_are_kept_outside_of_training_only(model, ids):
-    assert model(ids).past_key_values.get_seq_length() == 20
-    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids)[CACHE].get_seq_length() == 20
+    assert CACHE not in model(ids, use_cache=False)
     model.train()
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 20
+    assert CACHE not in model(ids)
+    assert model(ids, use_cache=True)[CACHE].get_seq_length() == 20
 
 
 def test_only_the_logits_asked_for_are_made(model, ids):

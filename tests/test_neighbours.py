@@ -72,10 +72,10 @@ def losses(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def learn(model, ids, steps=3):
+def learn(model, ids, labels=None, steps=3):
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     for _ in range(steps):
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids if labels is None else labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -160,6 +160,20 @@ def test_prompt_tuning_learns_a_prefix(model, ids):
 
     assert adapted(input_ids=ids, labels=ids).loss < before
     assert adapted.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (3, 24)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "TOKEN_CLS"])
+def test_prefix_tuning_learns_keys_and_values_to_go_before_the_text(model, ids, task_type):
+    if task_type == "TOKEN_CLS":
+        model, labels = hfgpt.HFGPTForTokenClassification(model.config), ids % 2
+    else:
+        labels = ids
+    adapted = get_peft_model(model, peft.PrefixTuningConfig(task_type=task_type, num_virtual_tokens=4))
+    before = adapted(input_ids=ids, labels=labels).loss
+
+    learn(adapted, ids, labels, steps=20)
+
+    assert adapted(input_ids=ids, labels=labels).loss < before
 
 
 @pytest.mark.parametrize("packing", [False, True])

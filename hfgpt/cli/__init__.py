@@ -40,7 +40,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except TyperException as error:
         fail(describe_misuse(error), 2)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         message = describe(error)
         if is_debug or message is None:
             raise
@@ -80,6 +80,8 @@ def describe(error: Exception) -> str | None:
     """One line about what went wrong; None if only a traceback can tell."""
     if isinstance(error, ModuleNotFoundError):
         return describe_missing(error)
+    if isinstance(error, ImportError):  # Python gives a name to its own; without one, a version is too old
+        return None if error.name else str(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         # Python reads names that the locale has no letters for as surrogates; pyarrow (25), below datasets, does not.
         return "a folder in use, such as HF_HOME, has letters that this locale has not. Set LC_ALL=C.UTF-8."

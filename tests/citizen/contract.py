@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import hfgpt
+from hfgpt.arguments import CACHE
 from hfgpt.modeling_hfgpt import AUTO_CLASSES
 
 ALL_CLASSES = list(AUTO_CLASSES.values())
@@ -42,6 +43,11 @@ def scores(output) -> Tensor:
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def cache_of(output):
+    """The cache in an output, under the name of the installed transformers; None if there is none."""
+    return output.get(CACHE)
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from contract import SUM_ORDER, draw_parameters, pad, random_ids
+from contract import SUM_ORDER, cache_of, draw_parameters, pad, random_ids
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import hfgpt
+from hfgpt.arguments import CACHE
 
 NEW_TOKENS = 24
 
@@ -115,7 +116,7 @@ def test_a_conversation_may_go_on_from_its_cache(pair, ids):
     _, model = pair
     first = write(model, ids, max_new_tokens=9, return_dict_in_generate=True)
 
-    second = write(model, first.sequences, max_new_tokens=15, past_key_values=first.past_key_values)
+    second = write(model, first.sequences, max_new_tokens=15, **{CACHE: cache_of(first)})
 
     assert torch.equal(second, write(model, ids))
 
@@ -208,8 +209,8 @@ def test_a_cached_step_equals_the_full_pass(make, ids, attention, lengths, stati
 
     cache, steps = StaticCache(config=model.config, max_cache_len=32) if static else None, []
     for start, end in [(0, 7), (7, 9), *((place, place + 1) for place in range(9, 20))]:
-        output = model(padded[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(padded[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        cache = cache_of(output)
         steps.append(output.logits)
 
     assert int(cache.get_seq_length()) == 20

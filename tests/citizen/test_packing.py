@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from contract import SUM_ORDER, TOKEN_CLASSES, flex_mask_warning, flex_uncompiled_warning, pad, random_ids, scores
+from contract import (
+    SUM_ORDER,
+    TOKEN_CLASSES,
+    cache_of,
+    flex_mask_warning,
+    flex_uncompiled_warning,
+    pad,
+    random_ids,
+    scores,
+)
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 import hfgpt
@@ -80,7 +89,7 @@ def test_a_cache_given_empty_does_not_let_documents_see_each_other(make, ids, ca
     model = make(hfgpt.HFGPTForCausalLM)
     cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=32)
 
-    packed = in_one_row(ids, model, past_key_values=cache)
+    packed = in_one_row(ids, model, cache=cache)
 
     torch.testing.assert_close(packed, one_by_one(ids, model), **SUM_ORDER)
 
@@ -135,9 +144,9 @@ def test_positions_that_a_padding_mask_implies_are_not_taken_for_documents(make,
 
 def test_a_text_that_goes_on_from_a_cache_sees_what_came_before(make, ids):
     model = make(hfgpt.HFGPTForCausalLM)
-    cache = model(ids[:, :9]).past_key_values
+    cache = cache_of(model(ids[:, :9]))
 
-    rest = model(ids[:, 9:], position_ids=torch.arange(9, 20)[None], past_key_values=cache).logits
+    rest = model(ids[:, 9:], position_ids=torch.arange(9, 20)[None], cache=cache).logits
 
     torch.testing.assert_close(rest, model(ids).logits[:, 9:], **SUM_ORDER)
 

@@ -13,6 +13,9 @@ from transformers import Trainer, TrainingArguments
 import hfgpt
 from hfgpt.modeling_hfgpt import AUTO_CLASSES
 
+CODE_FILES = {
+    *("arguments.py", "configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"),
+}
 PROGRAM = Path(__file__).with_name("without_hfgpt.py")
 ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(6, 20, seed=3)]
 
@@ -25,12 +28,19 @@ def folder(tmp_path_factory):
     config = hfgpt.HFGPTConfig(**shape, num_labels=3, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
     ids, said = random_ids(3, 20), {}
     for auto_class, model_class in AUTO_CLASSES.items():
+        config.tie_word_embeddings = False
         model = model_class(config).eval()
         draw_parameters(model)
+        if auto_class == "AutoModelForCausalLM":
+            with torch.no_grad():  # or the greedy text is one token over and over
+                model.get_input_embeddings().weight.mul_(10)
+                model.get_output_embeddings().weight.mul_(10)
         model.save_pretrained(folder / auto_class)
         said[auto_class] = scores(model(ids)).detach()
         if auto_class == "AutoModelForCausalLM":
-            said["text"] = model.generate(ids, max_new_tokens=8, do_sample=False)
+            # Without a cache, where nothing can go wrong with it: the others must write the same.
+            said["text"] = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=False)
+            assert len(set(said["text"][0, 20:].tolist())) > 5
     torch.save({"ids": ids, "rows": ROWS}, folder / "given.pt")
     torch.save(said, folder / "said by hfgpt.pt")
 
@@ -66,11 +76,12 @@ def test_what_was_loaded_by_its_files_saves_them_again(by_hfgpt, by_its_files, f
     assert torch.equal(by_its_files[f"{auto_class}_again"], by_hfgpt[auto_class])
     files = {file.name for file in (folder / auto_class).iterdir()}
     assert {file.name for file in (folder / f"{auto_class}_again").iterdir()} == files
-    assert {"gpt.py", "loss.py", "positions.py", "configuration_hfgpt.py", "modeling_hfgpt.py"} <= files
+    assert CODE_FILES <= files
 
 
-def test_the_same_text_is_written(by_hfgpt, by_its_files):
+def test_the_same_text_is_written_with_and_without_a_cache(by_hfgpt, by_its_files):
     assert torch.equal(by_its_files["text"], by_hfgpt["text"])
+    assert torch.equal(by_its_files["text without cache"], by_hfgpt["text"])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -96,6 +107,27 @@ def test_label_smoothing_scores_the_next_token(folder, by_its_files):
     smooth = 0.9 * hard - 0.1 * log_probabilities.mean()
 
     torch.testing.assert_close(by_its_files["smoothed loss"], smooth.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_transformers_that_is_too_old_is_refused_in_one_line(folder):
+    program = f"""
+import transformers
+transformers.__version__ = "5.22.2"
+transformers.AutoModelForCausalLM.from_pretrained({str(folder / "AutoModelForCausalLM")!r}, trust_remote_code=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: hfgpt's models need transformers 5.23 or newer; 5.22.2 is installed. Run `pip install --upgrade "
+        "transformers`."
+    )
 
 
 def test_gpt2_files_are_refused_with_word_of_what_reads_them(by_its_files):

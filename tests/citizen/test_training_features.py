@@ -1,10 +1,20 @@
 import pytest
 import torch
-from contract import ALL_CLASSES, SUM_ORDER, draw_parameters, flex_mask_warning, make_labels, random_ids, scores
+from contract import (
+    ALL_CLASSES,
+    SUM_ORDER,
+    cache_of,
+    draw_parameters,
+    flex_mask_warning,
+    make_labels,
+    random_ids,
+    scores,
+)
 from transformers import DynamicCache
 from transformers.exporters import DynamoConfig, DynamoExporter
 
 import hfgpt
+from hfgpt.arguments import CACHE
 
 EACH_CLASS_AND_BOTH_ATTENTIONS = [
     *((model_class, "sdpa") for model_class in ALL_CLASSES),
@@ -61,7 +71,7 @@ def test_a_cache_asked_for_under_checkpointing_is_not_kept(make, ids):
     model = make(hfgpt.HFGPTForCausalLM).train()
     model.activation_checkpointing_enable()
 
-    assert model(ids, use_cache=True).past_key_values is None
+    assert cache_of(model(ids, use_cache=True)) is None
 
 
 @pytest.mark.parametrize(("model_class", "attention"), EACH_CLASS_AND_BOTH_ATTENTIONS)
@@ -223,13 +233,13 @@ def test_torch_export_gives_a_program_for_any_batch_and_length(make, ids, model_
 @torch.no_grad()
 def test_transformers_exporter_exports_a_step_with_its_cache(make, ids):
     model = make(hfgpt.HFGPTForCausalLM)
-    cache = model(ids[:, :-1]).past_key_values
-    inputs = {"input_ids": ids[:, -1:], "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    cache = cache_of(model(ids[:, :-1]))
+    inputs = {"input_ids": ids[:, -1:], "attention_mask": torch.ones_like(ids), CACHE: cache}
 
     exported = DynamoExporter().export(model, inputs, config=DynamoConfig())
 
-    fresh = {**inputs, "past_key_values": model(ids[:, :-1]).past_key_values}
-    assert isinstance(fresh["past_key_values"], DynamicCache)
+    fresh = {**inputs, CACHE: cache_of(model(ids[:, :-1]))}
+    assert isinstance(fresh[CACHE], DynamicCache)
     logits = exported.program.module()(**fresh).logits
     torch.testing.assert_close(logits, model(ids).logits[:, -1:], **SUM_ORDER)
 

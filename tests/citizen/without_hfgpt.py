@@ -51,7 +51,8 @@ for auto_class in AUTO_CLASSES:
     said[f"{auto_class}_again"] = scores(load(folder / f"{auto_class}_again", auto_class)(ids)).detach()
 
 model = load(folder / "AutoModelForCausalLM", "AutoModelForCausalLM")
-said["text"] = model.generate(ids, max_new_tokens=8, do_sample=False)
+said["text"] = model.generate(ids, max_new_tokens=24, do_sample=False)
+said["text without cache"] = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=False)
 model.set_attn_implementation("eager")
 assert torch.allclose(model(ids).logits, said["AutoModelForCausalLM"], rtol=0, atol=1e-5)
 
