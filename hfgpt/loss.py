@@ -31,6 +31,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `hidden_states @ weight.T` against `targets`, a chunk of tokens at a time.
 
+    Within torch.compile it is written out in plain operations: the same numbers, but all logits exist at once.
+
     Args:
         hidden_states: (..., C) output of the last norm.
         weight: (V, C) matrix of the output layer.
@@ -52,7 +54,14 @@ def linear_cross_entropy(
         hidden_NC, weight = hidden_NC.to(dtype), weight.to(dtype)
     if num_items_in_batch is None:
         num_items_in_batch = (targets_N != IGNORE_INDEX).sum()
-    loss: Tensor = LinearCrossEntropy.apply(hidden_NC, weight, targets_N)
+    loss: Tensor
+    if torch.compiler.is_compiling():
+        # torch 2.11 compiles an autograd.Function that writes into what it saves to gradients of exactly 0. With
+        # operations that it can differentiate by itself every torch is right, and it holds no more of them at a time.
+        logits_NV = F.linear(hidden_NC, weight).float()
+        loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+    else:
+        loss = LinearCrossEntropy.apply(hidden_NC, weight, targets_N)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch

@@ -160,6 +160,42 @@ def test_half_precision_stays_near_full_precision(problem, how, monkeypatch):
         assert F.cosine_similarity(gradient.float().flatten(), wanted.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("items", [None, torch.tensor(3)], ids=["mean", "items"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 2**-7)])  # two roundings of bf16
+def test_compiled_it_has_the_gradients_that_it_has_eagerly(problem, monkeypatch, backend, items, precision, bound):
+    """With torch 2.11 they were all 0, under either backend."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
+
+    def compute(hidden, weight, targets, items):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return linear_cross_entropy(hidden, weight, targets, items)
+
+    eager = loss_and_gradients(compute, *problem, items)
+    compiled = loss_and_gradients(torch.compile(compute, backend=backend, fullgraph=True), *problem, items)
+
+    assert compiled[0].item() == pytest.approx(eager[0].item(), rel=1e-6)  # sums of fp32
+    for mine, theirs in zip(compiled[1:], eager[1:], strict=True):
+        assert (mine - theirs).norm() <= bound * theirs.norm()
+        assert mine.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_compiled_what_is_frozen_gets_no_gradient(problem, frozen):
+    torch._dynamo.reset()
+    hidden, weight, targets = problem
+    tensors = {"hidden": hidden, "weight": weight}
+    moving = tensors["weight" if frozen == "hidden" else "hidden"]
+    expected = torch.autograd.grad(linear_cross_entropy(*problem), moving)
+    tensors[frozen].requires_grad_(False)
+
+    torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(hidden, weight, targets).backward()
+
+    assert tensors[frozen].grad is None
+    torch.testing.assert_close(moving.grad, *expected, rtol=1e-6, atol=1e-6)
+
+
 def test_all_logits_never_exist_at_once(problem, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
     with LargestTensor() as fused:
