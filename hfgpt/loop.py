@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
+from hfgpt.compiled import check_compiled
 from hfgpt.data import start_at
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.milestones import (
@@ -86,6 +87,8 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
             own = [own_targets, int(stop.signal is not None)]
             # One exchange a step, of the targets and of whether any process was asked to stop.
             targets, is_stopping = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
+            if config.train.compile and position == run.position:
+                check_compiled(run, recorder, accelerator, model, micro_batches[0], targets)
 
             step_loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches, start=1):

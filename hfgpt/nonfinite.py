@@ -1,4 +1,7 @@
-"""What a run does about NaN and infinity: it stops or leaves the step out, and says where they came from first."""
+"""What a run does about NaN and infinity: it stops or leaves the step out, and says where they came from first.
+
+And about gradients of exactly 0: it stops, for nothing is learnt.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,6 +22,9 @@ from hfgpt.recorder import DIVERGED, Recorder
 MOST_SKIPPED_IN_A_ROW = 10
 """Steps that `on_nonfinite: skip` leaves out one after the other before the run stops: they are no accident then."""
 
+MOST_ZEROS_IN_A_ROW = 3
+"""Steps whose gradient norm is exactly 0, one after the other: the last of them stops the run."""
+
 
 class StepGuard:
     """Looks at the gradient norm of every step before the optimizer does.
@@ -34,9 +40,10 @@ class StepGuard:
 
     def __init__(self, model: PreTrainedModel, train: TrainConfig, recorder: Recorder) -> None:
         self.model, self.recorder = model, recorder
-        self.skips = train.on_nonfinite == "skip"
+        self.skips, self.is_compiled = train.on_nonfinite == "skip", train.compile
         self.is_scaled = train.precision == "fp16"
-        self.in_a_row = int(broadcast_object_list([recorder.skipped_in_a_row()])[0])
+        counts = [recorder.skipped_in_a_row(), recorder.zeros_in_a_row()]
+        self.in_a_row, self.zeros_in_a_row = broadcast_object_list(counts)
 
     def allows(
         self, position: Position, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
@@ -50,11 +57,15 @@ class StepGuard:
             targets: in the whole step, over all processes.
 
         Raises:
-            FloatingPointError: the norm is not finite, and the policy is to stop, or skipping does not help.
+            FloatingPointError: the norm is not finite, and the policy is to stop, or skipping does not help; or it is
+                exactly 0 for the third time in a row.
         """
-        norm = 0.0 if self.is_scaled else float(grad_norm)
+        norm = float(grad_norm)
         if math.isfinite(norm):
             self.in_a_row = 0
+            self.refuse_zeros(position, norm, targets)
+            return True
+        if self.is_scaled:  # the scaler leaves the step out
             return True
         spoilt = first_nonfinite_weight(self.model)
         found = gather_object([spoilt or repeat_step(self.model, batches, targets)])
@@ -70,6 +81,28 @@ class StepGuard:
             )
         self.recorder.skipped(position.step, position.tokens, norm, origin)
         return False
+
+    def refuse_zeros(self, position: Position, norm: float, targets: Any) -> None:
+        """Stop a run that learns nothing. A step without targets says neither that it does nor that it does not.
+
+        Raises:
+            FloatingPointError: saying what it usually means.
+        """
+        if norm:
+            self.zeros_in_a_row = 0
+        elif int(targets):
+            self.zeros_in_a_row += 1
+        if self.zeros_in_a_row < MOST_ZEROS_IN_A_ROW:
+            return
+        meaning = "a loss that does not reach the weights, or a text learnt to a loss of exactly 0"
+        if self.is_scaled:
+            meaning = f"gradients too small for fp16 (use bf16), {meaning}"
+        if self.is_compiled:
+            meaning = f"code that torch {torch.__version__} compiles without gradients (try `train.compile=false`)"
+        raise FloatingPointError(
+            f"the gradient norm is exactly 0 at step {position.step}, as in the steps before it: nothing is learnt. "
+            f"That is usually {meaning}."
+        )
 
 
 def first_nonfinite_weight(model: nn.Module) -> str | None:

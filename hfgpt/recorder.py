@@ -6,7 +6,7 @@ Only the main process speaks and writes.
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -170,9 +170,14 @@ class Recorder:
 
     def skipped_in_a_row(self) -> int:
         """Steps left out just before where training starts, one after the other; 0 on other than the main process."""
-        if not self.speaks:
-            return 0
-        steps = {line["step"] for line in self.metrics.read() if "skipped" in line}
+        return self.in_a_row(lambda line: "skipped" in line)
+
+    def zeros_in_a_row(self) -> int:
+        """Steps just before where training starts whose gradient norm was exactly 0; counted as the others."""
+        return self.in_a_row(lambda line: line.get("grad_norm") == 0)
+
+    def in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
+        steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.speaks else set()
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
     def evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt import zero
 from hfgpt.checkpoint import Position, load_states, restore_random_states
+from hfgpt.compiled import check_compiled
 from hfgpt.data import start_at
 from hfgpt.hub import PushByList
 from hfgpt.milestones import (
@@ -165,8 +166,10 @@ class HFGPTTrainer(PushByList, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # The position after the step that these batches make; it is read once the step is done.
         assert targets is not None
+        if self.run.config.train.compile and self.position == self.run.position:
+            check_compiled(self.run, self.recorder, self.accelerator, self.model_wrapped, batches[0], targets)
+        # The position after the step that these batches make; it is read once the step is done.
         self.position = self.run.next_position(self.position, len(batches), int(targets))
         self.step_loss = torch.zeros((), device=device)
         self.batches, self.targets = batches, targets

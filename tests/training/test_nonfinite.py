@@ -4,14 +4,25 @@ import json
 
 import pytest
 import torch
-from runs import DROPOUT, LOOPS, NO_DROPOUT, assert_same_run, metrics, run, start_at_first_checkpoint, training_lines
+from runs import (
+    DROPOUT,
+    LOOPS,
+    NO_DROPOUT,
+    assert_same_run,
+    metrics,
+    run,
+    run_to_step,
+    start_at_first_checkpoint,
+    training_lines,
+)
 from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt import run as run_module
 from hfgpt.checkpoint import Position, checkpoints
 from hfgpt.config import load_config
-from hfgpt.nonfinite import MOST_SKIPPED_IN_A_ROW, refuse_spoilt_weights
+from hfgpt.knobs import TrainConfig
+from hfgpt.nonfinite import MOST_SKIPPED_IN_A_ROW, StepGuard, refuse_spoilt_weights
 from hfgpt.recorder import Recorder
 
 SKIP = ["train.on_nonfinite=skip", "train.epochs=1", "train.save_every=1", "train.eval_every=1000"]
@@ -142,11 +153,14 @@ def test_too_many_in_a_row_stop_the_run_also_across_a_resume(recipe, poisoned, m
     assert checkpoints(recipe.parent / "out")[0].name == "checkpoint-10"
 
 
-def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
+def recorder_at(tmp_path, step):
     settings = {"max_new_tokens": 0, "temperature": 0.8, "top_k": 50}
+    return Recorder(tmp_path, 100, "The", settings, Position(step=step, tokens=step))
 
+
+def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
     def recorder(step):
-        return Recorder(tmp_path, 100, "The", settings, Position(step=step, tokens=step))
+        return recorder_at(tmp_path, step)
 
     first = recorder(0)
     for step in (2, 3, 5, 6, 7):
@@ -199,3 +213,84 @@ def test_spoilt_weights_are_not_saved_as_the_model_either(tiny):
 def test_skipping_under_fp16_is_refused_because_its_scaler_does(recipe):
     with pytest.raises(ValueError, match=r"`train\.on_nonfinite` \(skip\) has no effect"):
         load_config(recipe, ["train.on_nonfinite=skip", "train.precision=fp16"])
+
+
+@pytest.fixture
+def change_model(monkeypatch):
+    """A function that lets each run change its model before it trains."""
+    make_model = run_module.make_model
+
+    def change_with(change):
+        def make(*arguments):
+            model = make_model(*arguments)
+            change(model)
+            return model
+
+        monkeypatch.setattr(run_module, "make_model", make)
+
+    return change_with
+
+
+def lose_gradients(model):
+    for parameter in model.parameters():
+        parameter.register_hook(torch.zeros_like)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_that_learns_nothing_stops_at_its_third_step_also_across_a_resume(recipe, change_model, loop):
+    change_model(lose_gradients)
+    overrides = [f"loop={loop}", "train.save_every=1"]
+
+    with pytest.raises(FloatingPointError) as caught:
+        run(recipe, "out", *overrides)
+    run_to_step(recipe, "again", 1, *overrides)  # the stop is seen in the step after
+    with pytest.raises(FloatingPointError) as resumed:
+        run(recipe, "again", *overrides, resume=True)
+
+    assert "the gradient norm is exactly 0 at step 3, as in the steps before it: nothing is learnt" in str(caught.value)
+    assert "usually a loss that does not reach the weights, or a text learnt to a loss of exactly 0" in str(
+        caught.value
+    )
+    assert str(resumed.value) == str(caught.value)
+    assert [path.name for path in checkpoints(recipe.parent / "out")] == ["checkpoint-2", "checkpoint-1"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_model_of_which_one_weight_alone_is_trained_runs_on(recipe, change_model, loop):
+    def freeze(model):
+        model.requires_grad_(False)
+        model.model.norm.weight.requires_grad_()
+
+    change_model(freeze)
+
+    folder = run(recipe, "out", f"loop={loop}", "train.epochs=1")
+
+    assert len(training_lines(folder)) > 3
+    assert all(line["grad_norm"] > 0 for line in training_lines(folder))
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "stops"),
+    [
+        ("fp32", [(0.0, 9), (0.0, 9), (0.0, 9)], True),
+        ("fp32", [(0.0, 9), (0.0, 9), (0.5, 9), (0.0, 9), (0.0, 9)], False),
+        ("fp32", [(0.0, 0), (0.0, 0), (0.0, 0), (0.0, 9), (0.0, 9)], False),  # without targets
+        ("fp32", [(0.0, 9), (0.0, 0), (0.0, 9), (0.0, 0), (0.0, 9)], True),
+        ("fp16", [(float("inf"), 9)] * 5, False),  # the scaler looks for its scale
+        ("fp16", [(0.0, 9), (0.0, 9), (float("nan"), 9), (float("inf"), 9)], False),
+        ("fp16", [(float("inf"), 9), (0.0, 9), (float("inf"), 9), (0.0, 9), (0.0, 9)], True),
+    ],
+)
+def test_steps_that_had_no_targets_or_were_skipped_by_a_scaler_count_for_nothing(tmp_path, precision, steps, stops):
+    guard = StepGuard(torch.nn.Linear(1, 1), TrainConfig(precision=precision), recorder_at(tmp_path, 0))
+
+    def walk():
+        for number, (norm, targets) in enumerate(steps, start=1):
+            assert guard.allows(Position(step=number), torch.tensor(norm), [], torch.tensor(targets))
+
+    if not stops:
+        walk()
+        return
+    with pytest.raises(FloatingPointError, match=f"exactly 0 at step {len(steps)}") as caught:
+        walk()
+    assert ("gradients too small for fp16 (use bf16)" in str(caught.value)) == (precision == "fp16")
