@@ -100,7 +100,7 @@ class TrainConfig:
     shard: bool = False
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each process holds them whole (DDP)."""  # noqa: E501
     compile: bool = False
-    """Whether the model runs through torch.compile."""
+    """Whether the model runs through torch.compile; its first micro-batch is compared with eager code before step 1."""
     log_every: int = 1
     """Steps between two training lines in metrics.jsonl."""
     eval_every: Any = 100

@@ -22,6 +22,7 @@ from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, t
 from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
+from hfgpt.launcher import check_launcher
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.processes import join_processes, split_over_processes
@@ -115,6 +116,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     """
     check_optim(config.optim)
     check_trackers(config.train.trackers)
+    check_launcher(config)
     join_processes()
     check_deepspeed(config)
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":

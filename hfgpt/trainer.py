@@ -4,12 +4,12 @@ Trainer owns the loop: devices, accumulation, backward, clipping. Rows, optimize
 checkpoints are the run's own. `HFGPTTrainer` only puts them where Trainer asks for such things.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,12 +55,10 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     Raises:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
-    # Trainer takes these from a launcher; the recipe alone says how a run computes.
-    precision = "fp32" if zero.is_asked_for() else run.config.train.precision  # DeepSpeed's is in its plugin
-    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision]
-    if not run.config.train.compile:
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
-    trainer = HFGPTTrainer(run, recorder, stop)
+    # Trainer would take it from a launcher, and DeepSpeed has it in its plugin.
+    precision = "no" if zero.is_asked_for() else PRECISIONS[run.config.train.precision]
+    with patch_environment(ACCELERATE_MIXED_PRECISION=precision):
+        trainer = HFGPTTrainer(run, recorder, stop)
     settle_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)

@@ -401,17 +401,6 @@ def test_all_validation_rows_are_scored_at_the_end_even_if_training_has_fewer(re
     assert results["val_loss"] == score_batches(model, eval_loader(rows.validation, 4)).loss
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_launcher_that_speaks_of_precision_and_compiling_changes_nothing(recipe, monkeypatch, loop):
-    overrides = [f"loop={loop}", "train.epochs=1"]
-    expected = metrics(run(recipe, "plain", *overrides))
-
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-
-    assert metrics(run(recipe, "launched", *overrides)) == expected
-
-
 def test_an_evaluation_before_training_has_the_precision_of_the_run(recipe):
     prepared = prepare_run(load_config(recipe, ["train.precision=bf16"]))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,127 @@
+"""What a launcher asks of a run, held against its recipe, which alone says how a run computes.
+
+`accelerate launch` hands its words and those of its configuration file on in the environment. What differs from the
+recipe is refused, and so is what hfgpt does not drive; processes.py and zero.py ask whether processes and engine came.
+"""
+
+import os
+from pathlib import PurePath
+
+import psutil
+from accelerate.utils import parse_flag_from_env
+
+from hfgpt.knobs import RunConfig
+from hfgpt.processes import PRECISIONS
+
+WITHOUT_WORD = {
+    "ACCELERATE_DYNAMO_MODE": ("dynamo_mode", "default"),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": ("dynamo_use_fullgraph", "false"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": ("dynamo_use_dynamic", "false"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": ("dynamo_use_regional_compilation", "false"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
+    "FSDP_IGNORED_MODULES": ("fsdp_ignored_modules", ""),
+    "ACCELERATE_DOWNCAST_BF16": ("downcast_bf16", "0"),
+    "XLA_DOWNCAST_BF16": ("downcast_bf16", "0"),
+    "XLA_USE_BF16": ("mixed_precision", "0"),
+}
+"""Variables that would change what a run computes or leaves, and that no recipe speaks of: what accelerate calls each,
+and what it says when nothing is asked for."""
+
+ENGINES = {
+    "--use_deepspeed": "ACCELERATE_USE_DEEPSPEED",
+    "--use_fsdp": "ACCELERATE_USE_FSDP",
+    "--use_megatron_lm": "ACCELERATE_USE_MEGATRON_LM",
+}
+"""Words that ask for an engine, and the variables that say so in its processes."""
+
+PARTS = {
+    "--use_deepspeed": ("zero_stage", "zero3_", "offload_", "deepspeed_"),
+    "--use_fsdp": ("fsdp_",),
+    "--use_megatron_lm": ("megatron_lm_",),
+    "--use_parallelism_config": ("parallelism_config_",),
+    "--mixed_precision fp8": ("fp8_",),
+    "--tpu": ("downcast_bf16",),
+}
+"""Beginnings of the words that the launcher forgets, silently, without another one."""
+
+
+def check_launcher(config: RunConfig) -> None:
+    """Refuse what a launcher asks and the recipe denies; before anything is written.
+
+    Raises:
+        ValueError: naming both, and both ways out.
+    """
+    train, words = config.train, words_of_launcher()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", PRECISIONS[train.precision]):
+        change = "hfgpt does not train in that: " if precision == "fp8" else f"Set `train.precision={precision}`, or "
+        raise ValueError(
+            f"the launcher asks for `mixed_precision` {precision}, the recipe for `train.precision` {train.precision}. "
+            f"{change}launch with `--mixed_precision no`."
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", "inductor" if train.compile else "no"):
+        change = "Set `train.compile=true`" if backend == "inductor" else "Leave it to `train.compile` (inductor)"
+        raise ValueError(
+            f"the launcher asks for `dynamo_backend` {backend}, the recipe for `train.compile` "
+            f"{str(train.compile).lower()}. {change}, or launch with `--dynamo_backend no`."
+        )
+    # DeepSpeed alone is told these two; without it accelerate (1.15) drops them.
+    for name, knob, value, ignored in [
+        ("gradient_accumulation_steps", "train.gradient_accumulation_steps", train.gradient_accumulation_steps, "1"),
+        ("gradient_clipping", "optim.max_grad_norm", config.optim.max_grad_norm, "none"),
+    ]:
+        said = words.get(name, os.environ.get(f"ACCELERATE_{name.upper()}", "auto")).lower()
+        if said not in ("auto", ignored) and float(said) != value:
+            raise ValueError(
+                f"the launcher asks for `{name}` {said}, the recipe for `{knob}` {value}. Set `{knob}={said}`, or "
+                f"launch with `--{name} {value}`."
+            )
+    for variable, (name, default) in WITHOUT_WORD.items():
+        said = os.environ.get(variable, default)
+        if said.lower() != default:
+            raise ValueError(
+                f"the launcher asks for `{name}` ({variable} is {said}), which hfgpt does not drive. Leave it out, of "
+                "the command line and of accelerate's configuration file."
+            )
+    there = {flag for flag, variable in ENGINES.items() if parse_flag_from_env(variable)}
+    for flag, beginnings in PARTS.items():
+        for word in words if flag not in there else ():
+            if word.startswith(beginnings):
+                raise ValueError(f"the launcher's `--{word}` has no effect without `{flag}`. Leave it out.")
+
+
+def words_of_launcher() -> dict[str, str]:
+    """The options on the command line of the `accelerate launch` that has started this process, and their values.
+
+    Read from the command line itself, because the launcher hands on only what it has an environment variable for.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # every launcher of accelerate sets it
+        return {}
+    for parent in psutil.Process().parents():
+        try:
+            line = parent.cmdline()
+        except psutil.Error:  # of another user, or gone
+            continue
+        start = next((at for at, word in enumerate(line) if is_launch(line[max(at - 1, 0)], word)), None)
+        if start is not None:
+            return options(line[start + 1 :])
+    return {}
+
+
+def is_launch(before: str, word: str) -> bool:
+    """Whether a word of a command line, with the one before it, is accelerate's `launch`."""
+    name = PurePath(word).name
+    is_command = word == "launch" and PurePath(before).name in ("accelerate", "accelerate.commands.accelerate_cli")
+    return is_command or name == "accelerate-launch" or word == "accelerate.commands.launch"
+
+
+def options(line: list[str]) -> dict[str, str]:
+    """The words that begin with two dashes, as accelerate spells them, each with its value, or the word after it."""
+    found = {}
+    for word, after in zip(line, [*line[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if has_value else after
+    return found
