@@ -20,7 +20,7 @@ GPT2_CLASSES = {
     hfgpt.HFGPTForQuestionAnswering: "GPT2ForQuestionAnswering",
 }
 
-# transformers 5.23 passes the flag to torch 2.13 when it makes flex_attention's mask.
+# transformers passes the flag, which torch 2.11 has deprecated, when it makes flex_attention's mask.
 flex_mask_warning = pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 # On a machine without a C++ compiler, torch can run it uncompiled only; see the fixture `uncompiled`.
 flex_uncompiled_warning = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

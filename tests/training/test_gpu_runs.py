@@ -33,17 +33,7 @@ def test_a_model_that_accelerate_splits_takes_the_same_steps(recipe, cache, loop
     overrides = [f"loop={loop}", "train.epochs=null", "train.max_steps=20"]
     split = recipe.parent / "split"
     processes = str(torch.cuda.device_count())
-    words = [
-        "--config_file",
-        str(FSDP2),
-        "--num_processes",
-        processes,
-        "--main_process_port",
-        "0",
-        "-m",
-        "hfgpt",
-        "train",
-    ]
+    words = ["--config_file", str(FSDP2), "--num_processes", processes, "--main_process_port", "0"]
     run_words = ["-m", "hfgpt", "train", recipe, f"output_dir={split}"]
     one = run(recipe, "one", f"train.batch_size={4 * torch.cuda.device_count()}", *overrides)
 
