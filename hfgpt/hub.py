@@ -73,6 +73,7 @@ def push(
     tag: str | None = None,
     message: str = "Upload model",
     token: str | None = None,
+    own_code: bool = False,
     say: Say = lambda text: None,
 ) -> Pushed:
     """Send a model folder to the Hub, in one commit, or in none if the Hub holds the same files.
@@ -88,6 +89,7 @@ def push(
         tag: name to give the commit.
         message: of the commit.
         token: of the Hub; None takes that of `HF_TOKEN` or `hf auth login`.
+        own_code: see `plan_push`.
         say: hears what is going on.
 
     Raises:
@@ -96,7 +98,7 @@ def push(
         HubError: the Hub cannot be reached, fails again and again, or has a newer commit than when the push began.
     """
     check_target(repo_id, revision, create_pr, tag)
-    plan = plan_push(folder, token)
+    plan = plan_push(folder, token, own_code)
     return send(
         plan,
         repo_id,

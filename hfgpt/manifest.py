@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from error
     return manifest
+
+
+def amended_manifest(folder: Path, contents: Mapping[str, bytes]) -> bytes:
+    """What the manifest of a folder has to say once these of its files have this content.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    manifest = read_manifest(folder)
+    digests = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
+    files = dict(sorted((manifest["files"] | digests).items()))
+    entries = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return seal({**manifest, "files": entries}).encode()
 
 
 def check_files(folder: Path, names: Iterable[str] | None = None) -> None:

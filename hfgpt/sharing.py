@@ -3,7 +3,6 @@
 huggingface_hub uploads whatever a folder holds. Here nothing goes that is not on `LIST`; the Hub is not asked.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import get_token
+
+from hfgpt.remote_code import code_files, describe_other_code, read_config
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 LIST = (
@@ -38,6 +39,7 @@ REASONS = (
     ("*.pth", "pickle"),
     ("*.pkl", "pickle"),
     (".pulled.json", "says where this folder is from"),
+    ("replaced-code-*", "code from before `hfgpt update-code`"),
     ("*", "not on the list"),
 )
 """Why what stays does so: the first pattern that fits."""
@@ -80,16 +82,17 @@ class Plan:
         return sum(path.lstat().st_size for path in inside if not path.is_dir())
 
 
-def plan_push(folder: str | Path, token: str | None = None) -> Plan:
+def plan_push(folder: str | Path, token: str | None = None, own_code: bool = False) -> Plan:
     """Decide what of a folder goes to the Hub, and refuse what must not. The Hub is not asked.
 
     Args:
         folder: of a model: of a run, a checkpoint, or what `save_pretrained` left.
         token: that must be in none of the files, besides all that look like one and that of this machine.
+        own_code: whether the folder's code may be another than this hfgpt's.
 
     Raises:
-        ValueError: there is no model, it is damaged or not a number, the run is not finished, or a file that would go
-            holds a token or a path of somebody's home.
+        ValueError: there is no model, it is damaged or not a number, its code is not this hfgpt's, the run is not
+            finished, or a file that would go holds a token or a path of somebody's home.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -99,6 +102,9 @@ def plan_push(folder: str | Path, token: str | None = None) -> Plan:
             "or push one of its checkpoints."
         )
     allowed = [*LIST, *code_files(folder, config)]
+    difference = None if own_code else describe_other_code(folder)
+    if difference is not None:
+        raise ValueError(f"{difference} Nothing was pushed. If it is meant to differ, `--own-code` sends it.")
     goes: dict[str, Path | bytes] = {}
     stays: dict[str, str] = {}
     notes: list[str] = []
@@ -133,51 +139,6 @@ def entries(folder: Path) -> Iterator[tuple[str, Path]]:
             yield from ((f"{path.name}/{inside.name}", inside) for inside in sorted(path.iterdir()))
         else:
             yield path.name, path
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
-    if not path.is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error or 'nested too deeply'}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it must hold an object.")
-    return config
-
-
-def code_files(folder: Path, config: dict[str, Any]) -> list[str]:
-    """The Python files that config.json's `auto_map` names, and those that they import from beside them.
-
-    Raises:
-        ValueError: one is not there.
-    """
-    auto_map = config.get("auto_map") or {}
-    if not isinstance(auto_map, dict):
-        raise ValueError(f"{folder / 'config.json'}: `auto_map` must hold an object, got {auto_map!r}.")
-    references = [one for value in auto_map.values() for one in (value if isinstance(value, list) else [value])]
-    waiting = [str(one).partition(".")[0] for one in references if one and "--" not in str(one)]  # those elsewhere
-    found: list[str] = []
-    while waiting:
-        module = waiting.pop()
-        path = folder / f"{module}.py"
-        if path.name in found:
-            continue
-        if not re.fullmatch(r"\w+", module) or not path.is_file():
-            raise ValueError(f"{path} is missing: config.json and its code name it. Save the model again.")
-        found.append(path.name)
-        text = path.read_text(encoding="utf-8", errors="replace")
-        waiting += re.findall(r"^\s*from\s+\.(\w+)\s+import\b", text, flags=re.MULTILINE)
-    return found
 
 
 def shareable_run(path: Path) -> tuple[bytes, list[str]]:

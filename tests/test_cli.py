@@ -522,7 +522,7 @@ def test_help_lists_the_commands_in_the_order_of_the_job():
     printed = hfgpt("--help")
 
     listed = printed.out.partition("Prepare")[2]
-    commands = re.findall(r"^\W+([a-z]+)  ", listed, flags=re.MULTILINE)
+    commands = re.findall(r"^\W+([a-z-]+)  ", listed, flags=re.MULTILINE)
     assert printed.code == 0
     assert commands == [name for name in ORDER_OF_THE_JOB if name in COMMANDS]
     titles = [listed.index(f"─ {part} ─") for part in list(PARTS_OF_THE_JOB)[1:]]

@@ -17,7 +17,7 @@ PARTS_OF_THE_JOB = {
     "Train": ("train", "compare", "bench"),
     "Use": ("evaluate", "explore", "generate", "play"),
     "Convert": ("verify", "convert"),
-    "Share": ("card", "push", "pull"),
+    "Share": ("card", "update-code", "push", "pull"),
 }
 ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
 

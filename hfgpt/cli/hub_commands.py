@@ -28,6 +28,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--pr", "--create-pr", help="Open a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(help="Name to give the commit, such as v1.0.")] = None,
     message: Annotated[str, typer.Option("--commit-message", "-m", help="Title of the commit.")] = "Upload model",
+    own_code: Annotated[bool, typer.Option("--own-code", help="Send code that differs from this hfgpt's.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would go and what stays; send nothing.")
     ] = False,
@@ -37,7 +38,7 @@ def push(
     from hfgpt import hub
 
     if dry_run:
-        plan = hub.plan_push(folder)
+        plan = hub.plan_push(folder, own_code=own_code)
         goes = {name: plan.size(name) for name in plan.goes}
         stays = {name: {"size": plan.size(name), "reason": reason} for name, reason in plan.stays.items()}
         if as_json:
@@ -61,6 +62,7 @@ def push(
         create_pr=create_pr,
         tag=tag,
         message=message,
+        own_code=own_code,
         say=talk,
     )
     if as_json:
@@ -68,6 +70,24 @@ def push(
     else:
         talk("pushed" if pushed.is_new else "the Hub holds these files already; nothing was sent")
         print(pushed.url)
+
+
+@app.command()
+def update_code(
+    folder: Annotated[Path, typer.Argument(help="Folder of any hfgpt model: a run's, a checkpoint, a pulled one.")],
+) -> None:
+    """Replace the code beside the weights by this hfgpt's; the old is kept, the weights stay as they are."""
+    from hfgpt import __version__, hub
+    from hfgpt.remote_code import update_code
+
+    updated = update_code(folder)
+    if not updated.replaced:
+        print(f"{folder}: its code is that of hfgpt {__version__}; nothing was changed")
+        return
+    kept = "" if updated.kept_in is None else f"; what was there is in {updated.kept_in}"
+    print(f"{folder}: {', '.join(updated.replaced)} now of hfgpt {__version__}{kept}")
+    if (folder / hub.PULL_FILE).is_file():
+        talk("it is no longer as it was pulled: `hfgpt push` brings the code to the Hub, and pull will not replace it")
 
 
 @app.command()

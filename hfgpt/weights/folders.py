@@ -23,6 +23,7 @@ from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfi
 from hfgpt.manifest import MANIFEST, check_files
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
 from hfgpt.patience import limit_waiting
+from hfgpt.remote_code import warn_of_other_code
 from hfgpt.weights import gpt2
 from hfgpt.weights.stored import Stored, in_pickle, in_safetensors
 from hfgpt.weights.tables import (
@@ -60,6 +61,8 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
         here = "" if Path(source).exists() else "there is no such folder here, and the Hub does not give it: "
         raise ValueError(f"no model {str(source)!r}: {here}{reason}") from error
     check_manifest(source)
+    if Path(source).is_dir():  # of a repository on the Hub only the weights are fetched here, not its code
+        warn_of_other_code(Path(source))
     tensors = read_files(files)
     refuse_missing_blocks(config, tensors)
     is_gpt2 = config.model_type == GPT2_SOURCE

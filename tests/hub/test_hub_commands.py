@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import hfgpt.gpt
 from hfgpt.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint, seal
 from hfgpt.cli import main
 from hfgpt.hub import push
@@ -88,6 +89,41 @@ def test_a_dry_run_lists_what_would_go_with_sizes_and_asks_nothing(hub, run):
     assert re.search(rf"^  \.env +{(run / '.env').stat().st_size} B  secrets$", listed.out, re.MULTILINE)
     assert as_json["goes"] == {name: (run / name).stat().st_size for name in SENT}
     assert {*as_json["stays"]} == KEPT
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_code_that_is_not_this_hfgpts_goes_only_when_asked_for(hub, run, words):
+    (run / "gpt.py").write_text("# of another day\n" + (run / "gpt.py").read_text())
+
+    refused = hfgpt_command("push", run, "anna/demo", *words)
+    seen_when_refused = [*hub.seen]
+    sent = hfgpt_command("push", run, "anna/demo", "--own-code", *words)
+
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert f"`hfgpt update-code {run}`" in refused.err
+    assert seen_when_refused == []
+    assert sent.code == 0
+    assert words or hub.files("anna/demo")["gpt.py"] == (run / "gpt.py").read_bytes()
+
+
+def test_a_pulled_folder_with_new_code_is_pushed_and_not_pulled_over(hub, run, tmp_path):
+    (run / "gpt.py").write_text("# of another day\n" + (run / "gpt.py").read_text())
+    hfgpt_command("push", run, "anna/demo", "--own-code")
+    copy = tmp_path / "copy"
+    hfgpt_command("pull", "anna/demo", copy)
+
+    updated = hfgpt_command("update-code", copy)
+    pulled = hfgpt_command("pull", "anna/demo", copy)
+    pushed = hfgpt_command("push", copy, "anna/demo")
+
+    assert updated.out.startswith(f"{copy}: gpt.py now of hfgpt ")
+    assert "pull will not replace it" in updated.err
+    assert pulled.code == 2
+    assert "gpt.py is not as it was pulled" in pulled.err
+    assert pushed.code == 0
+    assert hub.files("anna/demo")["gpt.py"] == Path(hfgpt.gpt.__file__).read_bytes()
+    assert hfgpt_command("update-code", copy).out.endswith("nothing was changed\n")
 
 
 @pytest.mark.parametrize(

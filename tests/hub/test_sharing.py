@@ -11,10 +11,12 @@ from hub_models import KEPT, SENT, save_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hfgpt.gpt
 import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
 from hfgpt.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.config import load_config
+from hfgpt.remote_code import update_code
 from hfgpt.sharing import plan_push
 
 
@@ -52,10 +54,22 @@ def test_the_code_that_goes_is_what_config_names_and_imports(run):
     (run / "modeling_hfgpt.py").write_text("from .mine import x\n" + (run / "modeling_hfgpt.py").read_text())
     (run / "mine.py").write_text("x = 1\n")
 
-    assert "mine.py" in plan_push(run).goes
+    assert "mine.py" in plan_push(run, own_code=True).goes
     (run / "mine.py").unlink()
     with pytest.raises(ValueError, match=r"mine\.py is missing: config\.json and its code name it"):
         plan_push(run)
+
+
+def test_code_that_is_not_this_hfgpts_does_not_go_unasked(run):
+    (run / "gpt.py").write_text("# of another day\n" + (run / "gpt.py").read_text())
+
+    with pytest.raises(ValueError, match=rf"its code \(gpt\.py\).*`hfgpt update-code {run}`.*Nothing was pushed"):
+        plan_push(run)
+    update_code(run)
+
+    plan = plan_push(run)
+    assert plan.goes["gpt.py"].read_bytes() == Path(hfgpt.gpt.__file__).read_bytes()
+    assert plan.stays["replaced-code-1"] == "code from before `hfgpt update-code`"
 
 
 @pytest.mark.parametrize("auto_class", sorted(hfgpt.modeling_hfgpt.AUTO_CLASSES))
