@@ -131,4 +131,4 @@ transformers.AutoModelForCausalLM.from_pretrained({str(folder / "AutoModelForCau
 
 
 def test_gpt2_files_are_refused_with_word_of_what_reads_them(by_its_files):
-    assert "pip install hfgpt" in by_its_files["refusal"]
+    assert "Install hfgpt" in by_its_files["refusal"]
