@@ -5,7 +5,6 @@ torch.compile has been wrong without a word: a finite loss, and gradients of exa
 
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,9 +50,12 @@ def check_compiled(
     set_all(run.model.config, dict.fromkeys(DROPOUT_FIELDS, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
-    exchange = nullcontext() if zero.is_running() else accelerator.no_sync(model)
+    context = accelerator.no_sync(model)
+    if zero.is_running():  # its engine, which casts, would take a backward pass from its output for one of training
+        model, is_half = run.model, run.config.train.precision == "bf16"
+        context = torch.autocast(device.type, torch.bfloat16, enabled=is_half)
     try:
-        with exchange, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with context, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             loss, gradients = differentiate(model, parameters, batch, targets)
             # Row by row, since eager code may need memory that compiled code does not.
             rows = [{name: each[row : row + 1] for name, each in batch.items()} for row in range(len(batch["labels"]))]
