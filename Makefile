@@ -1,6 +1,7 @@
 # `make demo` and `make test` each do everything that a fresh machine with Python and make needs.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .PHONY: demo test test-all faults upstream lint venv clean
 
@@ -15,26 +16,31 @@ test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
 
 # What a run survives, and what a push and a pull do, counted; about half an hour.
-faults: venv
+faults: .venv/tested
 	$(BIN)/python tests/training/faults.py
 	HF_HUB_VERBOSITY=error $(BIN)/python tests/hub/hub_faults.py
 
 # transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt.
-upstream: venv
+upstream: .venv/tested
 	$(BIN)/python tests/upstream/fetch.py .upstream
 	PYTHONPATH=.upstream HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -o addopts= -o filterwarnings=ignore tests/upstream/test_mixins.py
 
-lint: venv
+lint: .venv/tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What a run needs; the checks need more, and add it to the same environment.
 venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(INSTALL) .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(INSTALL) ".[test]"
 	touch $@
 
 clean:

@@ -27,6 +27,7 @@ EXTRAS = {
     "openai": "the checksums of OpenAI's TensorFlow checkpoints, for `hfgpt convert`",
     "gguf": "files for llama.cpp, for `hfgpt convert`",
     "onnx": "ONNX graphs, for `hfgpt convert`",
+    "lecture": "GPT-2's vocabulary, for a lecture without a network",
     "test": "the checks of `make test`",
 }
 """What each extra of hfgpt's package brings; others are listed without words."""

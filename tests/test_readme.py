@@ -103,6 +103,19 @@ def test_make_demo_does_what_the_readme_does_by_hand():
     assert ".venv/bin/hfgpt generate out/demo" in planned
 
 
+def test_make_demo_installs_what_a_run_needs_and_make_test_adds_the_rest_to_it():
+    installs = {
+        target: re.findall(
+            r"pip install .*--editable (\S+)",
+            subprocess.run(["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout,
+        )
+        for target in ("venv", "demo", "test", "faults", "upstream")
+    }
+
+    assert installs["venv"] == installs["demo"] == ["."]
+    assert installs["test"] == installs["faults"] == installs["upstream"] == [".", '".[test]"']
+
+
 def test_every_target_of_make_that_the_readme_names_exists():
     for target in re.findall(r"`?make ([a-z-]+)", README):
         subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
