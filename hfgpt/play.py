@@ -11,6 +11,7 @@ from typing import Any
 from hfgpt.generation import Writer, continue_text
 from hfgpt.recorder import talk
 from hfgpt.settings import Settings, make_settings, parse_settings, without_effect
+from hfgpt.stdout import result_stream
 from hfgpt.terminal import open_console, stream_to
 
 MARKER = "> "
@@ -37,7 +38,7 @@ def play(writer: Writer, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting that nothing can be written with; without a terminal also any other mistake.
     """
-    is_attended = sys.stdin.isatty() and sys.stdout.isatty()
+    is_attended = all(stream.isatty() for stream in (sys.stdin, result_stream(), sys.stderr))
     start = settings = make_settings(given)
     last = ""
     if is_attended:

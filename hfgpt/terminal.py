@@ -3,7 +3,6 @@
 Everything goes to stdout. rich decides what the terminal can show, and obeys NO_COLOR, FORCE_COLOR and COLUMNS.
 """
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from hfgpt.explore import Exploration
 from hfgpt.generation import Written
+from hfgpt.stdout import result_stream
 
 LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
 """Upper ends of the colours' ranges, in nats; the last colour has none."""
@@ -35,8 +35,9 @@ PIPE_WIDTH = 1000
 
 def open_console() -> Console:
     """Where results are printed."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    stream = result_stream()
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def shows_colour(console: Console) -> bool:

@@ -15,7 +15,8 @@ from typing import NoReturn
 from typer.exceptions import TyperException
 
 from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
-from hfgpt.cli.app import app
+from hfgpt.cli.app import app, talk
+from hfgpt.stdout import result_stream
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         check_encoding(sys.argv)
         code = app(standalone_mode=False) or 0
-        sys.stdout.flush()  # a full disk, or a reader that has gone, is to be heard of here
+        result_stream().flush()  # a full disk, or a reader that has gone, is to be heard of here
     except BrokenPipeError:  # `hfgpt config demo | head -1`: the reader has had enough
         give_stdout_up()
         raise SystemExit(1) from None
@@ -47,18 +48,18 @@ def main() -> None:
         is_misuse = isinstance(error, MISUSES) or getattr(error, "errno", None) == errno.ENAMETOOLONG
         fail(message, 2 if is_misuse else 1)
     if code == INTERRUPTED:
-        print("stopped at once; the last checkpoint is as it was.", file=sys.stderr)
+        talk("stopped at once; the last checkpoint is as it was.")
     raise SystemExit(code)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Say on one line what is wrong, and end."""
     try:
-        sys.stdout.flush()
+        result_stream().flush()
     except OSError:
         give_stdout_up()
     if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        talk(f"error: {' '.join(message.split())}")
     raise SystemExit(code) from None
 
 
@@ -116,7 +117,7 @@ def prepare_streams() -> None:
 def give_stdout_up() -> None:
     """Send what is still to be written to nowhere, or Python complains about it when it ends."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), result_stream().fileno())
 
 
 def check_encoding(words: list[str]) -> None:

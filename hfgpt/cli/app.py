@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from hfgpt.stdout import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
     "Prepare": ("doctor", "config", "tokenizer", "data"),
@@ -39,7 +41,24 @@ class JobOrder(TyperGroup):
         return command
 
 
-app = typer.Typer(
+class Command(TyperCommand):
+    """A command whose results are alone on stdout."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. What typer itself prints, help and completion, comes before."""
+        with reserve_stdout():
+            return super().invoke(ctx)
+
+
+class Commands(typer.Typer):
+    """A group of such commands."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a function."""
+        return super().command(*args, cls=Command, **kwargs)
+
+
+app = Commands(
     name="hfgpt",
     cls=JobOrder,
     help="A GPT from scratch, in the Hugging Face ecosystem. The commands are in the order of the job.",
@@ -97,7 +116,7 @@ def print_version(is_wanted: bool) -> None:
     if is_wanted:
         from hfgpt import __version__
 
-        print(f"hfgpt {__version__}")
+        print_result(f"hfgpt {__version__}")
         raise typer.Exit
 
 
@@ -127,11 +146,21 @@ def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
         yield
 
 
+def talk(text: str) -> None:
+    """Say something on stderr; hfgpt.recorder's `talk` would import torch, which not every command needs."""
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+def print_result(text: object, end: str = "\n") -> None:
+    """Print a result to stdout, where nothing else may go."""
+    print(text, end=end, file=result_stream())
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print one object on one line, as programs read it."""
-    print(json.dumps(result, ensure_ascii=not writes_unicode()))
+    print_result(json.dumps(result, ensure_ascii=not writes_unicode()))
 
 
 def writes_unicode() -> bool:
     """Whether stdout takes every letter as it is."""
-    return (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    return (result_stream().encoding or "utf-8").lower().replace("-", "") == "utf8"

@@ -1,13 +1,12 @@
 """The command about a run's card."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import app, busy
+from hfgpt.cli.app import app, busy, print_result, talk
 
 
 @app.command()
@@ -29,7 +28,7 @@ def card(
     if check:
         difference = compare_card(folder)
         if difference is not None:
-            print(f"error: {difference} `hfgpt card {folder}` writes it anew.", file=sys.stderr)
+            talk(f"error: {difference} `hfgpt card {folder}` writes it anew.")
             raise typer.Exit(1)
         return
     verified = None
@@ -40,4 +39,4 @@ def card(
 
         with busy(f"comparing {folder} with GPT-2"):
             verified = {**asdict(compare_with_gpt2(folder)), "transformers": version("transformers")}
-    print(write_card(folder, words, verified))
+    print_result(write_card(folder, words, verified))

@@ -1,20 +1,14 @@
 """Commands about the Hub: there and back."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, app, print_json
+from hfgpt.cli.app import Json, app, print_json, print_result, talk
 
 Repository = Annotated[str, typer.Argument(help="Name on the Hub, `user/model`.", metavar="USER/MODEL")]
-
-
-def talk(text: str) -> None:
-    """Say something on stderr; hfgpt.recorder's `talk` would import torch, which `pull` does not need."""
-    print(text, file=sys.stderr)
 
 
 @app.command()
@@ -44,13 +38,13 @@ def push(
         if as_json:
             print_json({"repo_id": repo_id, "goes": goes, "stays": stays, "notes": plan.notes})
             return
-        print(f"would go to {repo_id}: {len(goes)} files, {as_size(sum(goes.values()))}")
+        print_result(f"would go to {repo_id}: {len(goes)} files, {as_size(sum(goes.values()))}")
         width = max(map(len, [*goes, *stays]))
         for name, size in goes.items():
-            print(f"  {name:<{width}}  {as_size(size):>9}")
-        print("stays here:")
+            print_result(f"  {name:<{width}}  {as_size(size):>9}")
+        print_result("stays here:")
         for name, reason in plan.stays.items():
-            print(f"  {name:<{width}}  {as_size(plan.size(name)):>9}  {reason}")
+            print_result(f"  {name:<{width}}  {as_size(plan.size(name)):>9}  {reason}")
         for note in plan.notes:
             talk(note)
         return
@@ -69,7 +63,7 @@ def push(
         print_json(asdict(pushed))
     else:
         talk("pushed" if pushed.is_new else "the Hub holds these files already; nothing was sent")
-        print(pushed.url)
+        print_result(pushed.url)
 
 
 @app.command()
@@ -106,7 +100,7 @@ def pull(
     else:
         state = "" if pulled.is_new else "; they were there already"
         talk(f"{pulled.files} files of {pulled.commit[:8]}, every checksum right{state}")
-        print(folder)
+        print_result(folder)
 
 
 def as_size(size: int) -> str:

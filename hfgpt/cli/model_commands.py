@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, Model, app, print_json
+from hfgpt.cli.app import Json, Model, app, print_json, print_result
 
 
 @app.command()
@@ -65,7 +65,7 @@ def evaluate(
     if as_json:
         print_json(to_json(report))
     else:
-        print(render(report))
+        print_result(render(report))
     if saved_in := save_tasks(model, report.tasks):
         talk(f"the tasks' figures are in {saved_in}, too")
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, Overrides, Recipe, app, print_json, writes_unicode
+from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 
-tokenizer_app = typer.Typer(help="Train a tokenizer by itself.", no_args_is_help=True)
-data_app = typer.Typer(help="Prepare the text of a run by itself.", no_args_is_help=True)
+tokenizer_app = Commands(help="Train a tokenizer by itself.", no_args_is_help=True)
+data_app = Commands(help="Prepare the text of a run by itself.", no_args_is_help=True)
 
 
 @app.command()
@@ -25,7 +25,7 @@ def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -
     if as_json:
         print_json({"config": asdict(loaded), "origins": origins})
     else:
-        print(annotated_yaml(loaded, origins, writes_unicode()), end="")
+        print_result(annotated_yaml(loaded, origins, writes_unicode()), end="")
 
 
 @tokenizer_app.command("train")
@@ -63,12 +63,12 @@ def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = Fa
         print_json(asdict(prepared))
         return
     for name, split in (("train", prepared.train), ("validation", prepared.validation)):
-        print(
+        print_result(
             f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
             f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
         )
     tokens = prepared.train.tokens + prepared.validation.tokens
-    print(
+    print_result(
         f"documents in {prepared.reading_seconds:.1f} s, tokenizer of {prepared.token_ids:,} ids in "
         f"{prepared.tokenizer_seconds:.1f} s, tokens in {prepared.tokenizing_seconds:.1f} s "
         f"({tokens / prepared.tokenizing_seconds:,.0f} tokens/s; what is in the cache already takes no time)"
@@ -95,6 +95,8 @@ def train(
     from hfgpt.config import load_config
 
     loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
+    from accelerate import PartialState
+
     from hfgpt.processes import leave_processes
     from hfgpt.recorder import talk
     from hfgpt.stopping import RESUMABLE, Stopped
@@ -110,9 +112,11 @@ def train(
     if results is None:
         talk(f"{loaded.output_dir} holds this run, finished.")
         results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
-    if as_json and results:
+    if not PartialState().is_main_process:
+        return
+    if as_json:
         print_json(results)
-    elif results:
+    else:
         line = f"{loaded.output_dir}: validation perplexity {results['val_perplexity']:.1f}"
         if "bigram_perplexity" in results:
             line += f"; of the same tokens, a bigram model's is {results['bigram_perplexity']:.1f}"
@@ -131,7 +135,7 @@ def doctor(
     if as_json:
         print_json(report)
     else:
-        print(render(report))
+        print_result(render(report))
     if any(finding["is_fault"] for finding in report["findings"]):
         raise typer.Exit(1)
 
@@ -152,5 +156,5 @@ def compare(
     if as_json:
         print_json(comparison)
     else:
-        print(render(comparison))
+        print_result(render(comparison))
     talk(f"the curves are in {picture}")

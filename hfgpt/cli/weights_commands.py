@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, app, busy, print_json
+from hfgpt.cli.app import Json, app, busy, print_json, print_result
 
 
 @app.command()
@@ -38,7 +38,7 @@ def verify(
     if as_json:
         print_json(asdict(result))
     else:
-        print(render(result))
+        print_result(render(result))
     if not result.passed:
         raise typer.Exit(1)
 
@@ -81,6 +81,6 @@ def convert(
     if as_json:
         print_json(asdict(result))
     else:
-        print(render(result))
+        print_result(render(result))
     if result.comparison is not None and not result.comparison.passed:
         raise typer.Exit(1)
