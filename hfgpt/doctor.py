@@ -17,6 +17,7 @@ from accelerate.commands.config.config_args import default_config_file
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
+from hfgpt.extras import extras, install_command, requirements
 from hfgpt.results import cpu_name, environment
 from hfgpt.speed import matmul_peak
 
@@ -28,7 +29,7 @@ EXTRAS = {
     "gguf": "files for llama.cpp, for `hfgpt convert`",
     "onnx": "ONNX graphs, for `hfgpt convert`",
     "lecture": "GPT-2's vocabulary, for a lecture without a network",
-    "test": "the checks of `make test`",
+    "test": "the checks of `make test`, which installs them",
 }
 """What each extra of hfgpt's package brings; others are listed without words."""
 
@@ -101,23 +102,9 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def extras() -> list[str]:
-    return importlib.metadata.metadata("hfgpt").get_all("Provides-Extra") or []
-
-
 def missing_packages(extra: str | None) -> list[str]:
     """Requirements of an extra (None: of hfgpt itself) that are not met, as `name range`."""
-    missing = []
-    for text in importlib.metadata.requires("hfgpt") or []:
-        requirement = Requirement(text)
-        if requirement.name == "hfgpt":
-            continue
-        belongs = requirement.marker is None if extra is None else requirement.marker is not None
-        if not belongs or (requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})):
-            continue
-        if not is_met(requirement):
-            missing.append(f"{requirement.name}{requirement.specifier}")
-    return missing
+    return [f"{each.name}{each.specifier}" for each in requirements(extra) if not is_met(each)]
 
 
 def is_met(requirement: Requirement) -> bool:
@@ -248,7 +235,9 @@ def render(report: dict[str, Any]) -> str:
         ),
     ]
     for name, missing in report["extras"].items():
-        state = "installed" if not missing else f'missing {", ".join(missing)}: `pip install "hfgpt[{name}]"`'
+        state = "installed" if not missing else "not here"
+        if missing and name != "test":
+            state += f": `{install_command(missing)}`"
         lines.append((f"[{name}]", f"{state}  ({EXTRAS.get(name, 'more')})"))
     for finding in report["findings"]:
         lines.append(("FAULT" if finding["is_fault"] else "hint", finding["text"]))

@@ -16,6 +16,7 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hfgpt.extras import needs
 from hfgpt.recorder import talk
 
 TaskDict = dict[str, dict[str, Any]]
@@ -44,7 +45,7 @@ def find_tasks(wanted: Sequence[str]) -> TaskDict:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError('`--tasks` needs lm-eval: `pip install "hfgpt[neighbours]"`.') from error
+        raise ValueError(needs("`--tasks`", "lm-eval")) from error
     folders = [spec for spec in wanted if Path(spec).is_dir()]
     files = [spec for spec in wanted if Path(spec).is_file()]
     names = [spec for spec in wanted if spec not in (*folders, *files)]

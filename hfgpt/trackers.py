@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from hfgpt.config import flatten
+from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
 
 PROJECT = "hfgpt"
@@ -43,10 +44,7 @@ def check_trackers(names: Iterable[str]) -> None:
     """
     for name in names:
         if find_spec(name) is None:
-            package = '"hfgpt[trackers]"' if name in ("tensorboard", "trackio") else name
-            raise ValueError(
-                f"`train.trackers` names {name!r}, which is not installed: `pip install {package}`, or leave it out."
-            )
+            raise ValueError(needs(f"`train.trackers=[{name}]`", name))
 
 
 class Trackers:

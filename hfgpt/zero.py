@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
 
+from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
 
 SETTINGS = {
@@ -52,7 +53,7 @@ def is_asked_for() -> bool:
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return False
     if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError('the launcher asks for DeepSpeed, which is not installed: `pip install "hfgpt[deepspeed]"`.')
+        raise ValueError(needs("a launcher that asks for DeepSpeed", "deepspeed"))
     return True
 
 

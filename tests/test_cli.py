@@ -23,6 +23,7 @@ from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
 from hfgpt.config import flatten, load_config
 from hfgpt.doctor import Finding
+from hfgpt.extras import needs
 from hfgpt.knobs import MODEL_FIELDS, RunConfig
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
@@ -790,9 +791,10 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     def missing(name):
         return describe_missing(ModuleNotFoundError(f"No module named {name!r}", name=name))
 
-    assert missing("gguf") == 'gguf is not installed: `pip install "hfgpt[gguf]"`.'
-    assert missing("google_crc32c") == 'google_crc32c is not installed: `pip install "hfgpt[openai]"`.'
-    assert missing("lm_eval.tasks") == 'lm_eval is not installed: `pip install "hfgpt[neighbours]"`.'
+    assert missing("gguf") == needs("this", "gguf")
+    assert missing("google_crc32c") == needs("this", "google-crc32c")
+    assert missing("lm_eval.tasks") == needs("this", "lm-eval")
+    assert missing("pytest") is None
     assert missing("hfgpt.nowhere") is None  # that is no fault of the user's: the traceback is shown
 
 

@@ -15,11 +15,11 @@ from hfgpt.doctor import (
     accelerate_findings,
     device_findings,
     examine,
-    extras,
     findings,
     missing_packages,
     render,
 )
+from hfgpt.extras import extras
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary12"
 CPU = {"used": "cpu", "gpus": [], "threads": 2, "usable_cpu_count": 2}

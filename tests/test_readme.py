@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,24 @@ def test_the_map_names_every_file_of_the_library():
 
     assert there | {"weights/", "cli/"} <= named
     assert named <= there | in_weights | {"weights/", "cli/", "hfgpt/"}
+
+
+def test_the_table_of_extras_names_all_that_a_user_may_want_and_what_they_bring():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    brought = {
+        extra: [re.match(r"[\w-]+", package)[0] for package in packages]
+        for extra, packages in asked.items()
+        if extra != "test"
+    }
+
+    shown = {}
+    for extras, packages in re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| ([\w,;\- ]+) \| .* \|$", README, flags=re.MULTILINE
+    ):
+        names = re.findall(r"`(\w+)`", extras)
+        shown |= {name: part.split(", ") for name, part in zip(names, packages.split("; "), strict=True)}
+
+    assert shown == brought
 
 
 def test_the_table_of_formats_names_all_that_can_be_written():

@@ -9,13 +9,13 @@ import io
 import os
 import re
 import sys
-from importlib.metadata import requires
 from typing import NoReturn
 
 from typer.exceptions import TyperException
 
 from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
 from hfgpt.cli.app import app, talk
+from hfgpt.extras import brought_by, needs
 from hfgpt.stdout import result_stream
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
@@ -95,13 +95,10 @@ def describe(error: Exception) -> str | None:
 
 
 def describe_missing(error: ModuleNotFoundError) -> str | None:
-    """Which extra of hfgpt brings a package that is not there; None if none does."""
+    """How a package comes that is not there; None if no extra of hfgpt brings it."""
     missing = (error.name or "").partition(".")[0]
-    for requirement in requires("hfgpt") or []:
-        found = re.match(r"([\w.-]+).*extra == [\"'](\w+)", requirement)
-        if found and re.sub(r"[-.]", "_", found[1]).lower() == missing.lower() and found[2] != "test":
-            return f'{missing} is not installed: `pip install "hfgpt[{found[2]}]"`.'
-    return None
+    found = brought_by(missing)
+    return needs("this", found[1].name) if found and found[0] != "test" else None
 
 
 def prepare_streams() -> None:

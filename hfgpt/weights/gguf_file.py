@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.extras import needs
 from hfgpt.weights import bpe
 from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, settings_of, walk_out
 
@@ -62,7 +63,7 @@ def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantiza
     try:
         import gguf
     except ImportError as error:
-        raise ValueError("GGUF needs the gguf package: `pip install gguf`.") from error
+        raise ValueError(needs("GGUF", "gguf")) from error
     config = parts.config
     settings_of(config, activation_function="gelu_new")
     if quantization not in QUANTIZATIONS:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hfgpt.extras import needs
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.tables import Parts, Step, put_together
 
@@ -40,7 +41,7 @@ def write(parts: Parts, file: Path) -> list[Step]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError("ONNX needs two packages: `pip install onnx onnxscript`.") from error
+        raise ValueError(needs("ONNX", "onnx", "onnxscript")) from error
     if parts.dtype == torch.bfloat16:
         raise ValueError("onnxruntime has no bf16 on CPUs. Give `--dtype fp32` or `--dtype fp16`.")
     size = sum(tensor.nbytes for tensor in parts.tensors.values())
@@ -78,7 +79,7 @@ def run(file: Path, ids: Tensor) -> Tensor:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("`--verify` of ONNX needs its runtime: `pip install onnxruntime`.") from error
+        raise ValueError(needs("`--verify` of ONNX", "onnxruntime")) from error
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
     return torch.from_numpy(session.run(None, inputs)[0]).float()

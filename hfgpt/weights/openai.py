@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
+from hfgpt.extras import needs
 from hfgpt.weights import bpe, mathematics
 from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (
@@ -83,7 +84,7 @@ def checksum(content: bytes | memoryview) -> int:
     try:
         import google_crc32c
     except ImportError as error:
-        raise ValueError("OpenAI's checkpoints need CRC-32C: `pip install google-crc32c`.") from error
+        raise ValueError(needs("a checkpoint of OpenAI's", "google-crc32c")) from error
     crc = google_crc32c.value(bytes(content))
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

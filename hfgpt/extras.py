@@ -1,0 +1,59 @@
+"""What hfgpt's extras bring, and the command that installs what is missing right where hfgpt runs.
+
+The command names packages, not `hfgpt[extra]`: that would be looked up in a registry, and hfgpt may have come from a
+clone, a wheel or an address.
+"""
+
+import importlib.metadata
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def extras() -> list[str]:
+    """The names of all extras."""
+    return importlib.metadata.metadata("hfgpt").get_all("Provides-Extra") or []
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    """What an extra asks for besides hfgpt; without one, what hfgpt itself asks for."""
+    asked = [Requirement(text) for text in importlib.metadata.requires("hfgpt") or []]
+    return [
+        each
+        for each in asked
+        if each.name != "hfgpt"
+        and (each.marker is None if extra is None else each.marker and each.marker.evaluate({"extra": extra}))
+    ]
+
+
+def brought_by(package: str) -> tuple[str, Requirement] | None:
+    """The extra that brings a package, and in which versions; None if none does."""
+    for extra in sorted(extras(), key="test".__eq__):  # which brings what all the others do
+        for requirement in requirements(extra):
+            if canonicalize_name(requirement.name) == canonicalize_name(package):
+                return extra, requirement
+    return None
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """A command that installs packages into the environment that runs this, whether it has a pip or uv made it."""
+    python = shlex.quote(sys.executable)
+    installer = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    return " ".join([installer, *(f'"{package}"' for package in packages)])
+
+
+def needs(what: str, *packages: str) -> str:
+    """Say that something needs packages that are not here, and how they come.
+
+    Args:
+        what: the subject of the sentence.
+        packages: their names, or those of their modules.
+    """
+    found = {package: brought_by(package) for package in packages}
+    extra = next((f" (extra `{each[0]}`)" for each in found.values() if each and each[0] != "test"), "")
+    wanted = [f"{each[1].name}{each[1].specifier}" if each else package for package, each in found.items()]
+    return f"{what} needs {' and '.join(packages)}{extra}: `{install_command(wanted)}`."
