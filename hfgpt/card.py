@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
 
-from hfgpt.config import package_file
 from hfgpt.disk import write_atomically
+from hfgpt.recipes import package_file
 from hfgpt.results import PLOT_FILE, RESULTS_FILE, fenced, write_json
 
 TEMPLATE = "cards/model_card.md"

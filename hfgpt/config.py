@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hfgpt.checks import check
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 from hfgpt.knobs import MODEL_FIELDS, RunConfig
+from hfgpt.recipes import find_recipe
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -107,27 +107,6 @@ class RecipeDumper(yaml.SafeDumper):
 
 
 RecipeDumper.add_representer(str, RecipeDumper.represent_text)
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """Find a recipe by path, or by the name of one that is installed with hfgpt.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    bundled = package_file(f"recipes/{recipe}.yaml")
-    if re.fullmatch(r"[\w-]+", str(recipe)) and bundled.is_file():
-        return bundled
-    raise ValueError(f"no recipe {str(recipe)!r}: it is neither a file nor the name of a recipe of hfgpt (`demo`).")
-
-
-def package_file(relative: str) -> Path:
-    """Path of a file that the wheel carries inside `hfgpt/`, and a checkout beside it."""
-    installed = Path(str(package_files("hfgpt"))) / relative
-    return installed if installed.exists() else installed.parents[len(Path(relative).parts)] / relative
 
 
 def yaml_mapping(path: Path) -> dict[str, Any]:

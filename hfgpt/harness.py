@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfgpt.extras import needs
+from hfgpt.recipes import find_bundled
 from hfgpt.recorder import talk
 
 TaskDict = dict[str, dict[str, Any]]
@@ -33,7 +34,8 @@ def find_tasks(wanted: Sequence[str]) -> TaskDict:
     """Find tasks and fetch their data.
 
     Args:
-        wanted: names of the harness's tasks or groups, YAML files of tasks, or folders of such files.
+        wanted: YAML files of tasks, folders of such files, names of tasks that come with hfgpt, or names of the
+            harness's tasks or groups.
 
     Returns:
         What `lm_eval.evaluate` takes.
@@ -48,7 +50,9 @@ def find_tasks(wanted: Sequence[str]) -> TaskDict:
         raise ValueError(needs("`--tasks`", "lm-eval")) from error
     folders = [spec for spec in wanted if Path(spec).is_dir()]
     files = [spec for spec in wanted if Path(spec).is_file()]
-    names = [spec for spec in wanted if spec not in (*folders, *files)]
+    bundled = {spec: find_bundled(spec, "lm-eval") for spec in wanted if spec not in (*folders, *files)}
+    files += [str(path) for path in bundled.values() if path is not None]
+    names = [spec for spec, path in bundled.items() if path is None]
     with quiet():
         manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
         specs = [*names, *files]

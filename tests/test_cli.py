@@ -873,7 +873,7 @@ def test_the_keys_that_are_completed_are_those_of_a_recipe():
 
 
 def test_recipes_and_folders_are_completed(world):
-    assert complete_recipe("") == ["demo", "tiny.yaml", "out/"]
+    assert complete_recipe("") == ["demo", "finetune", "tiny.yaml", "out/"]
     assert complete_recipe("ti") == ["tiny.yaml"]
     assert complete_recipe("de") == ["demo"]
     assert complete_recipe("out/a") == ["out/accelerate/"]

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hfgpt.checks import check
-from hfgpt.config import config_yaml, find_recipe, load_config
+from hfgpt.config import config_yaml, load_config
 from hfgpt.knobs import RunConfig
+from hfgpt.recipes import find_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 BASE = """\

@@ -188,6 +188,13 @@ def test_a_task_whose_data_cannot_be_fetched_gets_one_line(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_a_task_that_comes_with_hfgpt_is_known_by_name_in_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "license.txt").write_text("Some words of a licence.\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    assert set(find_tasks(["license"])["tasks"]) == {"license"}
+
+
 @pytest.mark.slow  # the harness reads its thousands of YAML files
 def test_tasks_are_known_by_name():
     with pytest.raises(ValueError, match=r"'helaswag' is no task of lm-eval .* Did you mean 'hellaswag'\?"):

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hfgpt.recipes.lecture import story
+from hfgpt.recipes.lecture.__main__ import RECIPE, main, make_lecture
+from hfgpt.recipes.lecture.book import make_model, prepare
+from hfgpt.recipes.lecture.steps import EXAMPLES, STEPS
+from hfgpt.recipes.lecture.table import largest_difference, render
+from hfgpt.recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
 from torch import nn
 
 from hfgpt import HFGPTConfig
@@ -17,12 +23,6 @@ from hfgpt.config import load_config
 from hfgpt.documents import load_documents
 from hfgpt.tokenizer import encode_ids
 from hfgpt.weights import load
-from recipes.lecture import story
-from recipes.lecture.__main__ import RECIPE, main, make_lecture
-from recipes.lecture.book import make_model, prepare
-from recipes.lecture.steps import EXAMPLES, STEPS
-from recipes.lecture.table import largest_difference, render
-from recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "lecture"
@@ -464,7 +464,7 @@ def test_the_numbers_in_the_text_of_each_readme_are_those_that_were_measured(nam
 
 def test_the_commands_of_the_readme_name_steps_and_keys_that_there_are(world, tmp_path):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m recipes\.lecture( .*)?$", readme, flags=re.MULTILINE)
+    commands = re.findall(r"^hfgpt lecture( .*)?$", readme, flags=re.MULTILINE)
 
     for command in commands:
         words = command.partition("#")[0].split()

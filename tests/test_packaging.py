@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import hfgpt.config
+import hfgpt.recipes
 from hfgpt.card import TEMPLATE
-from hfgpt.config import load_config, package_file
+from hfgpt.config import load_config
+from hfgpt.recipes import package_file
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -18,9 +19,9 @@ FORCE_INCLUDE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-inc
 
 
 def test_every_file_that_the_wheel_takes_from_beside_the_code_is_there():
-    assert FORCE_INCLUDE.keys() >= {"recipes/demo.yaml", "cards/model_card.md"}
+    assert FORCE_INCLUDE.keys() == {"recipes", "cards/model_card.md"}
     for source, target in FORCE_INCLUDE.items():
-        assert (ROOT / source).is_file()
+        assert (ROOT / source).exists()
         assert target == f"hfgpt/{source}"  # where `package_file` looks for it
 
 
@@ -32,7 +33,7 @@ def test_a_file_is_found_inside_the_package_when_installed(tmp_path, monkeypatch
     installed = tmp_path / "hfgpt" / "recipes" / "demo.yaml"
     installed.parent.mkdir(parents=True)
     installed.write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
-    monkeypatch.setattr(hfgpt.config, "package_files", lambda package: tmp_path / package)
+    monkeypatch.setattr(hfgpt.recipes, "PACKAGE", tmp_path / "hfgpt")
 
     assert package_file("recipes/demo.yaml") == installed
     assert load_config("demo").output_dir == "out/demo"
@@ -51,21 +52,26 @@ def test_the_package_explains_every_public_name():
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_code_the_page_the_demo_recipe_and_the_card_template(tmp_path):
+def test_a_wheel_carries_the_code_and_every_recipe_and_they_are_found_there(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("hfgpt-*.whl")
 
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
     installed = tmp_path / "installed"
-
-    carried = {path.relative_to(installed) for path in installed.rglob("*.py")}
-    assert carried == {path.relative_to(ROOT) for path in (ROOT / "hfgpt").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
     assert (installed / "hfgpt" / TEMPLATE).read_bytes() == (ROOT / TEMPLATE).read_bytes()
-    assert (installed / "hfgpt" / "explore.html").is_file()
-    program = "from hfgpt.config import find_recipe; import sys; sys.stdout.write(str(find_recipe('demo')))"
-    found = subprocess.run(
-        [sys.executable, "-c", program], cwd=installed, check=True, capture_output=True, text=True
-    ).stdout
-    assert Path(found) == installed / "hfgpt" / "recipes" / "demo.yaml"
+    paths = [
+        subprocess.run([sys.executable, *words], cwd=installed, check=True, capture_output=True, text=True).stdout
+        for words in (
+            ["-m", "hfgpt", "recipes", "demo"],
+            ["-m", "hfgpt", "recipes", "slurm"],
+            ["-c", "import hfgpt.recipes.lecture as lecture; print(lecture.__file__)"],
+        )
+    ]
+    recipes = installed / "hfgpt" / "recipes"
+    assert [Path(path.strip()) for path in paths] == [
+        recipes / "demo.yaml",
+        recipes / "accelerate" / "slurm.sh",
+        recipes / "lecture" / "__init__.py",
+    ]

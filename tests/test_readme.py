@@ -25,7 +25,7 @@ TINY_RUN = (
 SMALLER = [
     (r"hfgpt train demo output_dir=out/two.*", r"\g<0> train.save_every=0 " + TINY_RUN),
     (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.source=null data.files=my.txt " + TINY_RUN),
-    (r"hfgpt train recipes/finetune.yaml.*", r"\g<0> data.block_size=32 optim.warmup_steps=1 sample.max_new_tokens=3"),
+    (r"hfgpt train finetune.*", r"\g<0> data.block_size=32 optim.warmup_steps=1 sample.max_new_tokens=3"),
     (r"--random small", r"--random small --layers 1"),
     (r"openai-community/gpt2", r"tiny-gpt2"),  # the Hub cannot be reached: a random GPT-2 of transformers stands in
 ]
@@ -44,7 +44,7 @@ def commands(block):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lines, tokenizer):
-    """A folder with what the README's reader has: a text, the recipes, and in place of the Hub a small GPT-2."""
+    """A folder with what the README's reader has: a text, and in place of the Hub a small GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from hfgpt import HFGPTConfig, HFGPTForCausalLM
@@ -52,7 +52,6 @@ def folder(tmp_path_factory, lines, tokenizer):
 
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my.txt").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "LICENSE").symlink_to(ROOT / "LICENSE")
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "tiny-gpt2")

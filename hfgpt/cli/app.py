@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from hfgpt.recipes import run_recipes
 from hfgpt.stdout import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
-    "Prepare": ("doctor", "config", "tokenizer", "data"),
-    "Train": ("train", "compare", "bench"),
+    "Prepare": ("doctor", "recipes", "config", "tokenizer", "data"),
+    "Train": ("train", "lecture", "compare", "bench"),
     "Use": ("evaluate", "explore", "generate", "play"),
     "Convert": ("verify", "convert"),
     "Share": ("card", "update-code", "push", "pull"),
@@ -70,12 +71,12 @@ app = Commands(
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Offer the recipe that comes with hfgpt, YAML files, and folders to look further in."""
+    """Offer the recipes that come with hfgpt, YAML files, and folders to look further in."""
     folder, slash, begin = incomplete.rpartition("/")
     there = [path for path in sorted(Path(folder + slash).glob("*")) if path.name.startswith(begin)]
     files = [f"{folder}{slash}{path.name}" for path in there if path.suffix in (".yaml", ".yml")]
     folders = [f"{folder}{slash}{path.name}/" for path in there if path.is_dir() and not path.name.startswith(".")]
-    return [*(["demo"] if "demo".startswith(incomplete) else []), *files, *folders]
+    return [*(name for name in run_recipes() if name.startswith(incomplete)), *files, *folders]
 
 
 def complete_override(incomplete: str) -> list[str]:
@@ -107,7 +108,10 @@ Overrides = Annotated[
     ),
 ]
 Recipe = Annotated[
-    str, typer.Argument(help="A YAML file, or `demo`.", metavar="RECIPE", autocompletion=complete_recipe)
+    str,
+    typer.Argument(
+        help="A YAML file, or a name: `hfgpt recipes` lists them.", metavar="RECIPE", autocompletion=complete_recipe
+    ),
 ]
 
 

@@ -1,13 +1,29 @@
 """Commands about a run: its recipe, its tokenizer, its training."""
 
 import json
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
+from hfgpt.recipes import bundled_recipes
+from hfgpt.stdout import result_stream
+
+LECTURE_STEPS = (
+    *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
+    *("training", "temperature", "top_k", "resume", "gpt2"),
+)
+"""Said here as well as in the lecture, whose import takes seconds."""
+
+
+def complete_step(incomplete: str) -> list[str]:
+    """Offer the steps of the lecture."""
+    return [step for step in LECTURE_STEPS if step.startswith(incomplete)]
+
 
 tokenizer_app = Commands(help="Train a tokenizer by itself.", no_args_is_help=True)
 data_app = Commands(help="Prepare the text of a run by itself.", no_args_is_help=True)
@@ -26,6 +42,46 @@ def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -
         print_json({"config": asdict(loaded), "origins": origins})
     else:
         print_result(annotated_yaml(loaded, origins, writes_unicode()), end="")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print the path of this one's file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that come with hfgpt, and what takes them."""
+    found = {recipe.name: recipe for recipe in bundled_recipes()}
+    if name is not None and name not in found:
+        raise ValueError(f"no recipe {name!r} comes with hfgpt. There are {', '.join(found)}.")
+    if as_json:
+        chosen = found if name is None else {name: found[name]}
+        print_json({key: {**asdict(recipe), "path": str(recipe.path)} for key, recipe in chosen.items()})
+    elif name is not None:
+        print_result(found[name].path)
+    else:
+        width = max(map(len, found))
+        for use, group in groupby(found.values(), key=lambda recipe: recipe.use):
+            print_result(use)
+            for recipe in group:
+                print_result(f"  {recipe.name:<{width}}  {recipe.about}")
+
+
+@app.command()
+def lecture(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"Steps ({', '.join(LECTURE_STEPS)}; none means all) and values that differ from the recipe's.",
+            metavar="[STEP | KEY=VALUE]...",
+            autocompletion=complete_step,
+        ),
+    ] = None,
+) -> None:
+    """Run the lecture on pretraining a GPT, whole or step by step."""
+    from hfgpt.recipes.lecture.__main__ import run
+
+    with redirect_stdout(result_stream()):  # all that the steps print is their result
+        run([word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word])
 
 
 @tokenizer_app.command("train")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Many machines with SLURM, eight GPUs each: sbatch recipes/accelerate/slurm.sh recipes/mine.yaml
+# Many machines with SLURM, eight GPUs each: `sbatch "$(hfgpt recipes slurm)" mine.yaml`.
 # Two minutes before the time is up SLURM sends TERM, which the launchers pass on: the run writes a checkpoint and ends,
 # and the job puts itself back into the queue, to go on where it stopped. `output_dir` must be on a shared disk.
 # Written without a cluster at hand: an example to adapt, not a job that was run.
@@ -17,7 +17,7 @@ set -uo pipefail
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export first_node
 # One launcher a node; `--machine_rank` differs, so it is read there. exec: the signal reaches the launcher itself.
-srun bash -c 'exec accelerate launch --config_file recipes/accelerate/gpus.yaml \
+srun bash -c 'exec accelerate launch --config_file "$(hfgpt recipes gpus)" \
     --num_machines "$SLURM_NNODES" --num_processes "$((8 * SLURM_NNODES))" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$first_node" --main_process_port 29500 \
     -m hfgpt train "$0" --resume' "$1"

@@ -1,1 +1,1 @@
-"""The lecture on pretraining a GPT, as a recipe that runs whole or step by step: `python -m recipes.lecture`."""
+"""The lecture on pretraining a GPT, as a recipe that runs whole or step by step: `hfgpt lecture`."""

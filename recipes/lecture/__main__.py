@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run steps; returns the exit code."""
     shown = "\n".join(f"  {name:12}{(step.__doc__ or '').splitlines()[0]}" for name, step in STEPS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.lecture",
+        prog="python -m hfgpt.recipes.lecture",
         description="The lecture on pretraining a GPT, whole or step by step.",
         epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(KNOBS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

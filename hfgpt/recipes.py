@@ -1,0 +1,82 @@
+"""The recipes that come with hfgpt: the wheel carries them in `hfgpt/recipes`, a checkout beside the package.
+
+This file is also the package `hfgpt.recipes`, whose modules, such as `hfgpt.recipes.lecture`, are in that folder.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+USES = {
+    ".": "hfgpt train NAME",
+    "lecture": "hfgpt lecture",
+    "lm-eval": "hfgpt evaluate MODEL --tasks NAME",
+    "accelerate": 'accelerate launch --config_file "$(hfgpt recipes NAME)" -m hfgpt train demo',
+}
+"""What the recipes of each folder are for."""
+
+
+def package_file(relative: str) -> Path:
+    """Path of a file or folder that the wheel carries inside `hfgpt/`, and a checkout beside it."""
+    installed = PACKAGE / relative
+    return installed if installed.exists() else PACKAGE.parent / relative
+
+
+__path__ = [str(package_file("recipes"))]  # makes a package of a module
+
+
+@dataclass(frozen=True)
+class BundledRecipe:
+    """A recipe that comes with hfgpt.
+
+    Attributes:
+        name: of its file, without the ending.
+        path: of its file.
+        use: a command that takes it.
+        about: what it is, in a line.
+    """
+
+    name: str
+    path: Path
+    use: str
+    about: str
+
+
+def bundled_recipes() -> list[BundledRecipe]:
+    """All of them, in the order of `USES`."""
+    found = []
+    for folder, use in USES.items():
+        for path in sorted(package_file(f"recipes/{folder}").iterdir()):
+            if path.suffix in (".yaml", ".sh"):
+                first = re.search(r"^# (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                found.append(BundledRecipe(path.stem, path, use, first[1] if first else ""))
+    return found
+
+
+def find_bundled(name: str, folder: str = ".") -> Path | None:
+    """The YAML file of a name in one of the folders; None if there is none."""
+    path = package_file(f"recipes/{folder}/{name}.yaml")
+    return path if re.fullmatch(r"[\w-]+", name) and path.is_file() else None
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Find the recipe of a run by path, or by the name of one that comes with hfgpt.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    bundled = find_bundled(str(recipe))
+    if bundled is None:
+        names = ", ".join(f"`{name}`" for name in run_recipes())
+        raise ValueError(f"no recipe {str(recipe)!r}: it is neither a file nor the name of a recipe here ({names}).")
+    return bundled
+
+
+def run_recipes() -> list[str]:
+    """The names of recipes that `hfgpt train` takes."""
+    return sorted(path.stem for path in package_file("recipes").glob("*.yaml"))
