@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test test-all faults upstream lint venv clean
+.PHONY: demo test test-all faults upstream release-check lint venv clean
 
 demo: venv
 	$(BIN)/hfgpt train demo --resume
@@ -30,6 +30,11 @@ lint: .venv/tested
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The package as it would be published: built, looked into, and tried in a new environment. Needs PyPI; ten minutes.
+release-check:
+	rm -rf dist
+	$(PYTHON) tests/release_check.py dist $(FIRST)
 
 # What a run needs; the checks need more, and add it to the same environment.
 venv: .venv/installed

@@ -1,5 +1,6 @@
 """What an installed hfgpt carries: its code, and the files that it reads as data."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from release_check import check_contents
 
 import hfgpt.recipes
 from hfgpt.card import TEMPLATE
@@ -51,11 +54,32 @@ def test_the_package_explains_every_public_name():
         assert command in hfgpt.__doc__
 
 
+def test_a_release_runs_no_action_that_could_change_and_has_no_right_that_it_does_not_use():
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    parsed = yaml.safe_load(workflow)
+
+    used = re.findall(r"uses: (\S+)(.*)", workflow)
+    assert len(used) >= 5
+    for action, comment in used:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action)
+        assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment)
+    assert parsed[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` so
+    assert parsed["permissions"] == {}
+    assert {name: job["permissions"] for name, job in parsed["jobs"].items()} == {
+        "build": {"contents": "read"},
+        "attest": {"attestations": "write", "id-token": "write"},
+        "publish": {"id-token": "write"},
+    }
+    assert "secrets." not in workflow
+
+
 @pytest.mark.slow
 def test_a_wheel_carries_the_code_and_every_recipe_and_they_are_found_there(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("hfgpt-*.whl")
+
+    check_contents(wheel)
 
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
