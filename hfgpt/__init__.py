@@ -21,6 +21,8 @@ registers itself with transformers' Auto classes when those are first used.
 """
 
 import importlib
+import logging
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -51,6 +53,9 @@ __all__ = [
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # every Auto class imports it, AutoConfig nothing else
 
+NEWEST_TRIED = (5, 24)
+"""The newest minor version of transformers that hfgpt's tests were run with; a newer one is taken, with a warning."""
+
 
 def __getattr__(name: str) -> object:
     if name not in PUBLIC_NAMES:
@@ -74,6 +79,19 @@ def register_with_transformers() -> None:
     for auto_class, model_class in AUTO_CLASSES.items():
         getattr(transformers, auto_class).register(HFGPTConfig, model_class, exist_ok=True)
     gpt2.register()
+    warn_of_untried(transformers.__version__)
+
+
+def warn_of_untried(version: str) -> None:
+    """Say that this transformers is newer than any that was tried; of many processes, one says it."""
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) > NEWEST_TRIED and os.environ.get("RANK", "0") == "0":
+        tried = ".".join(map(str, NEWEST_TRIED))
+        logging.getLogger("hfgpt").warning(
+            f"transformers {version} is newer than any that hfgpt {__version__} was tried with, up to {tried}. "
+            "`hfgpt verify --random small` says whether the model is still right. "
+            f"If not: `pip install 'transformers<{major}.{minor}'`, or a newer hfgpt."
+        )
 
 
 class RegisterAfterAutoClasses(MetaPathFinder):

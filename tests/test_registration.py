@@ -76,6 +76,34 @@ def test_import_hfgpt_imports_neither_torch_nor_transformers():
     assert not loaded - {"hfgpt"} - sys.stdlib_module_names
 
 
+def with_version(version, rank="0"):
+    """What hfgpt writes when it meets a transformers of that version."""
+    program = f"import os, transformers\ntransformers.__version__ = {version!r}\nos.environ['RANK'] = {rank!r}\n"
+    done = run(program + "import hfgpt\nfrom transformers import AutoModel, AutoModelForCausalLM\nhfgpt.HFGPTModel")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""  # where a program that asked for --json reads
+    return done.stderr
+
+
+def test_a_transformers_that_was_never_tried_is_named_once_with_what_to_do():
+    major, minor = hfgpt.NEWEST_TRIED
+
+    [line] = with_version(f"{major}.{minor + 1}.0.dev0").splitlines()
+
+    assert line == (
+        f"transformers {major}.{minor + 1}.0.dev0 is newer than any that hfgpt {hfgpt.__version__} was tried with, up "
+        f"to {major}.{minor}. `hfgpt verify --random small` says whether the model is still right. If not: "
+        f"`pip install 'transformers<{major}.{minor + 1}'`, or a newer hfgpt."
+    )
+    assert with_version(f"{major}.{minor + 1}.0", rank="1") == ""  # the first process has said it
+
+
+def test_a_later_patch_of_a_tried_transformers_is_no_news():
+    major, minor = hfgpt.NEWEST_TRIED
+
+    assert with_version(f"{major}.{minor}.9") == ""
+
+
 def test_public_names_are_those_listed():
     assert {*hfgpt.__all__} <= {*dir(hfgpt)}
     assert all(getattr(hfgpt, name) is not None for name in hfgpt.__all__)
