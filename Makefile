@@ -2,8 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+PYTEST := python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all faults upstream release-check lint venv clean
+# The oldest transformers that pyproject.toml allows, and the tests that depend on its version most.
+FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+CORE := tests/test_modeling.py tests/test_registration.py tests/test_generation.py tests/decoding tests/citizen \
+	tests/training/test_loop.py tests/training/test_checkpoint.py
+
+.PHONY: demo test test-all test-floor test-newest test-oldest faults upstream release-check lint venv clean
 
 demo: venv
 	$(BIN)/hfgpt train demo --resume
@@ -12,18 +18,34 @@ demo: venv
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
-test-all: test
+test-all: test test-floor
 	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
+
+# transformers alone at its oldest.
+test-floor: .venv-floor/tested
+	.venv-floor/bin/$(PYTEST) $(CORE)
+
+# All direct dependencies at the newest and at the oldest that pyproject.toml allows; versions.md says what came.
+test-newest:
+	$(PYTHON) tests/ranges.py newest .venv-newest
+	.venv-newest/bin/$(PYTEST)
+
+test-oldest:
+	$(PYTHON) tests/ranges.py oldest .venv-oldest
+	.venv-oldest/bin/$(PYTEST) -W ignore::DeprecationWarning
 
 # What a run survives, and what a push and a pull do, counted; about half an hour.
 faults: .venv/tested
 	$(BIN)/python tests/training/faults.py
 	HF_HUB_VERBOSITY=error $(BIN)/python tests/hub/hub_faults.py
 
-# transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt.
-upstream: .venv/tested
-	$(BIN)/python tests/upstream/fetch.py .upstream
-	PYTHONPATH=.upstream HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -o addopts= -o filterwarnings=ignore tests/upstream/test_mixins.py
+# transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt: those of the
+# version that we develop on, and those of the oldest.
+upstream: upstream-.venv upstream-.venv-floor
+
+upstream-%: %/tested
+	$*/bin/python tests/upstream/fetch.py .upstream/$*
+	PYTHONPATH=.upstream/$* HF_HUB_OFFLINE=1 $*/bin/$(PYTEST) -o addopts= -o filterwarnings=ignore tests/upstream/test_mixins.py
 
 lint: .venv/tested
 	$(BIN)/ruff check
@@ -48,5 +70,13 @@ venv: .venv/installed
 	$(INSTALL) ".[test]"
 	touch $@
 
+# Beside .venv's packages, all of which it sees, an older transformers of its own.
+.venv-floor/tested: .venv/tested
+	$(PYTHON) -m venv --clear .venv-floor
+	packages=$$(ls -d $(CURDIR)/.venv/lib/python*/site-packages) && \
+	echo "import site; site.addsitedir('$$packages')" > $$(ls -d .venv-floor/lib/python*/site-packages)/beside.pth
+	.venv-floor/bin/python -m pip install --quiet transformers==$(FLOOR)
+	touch $@
+
 clean:
-	rm -rf .venv .upstream out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .upstream out build dist .mypy_cache .pytest_cache .ruff_cache
