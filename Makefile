@@ -45,7 +45,8 @@ upstream: upstream-.venv upstream-.venv-floor
 
 upstream-%: %/tested
 	$*/bin/python tests/upstream/fetch.py .upstream/$*
-	PYTHONPATH=.upstream/$* HF_HUB_OFFLINE=1 $*/bin/$(PYTEST) -o addopts= -o filterwarnings=ignore tests/upstream/test_mixins.py
+	PYTHONPATH=.upstream/$* HF_HUB_OFFLINE=1 $*/bin/$(PYTEST) -o addopts= -o filterwarnings=default --disable-warnings \
+		tests/upstream/test_mixins.py
 
 lint: .venv/tested
 	$(BIN)/ruff check

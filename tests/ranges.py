@@ -49,7 +49,7 @@ def make(end: str, folder: Path) -> str:
     if subprocess.run([*resolve, *without_cuda], stderr=subprocess.DEVNULL).returncode:
         without_cuda = []
         subprocess.run(resolve, check=True)
-    install = [*uv, "install", "--quiet", "--python", python]
+    install = [*uv, "install", "--quiet", "--compile-bytecode", "--python", python]
     subprocess.run([*install, *without_cuda, "--requirement", lock], check=True)
     subprocess.run([*install, "--no-deps", "--editable", str(ROOT)], check=True)
     return subprocess.run([python, "-c", TABLE], check=True, capture_output=True, text=True).stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from release_check import check_contents
 
 import hfgpt.recipes
@@ -44,6 +45,33 @@ def test_a_file_is_found_inside_the_package_when_installed(tmp_path, monkeypatch
 
 def test_the_version_stands_in_one_way_only():
     assert PROJECT["project"]["version"] == hfgpt.__version__
+
+
+def requirements():
+    """Every direct dependency that the package or its extras name, by name."""
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    return {requirement.name.lower(): requirement for group in groups for requirement in map(Requirement, group)}
+
+
+def test_what_the_tests_are_pinned_to_lies_in_the_ranges_and_every_range_has_a_pin():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+
+    for name, requirement in requirements().items():
+        if name != "hfgpt":
+            assert requirement.specifier.contains(pins[name]), f"{requirement} and {pins[name]}"
+
+
+def test_every_range_begins_somewhere_so_that_its_oldest_release_can_be_tried():
+    for name, requirement in requirements().items():
+        if name not in ("hfgpt", "types-pyyaml"):
+            assert any(part.operator == ">=" for part in requirement.specifier), str(requirement)
+
+
+def test_the_newest_transformers_that_counts_as_tried_is_the_one_that_the_tests_are_pinned_to():
+    [pin] = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("transformers==")]
+
+    assert pin.removeprefix("transformers==").rpartition(".")[0] == ".".join(map(str, hfgpt.NEWEST_TRIED))
 
 
 def test_the_package_explains_every_public_name():
