@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 print("| | allowed | installed |", "|---|---|---|", f"| Python | | {platform.python_version()} |", sep="\\n")
 wanted = {requirement.name: requirement for requirement in map(Requirement, requires("hfgpt"))}
-for name in wanted.keys() - {"hfgpt", "ruff", "mypy", "import-linter", "types-PyYAML"}:
+for name in wanted.keys() - {"hfgpt", "ruff", "mypy", "import-linter", "types-pyyaml"}:
     wanted[name] = f"| {name} | {wanted[name].specifier} | {version(name)} |"
 print(*sorted(row for row in wanted.values() if isinstance(row, str)), sep="\\n")
 """
