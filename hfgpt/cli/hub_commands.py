@@ -76,10 +76,10 @@ def update_code(
 
     updated = update_code(folder)
     if not updated.replaced:
-        print(f"{folder}: its code is that of hfgpt {__version__}; nothing was changed")
+        print_result(f"{folder}: its code is that of hfgpt {__version__}; nothing was changed")
         return
     kept = "" if updated.kept_in is None else f"; what was there is in {updated.kept_in}"
-    print(f"{folder}: {', '.join(updated.replaced)} now of hfgpt {__version__}{kept}")
+    print_result(f"{folder}: {', '.join(updated.replaced)} now of hfgpt {__version__}{kept}")
     if (folder / hub.PULL_FILE).is_file():
         talk("it is no longer as it was pulled: `hfgpt push` brings the code to the Hub, and pull will not replace it")
 

@@ -104,7 +104,7 @@ class HFGPTPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, *args, **kwargs):
         if model.config.model_type == GPT2_SOURCE and GPT2_SOURCE not in USER_REGISTERED_MAPPINGS:
-            raise ValueError("these are GPT-2 files. Run `pip install hfgpt` and `import hfgpt` to import them.")
+            raise ValueError("these are GPT-2 files. Install hfgpt, and `import hfgpt`, to import them.")
         return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
