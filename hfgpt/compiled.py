@@ -69,9 +69,10 @@ def check_compiled(
         set_all(run.model.config, dropouts)
     if any(dropouts.values()):
         torch.compiler.reset()  # or the changed numbers would be compiled as if they were to change again and again
-    norm, eager_norm = length(gradients), length(eager_gradients)
+    scale = 1 / max(1, int(targets))  # of the mean, as in the lines of training
+    norm, eager_norm = length(gradients) * scale, length(eager_gradients) * scale
     torch._foreach_sub_(gradients, eager_gradients)
-    apart = length(gradients)
+    apart = length(gradients) * scale
     seconds = time.perf_counter() - started_at
     tolerance = TOLERANCES[run.config.train.precision]
     is_same = apart <= tolerance * eager_norm and abs(loss - eager_loss) <= tolerance * max(1.0, eager_loss)
