@@ -28,11 +28,11 @@ test-floor: .venv-floor/tested
 # All direct dependencies at the newest and at the oldest that pyproject.toml allows; versions.md says what came.
 test-newest:
 	$(PYTHON) tests/ranges.py newest .venv-newest
-	.venv-newest/bin/$(PYTEST)
+	.venv-newest/bin/pytest -n 2 --dist worksteal
 
 test-oldest:
 	$(PYTHON) tests/ranges.py oldest .venv-oldest
-	.venv-oldest/bin/$(PYTEST) -W ignore::DeprecationWarning
+	.venv-oldest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 # What a run survives, and what a push and a pull do, counted; about half an hour.
 faults: .venv/tested

@@ -67,6 +67,9 @@ def check_launcher(config: RunConfig) -> None:
             f"the launcher asks for `dynamo_backend` {backend}, the recipe for `train.compile` "
             f"{str(train.compile).lower()}. {change}, or launch with `--dynamo_backend no`."
         )
+    if train.compile and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # A compiled model that accelerate (1.15) has split cannot be put together for a checkpoint: saving hangs.
+        raise ValueError("`train.compile` does not go with FSDP2. Set `train.compile=false`, or launch without it.")
     # DeepSpeed alone is told these two; without it accelerate (1.15) drops them.
     for name, knob, value, ignored in [
         ("gradient_accumulation_steps", "train.gradient_accumulation_steps", train.gradient_accumulation_steps, "1"),

@@ -48,6 +48,7 @@ def launched_with(monkeypatch):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], INDUCTOR),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, [], ACCUMULATION),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, [], CLIPPING),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["train.compile=true"], "`train.compile` does not go with FSDP2. Set `tra"),
         ({"ACCELERATE_DYNAMO_MODE": "max-autotune"}, ["train.compile=true"], "for `dynamo_mode` (ACCELERATE_DYNAMO_MO"),
         ({"ACCELERATE_DYNAMO_USE_FULLGRAPH": "True"}, [], "`dynamo_use_fullgraph` (ACCELERATE_DYNAMO_USE_FULLGRAPH is"),
         ({"ACCELERATE_DYNAMO_USE_DYNAMIC": "True"}, [], "`dynamo_use_dynamic`"),
