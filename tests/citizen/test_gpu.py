@@ -15,6 +15,8 @@ pytestmark = [
     # inductor, of models in fp32; and torch 2.11, when transformers warms a step up before it captures it
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    # dynamo of torch 2.11, when it compiles flex_attention's backward
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 
