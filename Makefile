@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
-PYTEST := python -m pytest -n 2 --dist worksteal
+PYTEST := pytest -n 2 --dist worksteal
 
 # The oldest transformers that pyproject.toml allows, and the tests that depend on its version most.
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
@@ -16,14 +16,14 @@ demo: venv
 	$(BIN)/hfgpt generate out/demo "The file object" --max-new-tokens 60 --seed 1
 
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/$(PYTEST)
 
 test-all: test test-floor
-	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not hub and not gpu'
+	$(BIN)/$(PYTEST) -m 'slow and not hub and not gpu'
 
 # transformers alone at its oldest.
 test-floor: .venv-floor/tested
-	.venv-floor/bin/$(PYTEST) $(CORE)
+	.venv-floor/bin/python -m $(PYTEST) $(CORE)
 
 # All direct dependencies at the newest and at the oldest that pyproject.toml allows; versions.md says what came.
 test-newest:
@@ -45,7 +45,7 @@ upstream: upstream-.venv upstream-.venv-floor
 
 upstream-%: %/tested
 	$*/bin/python tests/upstream/fetch.py .upstream/$*
-	PYTHONPATH=.upstream/$* HF_HUB_OFFLINE=1 $*/bin/$(PYTEST) -o addopts= -o filterwarnings=default --disable-warnings \
+	PYTHONPATH=.upstream/$* HF_HUB_OFFLINE=1 $*/bin/python -m $(PYTEST) -o addopts= -o filterwarnings=default --disable-warnings \
 		tests/upstream/test_mixins.py
 
 lint: .venv/tested

@@ -225,12 +225,15 @@ def test_an_archive_written_again_is_read(make_source):
     assert all(torch.equal(before[name], each) for name, each in read(path).state_dict().items())
 
 
+# torch says of sparse tensors that it checks them (2.15), or that it does not (2.11), before hfgpt refuses them.
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({3: torch.ones(2)}, "3: a Stored, where named tensors were to be expected"),
         ({"step": 7}, "'step': a int, where named tensors were to be expected"),
-        ({"transformer.wpe.weight": torch.eye(64, 32).to_sparse()}, "a tensor that is sparse"),
+        ({"transformer.wpe.weight": torch.eye(64, 32).to_sparse()}, "a tensor that is sparse|not allocated yet"),  # the latter by 2.15
         ({"transformer.wpe.weight": torch.ones(64, 32, dtype=torch.complex64)}, "wpe.weight: holds torch.complex64"),
         ({"transformer.wpe.weight": torch.ones(64, 32).to(torch.float8_e4m3fn)}, "wpe.weight: holds torch.float8"),
         ({"transformer.wpe.weight": torch.ones(64, 32, dtype=torch.int8)}, "wpe.weight: holds torch.int8"),
