@@ -44,9 +44,11 @@ def folder(tmp_path_factory):
     torch.save({"ids": ids, "rows": ROWS}, folder / "given.pt")
     torch.save(said, folder / "said by hfgpt.pt")
 
-    # -I: neither the current folder nor PYTHONPATH, so that nothing but the installed packages is found.
+    # -I: neither the current folder nor PYTHONPATH, so that nothing but the installed packages is found. torch says the
+    # other to itself, when an old DeepSpeed imports its compiler.
+    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"]
     done = subprocess.run(
-        [sys.executable, "-I", "-W", "error", str(PROGRAM), str(folder)],
+        [sys.executable, "-I", *warnings, str(PROGRAM), str(folder)],
         env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
         capture_output=True,
         text=True,
