@@ -108,9 +108,10 @@ def refuse_missing_positions(position_ids: Tensor, past_key_values: Cache | None
         length = past_length + length if is_counted else past_key_values.get_max_length()
     may_be_too_long = length > limit
     if is_tracing(position_ids):
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # not above: it imports sympy, a slow one
 
-        if guard_or_false(may_be_too_long):  # a symbol that torch 2.11's export knows nothing of counts as short
+        # A length of which the ONNX export of torch 2.11 may know nothing counts as short.
+        if guard_or_false(may_be_too_long):
             torch._assert_async(
                 position_ids.max() < limit, f"the sequence is longer than `max_position_embeddings` ({limit})."
             )
