@@ -86,11 +86,13 @@ def warn_of_untried(version: str) -> None:
     """Say that this transformers is newer than any that was tried; of many processes, one says it."""
     major, minor = map(int, version.split(".")[:2])
     if (major, minor) > NEWEST_TRIED and os.environ.get("RANK", "0") == "0":
+        from hfgpt.extras import install_command  # not above: `import hfgpt` is to cost next to nothing
+
         tried = ".".join(map(str, NEWEST_TRIED))
         logging.getLogger("hfgpt").warning(
             f"transformers {version} is newer than any that hfgpt {__version__} was tried with, up to {tried}. "
             "`hfgpt verify --random small` says whether the model is still right. "
-            f"If not: `pip install 'transformers<{major}.{minor}'`, or a newer hfgpt."
+            f"If not: `{install_command([f'transformers<{major}.{minor}'])}`, or a newer hfgpt."
         )
 
 

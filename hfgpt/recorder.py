@@ -14,7 +14,9 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from hfgpt.checkpoint import Position
 from hfgpt.overfitting import best_evaluation
@@ -44,6 +46,16 @@ def refuse_divergence(name: str, loss: float, step: int) -> None:
     """
     if not math.isfinite(loss):
         raise FloatingPointError(f"`{name}` is {loss} at step {step}: {DIVERGED}")
+
+
+class ShrinkingColumn(TextColumn):
+    """Text that is cut where a terminal is narrow; rich cuts the columns first that may wrap, the others not at all."""
+
+    def render(self, task: Task) -> Text:
+        """The text, on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Recorder:
@@ -100,10 +112,10 @@ class Recorder:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self.bar = Progress(
             TextColumn("step"),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            ShrinkingColumn("{task.description}", table_column=Column()),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self.console,
             disable=not sys.stderr.isatty(),
             transient=True,

@@ -73,7 +73,7 @@ def test_extras_that_are_missing_are_listed_with_what_is_wanted(monkeypatch):
 
     monkeypatch.setattr(doctor, "is_met", lambda needed: needed.name != "trackio" and installed(needed))
 
-    assert missing_packages("trackers") == ["trackio>=0.40"]
+    assert missing_packages("trackers") == ["trackio>=0.43"]
     assert missing_packages("gguf") == missing_packages(None) == []
 
 

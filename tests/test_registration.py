@@ -93,7 +93,7 @@ def test_a_transformers_that_was_never_tried_is_named_once_with_what_to_do():
     assert line == (
         f"transformers {major}.{minor + 1}.0.dev0 is newer than any that hfgpt {hfgpt.__version__} was tried with, up "
         f"to {major}.{minor}. `hfgpt verify --random small` says whether the model is still right. If not: "
-        f"`pip install 'transformers<{major}.{minor + 1}'`, or a newer hfgpt."
+        f'`{sys.executable} -m pip install "transformers<{major}.{minor + 1}"`, or a newer hfgpt.'
     )
     assert with_version(f"{major}.{minor + 1}.0", rank="1") == ""  # the first process has said it
 

@@ -197,7 +197,8 @@ def test_a_killed_pull_goes_on_with_what_is_missing(hub, tmp_path):
     pull("anna/demo", tmp_path / "copy")
 
     assert 0 < len(there) < 6
-    assert len(hub.requests("storage-get")) == 6 - len(there)
+    # By name: what the killed process had asked for last may be heard of only now.
+    assert len({seen.path for seen in hub.requests("storage-get")}) == 6 - len(there)
     assert copied(tmp_path / "copy") == hub.files("anna/demo")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".copy")] == []
 
