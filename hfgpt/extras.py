@@ -8,7 +8,7 @@ import importlib.metadata
 import shlex
 import sys
 from collections.abc import Iterable
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -42,7 +42,8 @@ def brought_by(package: str) -> tuple[str, Requirement] | None:
 def install_command(packages: Iterable[str]) -> str:
     """A command that installs packages into the environment that runs this, whether it has a pip or uv made it."""
     python = shlex.quote(sys.executable)
-    installer = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    has_pip = PathFinder.find_spec("pip")  # importlib.util's would let setuptools warn of distutils
+    installer = f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
     return " ".join([installer, *(f'"{package}"' for package in packages)])
 
 

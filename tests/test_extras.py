@@ -53,7 +53,7 @@ def test_the_command_installs_into_the_python_that_gave_it(tmp_path):
 
 
 def test_where_there_is_no_pip_the_command_is_that_of_uv(monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.PathFinder, "find_spec", lambda name: None)
 
     assert install_command(["gguf>=0.17"]) == f'uv pip install --python {sys.executable} "gguf>=0.17"'
 

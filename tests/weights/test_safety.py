@@ -233,10 +233,8 @@ def test_an_archive_written_again_is_read(make_source):
     [
         ({3: torch.ones(2)}, "3: a Stored, where named tensors were to be expected"),
         ({"step": 7}, "'step': a int, where named tensors were to be expected"),
-        (
-            {"transformer.wpe.weight": torch.eye(64, 32).to_sparse()},
-            "a tensor that is sparse|not allocated yet",
-        ),  # the latter by 2.15
+        # torch 2.15 refuses it itself, in its own words.
+        ({"transformer.wpe.weight": torch.eye(64, 32).to_sparse()}, "a tensor that is sparse|not allocated yet"),
         ({"transformer.wpe.weight": torch.ones(64, 32, dtype=torch.complex64)}, "wpe.weight: holds torch.complex64"),
         ({"transformer.wpe.weight": torch.ones(64, 32).to(torch.float8_e4m3fn)}, "wpe.weight: holds torch.float8"),
         ({"transformer.wpe.weight": torch.ones(64, 32, dtype=torch.int8)}, "wpe.weight: holds torch.int8"),
