@@ -113,7 +113,7 @@ class Recorder:
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            BarColumn(),
+            BarColumn(bar_width=20),
             ShrinkingColumn("{task.description}", table_column=Column()),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self.console,
