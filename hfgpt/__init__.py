@@ -86,7 +86,7 @@ def warn_of_untried(version: str) -> None:
     """Say that this transformers is newer than any that was tried; of many processes, one says it."""
     major, minor = map(int, version.split(".")[:2])
     if (major, minor) > NEWEST_TRIED and os.environ.get("RANK", "0") == "0":
-        from hfgpt.extras import install_command  # not above: `import hfgpt` is to cost next to nothing
+        from hfgpt.system.extras import install_command  # not above: `import hfgpt` is to cost next to nothing
 
         tried = ".".join(map(str, NEWEST_TRIED))
         logging.getLogger("hfgpt").warning(

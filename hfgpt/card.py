@@ -15,9 +15,9 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
 
-from hfgpt.disk import write_atomically
 from hfgpt.recipes import package_file
-from hfgpt.results import PLOT_FILE, RESULTS_FILE, fenced, write_json
+from hfgpt.results import PLOT_FILE, RESULTS_FILE, fenced
+from hfgpt.system.storage import write_atomically, write_json
 
 TEMPLATE = "cards/model_card.md"
 CARD_FILE, EVALUATION_FILE = "README.md", ".eval_results/perplexity.yaml"

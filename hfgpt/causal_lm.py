@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.patience import limit_waiting
-from hfgpt.recorder import talk
+from hfgpt.system.console import print_status
+from hfgpt.system.network import limit_waiting
 from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import load, openai
 from hfgpt.weights.files import refuse_what_is_not_there
@@ -75,7 +75,9 @@ def load_causal_lm(
             "Random numbers would stand in for them."
         )
     if unused := sorted(loading["unexpected_keys"]):
-        talk(f"{source}: {len(unused)} tensors of its weights have no place in the model, such as {unused[0]!r}.")
+        print_status(
+            f"{source}: {len(unused)} tensors of its weights have no place in the model, such as {unused[0]!r}."
+        )
     return model.eval(), load_tokenizer(tokenizer or source)
 
 

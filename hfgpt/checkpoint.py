@@ -19,8 +19,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from hfgpt.disk import make_readable, sync, write_atomically
-from hfgpt.manifest import MANIFEST, check_files, read_manifest, seal, sha256, unseal
+from hfgpt.system.storage import (
+    MANIFEST,
+    check_files,
+    make_readable,
+    read_manifest,
+    seal,
+    sha256,
+    sync,
+    unseal,
+    write_atomically,
+)
 
 STAGING_PREFIX = ".tmp-checkpoint-"
 SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin another

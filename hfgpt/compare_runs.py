@@ -18,9 +18,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from hfgpt.config import flatten, load_config
-from hfgpt.disk import write_atomically
 from hfgpt.overfitting import best_evaluation
 from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
+from hfgpt.system.storage import write_atomically
 
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hfgpt import pydoc_source
 from hfgpt.knobs import DataConfig
-from hfgpt.patience import limit_waiting
+from hfgpt.system.network import limit_waiting
 
 # How files are read: as one document each, or by the loader of `datasets` of that name.
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -20,20 +20,11 @@ from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation
 from hfgpt.processes import count_parameters, engine, load_weights, split_again
 from hfgpt.recorder import METRICS_FILE, Recorder
-from hfgpt.results import (
-    PLOT_FILE,
-    RESULTS_FILE,
-    comparable_lines,
-    environment,
-    peak_memory_bytes,
-    plot_losses,
-    read_metrics,
-    training_speed,
-    write_json,
-)
+from hfgpt.results import PLOT_FILE, RESULTS_FILE, comparable_lines, plot_losses, read_metrics, training_speed
 from hfgpt.run import Run
-from hfgpt.speed import matmul_peak
 from hfgpt.stopping import Stopped, StopRequest
+from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
+from hfgpt.system.storage import write_json
 from hfgpt.tokenizer import bytes_of_ids
 from hfgpt.weights import load
 

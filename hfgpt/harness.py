@@ -16,9 +16,9 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfgpt.extras import needs
 from hfgpt.recipes import find_bundled
-from hfgpt.recorder import talk
+from hfgpt.system.console import print_status
+from hfgpt.system.extras import needs
 
 TaskDict = dict[str, dict[str, Any]]
 """Tasks, groups of tasks and what is in them, by name, as the harness passes them on."""
@@ -119,7 +119,9 @@ def run_tasks(
         )
         found: Any = evaluate(harness, tasks, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS)
     if cut.inputs:
-        talk(f"{cut.inputs:,} inputs of the tasks are longer than {context} tokens: lm-eval left out their beginnings.")
+        print_status(
+            f"{cut.inputs:,} inputs of the tasks are longer than {context} tokens: lm-eval left out their beginnings."
+        )
     return {name: figures(name, metrics, found) | {"context": context} for name, metrics in found["results"].items()}
 
 

@@ -19,9 +19,10 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
 from hfgpt import __version__
-from hfgpt.disk import make_readable, sync, write_atomically
-from hfgpt.patience import TRIES, HubError, Say, limit_waiting, one_line_errors, patiently, was_retried_by_the_client
+from hfgpt.patience import TRIES, HubError, Say, one_line_errors, patiently, was_retried_by_the_client
 from hfgpt.sharing import WEIGHTS, Plan, plan_push
+from hfgpt.system.network import limit_waiting
+from hfgpt.system.storage import make_readable, sync, write_atomically
 
 PULL_FILE = ".pulled.json"
 """Says, in a folder that was pulled, from where and with which checksums."""

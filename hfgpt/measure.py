@@ -17,8 +17,9 @@ from hfgpt.harness import find_tasks, run_tasks
 from hfgpt.knobs import DataConfig
 from hfgpt.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.processes import join_processes
-from hfgpt.results import peak_memory_bytes, write_json
 from hfgpt.run import RESULTS_FILE
+from hfgpt.system.machine import peak_memory_bytes
+from hfgpt.system.storage import write_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TextReport:
         device: of the model.
         processes: that shared the work.
         measurements: by stride; the first one is the context.
-        peak_memory_bytes: see `hfgpt.results.peak_memory_bytes`; of the process that needed most.
+        peak_memory_bytes: see `hfgpt.system.machine.peak_memory_bytes`; of the process that needed most.
     """
 
     documents: int

@@ -13,7 +13,6 @@ from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
 from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate
-from hfgpt.disk import make_readable
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
 from hfgpt.knobs import RunConfig
@@ -21,13 +20,11 @@ from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.processes import count_parameters, is_split, split_again, whole_weights
 from hfgpt.recorder import Recorder, refuse_divergence
-from hfgpt.results import (
-    write_json,
-)
 from hfgpt.rows import TokenRows
 from hfgpt.run import Run, prompt_ids
-from hfgpt.speed import matmul_peak, training_flops_per_token
 from hfgpt.stopping import Stopped, StopRequest
+from hfgpt.system.machine import matmul_peak, training_flops_per_token
+from hfgpt.system.storage import make_readable, write_json
 from hfgpt.text_stream import stream_text
 from hfgpt.trackers import Trackers
 

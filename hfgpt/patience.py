@@ -6,15 +6,12 @@ or a branch once, and waits for an answer for ever.
 
 import json
 import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
-from urllib.request import getproxies
 
 import httpx2
-from huggingface_hub import is_offline_mode, set_client_factory
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -23,15 +20,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils._http import default_client_factory
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 TRIES = 5
 FIRST_WAIT_SECONDS = 1.0
 """Before the second try; it doubles from one try to the next."""
 LONGEST_WAIT_SECONDS = 300.0
-ANSWER_SECONDS = 60.0
-"""How long the Hub may take to answer; huggingface_hub 2.4 itself would wait forever."""
 PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -40,46 +34,6 @@ Say = Callable[[str], None]
 
 class HubError(OSError):
     """The Hub does not do what it should, and waiting did not help."""
-
-
-@cache
-def limit_waiting() -> None:
-    """Let this process wait for no answer longer than `ANSWER_SECONDS`, and not at all where no names are resolved.
-
-    It is done once: it closes the client that other threads may be using.
-    """
-    set_client_factory(make_client)
-
-
-def make_client() -> httpx2.Client:
-    client = default_client_factory()
-    client.timeout = httpx2.Timeout(ANSWER_SECONDS, connect=10.0)
-    client.event_hooks["request"].insert(0, refuse_without_names)
-    return client
-
-
-def refuse_without_names(request: httpx2.Request) -> None:
-    """Take a machine without name service for offline: huggingface_hub (2.4) would try for 23 s, file by file.
-
-    Raises:
-        OfflineModeIsEnabled: what huggingface_hub raises when HF_HUB_OFFLINE is set; what is cached can be used.
-    """
-    if getproxies():  # they resolve the names
-        return
-    try:
-        resolve(request.url.host)
-    except OSError as error:
-        raise OfflineModeIsEnabled(f"cannot reach {request.url.host}: no such name is known. Is it online?") from error
-
-
-@cache
-def resolve(host: str) -> None:
-    """Look a name up, once.
-
-    Raises:
-        OSError: nobody knows it; that is asked again.
-    """
-    socket.getaddrinfo(host, None)
 
 
 def patiently(

@@ -9,9 +9,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from hfgpt.generation import Writer, continue_text
-from hfgpt.recorder import talk
 from hfgpt.settings import Settings, make_settings, parse_settings, without_effect
-from hfgpt.stdout import result_stream
+from hfgpt.system.console import print_status, result_stream
 from hfgpt.terminal import open_console, stream_to
 
 MARKER = "> "
@@ -42,7 +41,7 @@ def play(writer: Writer, given: Mapping[str, Any]) -> None:
     start = settings = make_settings(given)
     last = ""
     if is_attended:
-        talk(f"{writer.source} is ready. /help says what can be typed here.")
+        print_status(f"{writer.source} is ready. /help says what can be typed here.")
     for line in read_lines(MARKER if is_attended else ""):
         command, _, rest = line.partition(" ")
         try:
@@ -51,11 +50,11 @@ def play(writer: Writer, given: Mapping[str, Any]) -> None:
             if command == "/set":
                 settings = changed(settings, rest)
             elif command == "/settings":
-                talk(describe(settings))
+                print_status(describe(settings))
             elif command == "/reset":
                 settings = start
             elif command == "/help":
-                talk(HELP)
+                print_status(HELP)
             elif command == "/again" and last:
                 write_on(writer, last, settings)
             elif line.startswith("/") and not line.startswith("//"):
@@ -66,7 +65,7 @@ def play(writer: Writer, given: Mapping[str, Any]) -> None:
         except ValueError as error:
             if not is_attended:
                 raise
-            talk(f"error: {error}")
+            print_status(f"error: {error}")
 
 
 def read_lines(marker: str) -> Iterator[str]:
@@ -78,12 +77,12 @@ def read_lines(marker: str) -> Iterator[str]:
             yield input(marker)
         except EOFError:
             if marker:
-                talk("")
+                print_status("")
             return
         except KeyboardInterrupt:
             if not marker:
                 raise
-            talk("\nCtrl-D or /quit leaves.")
+            print_status("\nCtrl-D or /quit leaves.")
 
 
 def changed(settings: Settings, text: str) -> Settings:
@@ -120,4 +119,4 @@ def write_on(writer: Writer, prompt: str, settings: Settings) -> None:
     try:
         stream_to(open_console(), prompt, pieces)
     except KeyboardInterrupt:
-        talk("(stopped)")
+        print_status("(stopped)")

@@ -32,12 +32,6 @@ PLAIN_LINES = 40
 DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
 
 
-def talk(text: str) -> None:
-    """Say something to the person at the terminal: on stderr, from the main process."""
-    if PartialState().is_main_process:
-        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
-
-
 def refuse_divergence(name: str, loss: float, step: int) -> None:
     """Stop a run whose loss is no number any more; its last checkpoint stays as it is.
 

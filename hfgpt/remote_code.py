@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfgpt import __version__
-from hfgpt.disk import new_path, sync, write_atomically
-from hfgpt.manifest import MANIFEST, amended_manifest, check_files
+from hfgpt.system.storage import MANIFEST, amended_manifest, check_files, new_path, sync, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -7,31 +7,21 @@ so a killed run leaves at most one torn end, which `truncate_after` takes away w
 import io
 import json
 import math
-import os
-import platform
 import re
-import resource
-import shutil
-import subprocess
-import sys
-import tomllib
-from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from hfgpt.disk import write_atomically
+from hfgpt.system.storage import encode_json, write_atomically
 
 RESULTS_FILE, PLOT_FILE = "results.json", "loss.png"
 
-PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 FIGURE_SIZE = (9.0, 5.5)
 """Width and height of loss.png, in inches."""
@@ -104,75 +94,6 @@ def training_speed(metrics: list[dict[str, Any]]) -> float | None:
         for before, after, record in zip(tokens[:-1], tokens[1:], training, strict=True)
     )
     return tokens[-1] / seconds if training else None
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON; the file is there as a whole or as it was before.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    write_atomically(path, encode_json(obj, f"in {Path(path).name}", indent=2) + b"\n")
-
-
-def encode_json(obj: Any, where: str, indent: int | None = None) -> bytes:
-    for name, number in non_finite_numbers(obj):
-        raise ValueError(
-            f"`{name}` is {number} {where}, and JSON has no such number. The run has diverged: lower "
-            "`optim.learning_rate`, or look for what is odd in the data."
-        )
-    return json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=indent).encode()
-
-
-def non_finite_numbers(obj: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted name and value of every NaN and infinity inside dictionaries and lists."""
-    if isinstance(obj, float) and not math.isfinite(obj):
-        yield name, obj
-    elif isinstance(obj, Mapping | list | tuple):
-        for key, value in obj.items() if isinstance(obj, Mapping) else enumerate(obj):
-            yield from non_finite_numbers(value, f"{name}.{key}" if name else str(key))
-
-
-def environment() -> dict[str, Any]:
-    """What produced a result: versions, platform, device, threads and commit. It is published, so it names nobody.
-
-    `commit` is None when hfgpt does not run from its own git checkout, or git is not installed.
-    """
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "platform": f"{platform.system()} {platform.machine()}",  # no kernel release: some name their host
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": git_commit(Path(__file__).parent.parent),
-    }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty or only the architecture
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def git_commit(root: Path) -> str | None:
-    """The commit that is checked out in `root`, or None if `root` is not a git work tree of hfgpt itself."""
-    pyproject = root / "pyproject.toml"
-    if not (root / ".git").exists() or not pyproject.exists() or shutil.which("git") is None:
-        return None
-    if tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}).get("name") != "hfgpt":
-        return None
-    # --git-dir: never the repository above or the one in GIT_DIR, which a git hook sets for its own.
-    command = ["git", "--git-dir", str(root / ".git"), "rev-parse", "--verify", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else None  # a repository without a commit has no HEAD
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory so far: the tensors on the current CUDA device if there are any, else the whole process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    process_bytes = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-    return torch.cuda.max_memory_allocated() or process_bytes  # 0 where CUDA is absent or was not used
 
 
 class SamplesFile:

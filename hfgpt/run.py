@@ -19,16 +19,16 @@ from hfgpt.checkpoint import Position
 from hfgpt.config import config_yaml, load_config
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, train_loader
-from hfgpt.disk import write_atomically
 from hfgpt.documents import load_documents
 from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.launcher import check_launcher
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.processes import join_processes, split_over_processes
-from hfgpt.recorder import talk
 from hfgpt.results import RESULTS_FILE
 from hfgpt.rows import TokenRows
+from hfgpt.system.console import print_status
+from hfgpt.system.storage import write_atomically
 from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
@@ -169,7 +169,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     else:
         model.to(PartialState().device)
         if config.train.shard:
-            talk("`train.shard` has no effect on one process: there is nothing to split.")
+            print_status("`train.shard` has no effect on one process: there is nothing to split.")
     lock = None
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     if not resume:
         return None
     if resume is True:
-        return checkpoint.newest_checkpoint(folder, warn=talk)
+        return checkpoint.newest_checkpoint(folder, warn=print_status)
     path = Path(resume)
     if not path.is_dir():
         there = ", ".join(found.name for found in checkpoint.checkpoints(folder)) or "none"

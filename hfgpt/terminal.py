@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hfgpt.explore import Exploration
 from hfgpt.generation import Written
-from hfgpt.stdout import result_stream
+from hfgpt.system.console import result_stream
 
 LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
 """Upper ends of the colours' ranges, in nats; the last colour has none."""

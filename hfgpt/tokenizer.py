@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hfgpt.patience import limit_waiting
+from hfgpt.system.network import limit_waiting
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -16,8 +16,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from hfgpt.config import flatten
-from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
+from hfgpt.system.extras import needs
 
 PROJECT = "hfgpt"
 """Under which trackers that have projects file a run; its name is that of its folder."""

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
+from hfgpt.system.extras import needs
 
 SETTINGS = {
     *("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),

@@ -22,11 +22,11 @@ import hfgpt as package
 from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
 from hfgpt.config import flatten, load_config
-from hfgpt.doctor import Finding
-from hfgpt.extras import needs
 from hfgpt.knobs import MODEL_FIELDS, RunConfig
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
+from hfgpt.system.doctor import Finding
+from hfgpt.system.extras import needs
 from hfgpt.tokenizer import load_tokenizer
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -482,9 +482,9 @@ def test_compare_prints_a_table_and_draws_a_picture(world):
 
 
 def test_doctor_prints_lines_to_read_or_one_object_and_fails_on_faults(monkeypatch):
-    monkeypatch.setattr("hfgpt.doctor.findings", lambda report: [])
+    monkeypatch.setattr("hfgpt.system.doctor.findings", lambda report: [])
     printed, as_json = hfgpt("doctor"), hfgpt("doctor", "--json")
-    monkeypatch.setattr("hfgpt.doctor.findings", lambda report: [Finding(True, "no disk.")])
+    monkeypatch.setattr("hfgpt.system.doctor.findings", lambda report: [Finding(True, "no disk.")])
     faulty = hfgpt("doctor")
 
     assert (printed.code, printed.err, as_json.code, as_json.out.count("\n")) == (0, "", 0, 1)

@@ -12,7 +12,7 @@ from small_models import make_model, write_task
 
 from hfgpt.measure import measure, render, save_tasks, to_json
 from hfgpt.perplexity import encode_texts, measure_texts
-from hfgpt.results import write_json
+from hfgpt.system.storage import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,23 +3,16 @@
 import json
 import math
 import os
-import platform
-import re
-import shutil
-import stat
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from hfgpt import results
-from hfgpt.results import MetricsLog, SamplesFile, peak_memory_bytes, plot_losses, read_metrics, write_json
+from hfgpt.results import MetricsLog, SamplesFile, plot_losses, read_metrics
 
 SETTINGS = {"max_new_tokens": 80, "temperature": 0.8, "top_k": 50}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def training_line(step: int, loss: float) -> dict:
@@ -100,117 +93,6 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
-
-
-# results.json
-
-
-def test_json_comes_back_as_it_was_written_and_ends_in_a_newline(tmp_path):
-    written = {"val_loss": 3.25, "step": 600, "environment": {"device": "Prozessor für alles", "commit": None}}
-
-    write_json(tmp_path / "results.json", written)
-
-    text = (tmp_path / "results.json").read_text(encoding="utf-8")
-    assert text == json.dumps(written, indent=2, ensure_ascii=False) + "\n"
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_a_written_file_has_the_mode_of_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_json(tmp_path / "results.json", {})
-    finally:
-        os.umask(before)
-
-    assert stat.S_IMODE((tmp_path / "results.json").stat().st_mode) == 0o666 & ~umask
-
-
-def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    def no_space(file_descriptor):
-        raise OSError(28, "No space left on device")
-
-    write_json(tmp_path / "results.json", {"val_loss": 3.0})
-    with pytest.raises(ValueError, match=r"`evaluations\.1\.val_loss` is nan in results\.json"):
-        write_json(tmp_path / "results.json", {"evaluations": [{"val_loss": 3.0}, {"val_loss": math.nan}]})
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "results.json", {"val_loss": 2.0})
-
-    assert os.listdir(tmp_path) == ["results.json"]
-    assert json.loads((tmp_path / "results.json").read_text()) == {"val_loss": 3.0}
-
-
-# the environment
-
-
-def test_the_environment_says_what_ran():
-    found = results.environment()
-
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert found["cpu_count"] == os.cpu_count()
-    assert found["threads"] == torch.get_num_threads()
-    assert all(found[name] for name in (*results.PACKAGES, "platform", "device"))
-    assert found == json.loads(json.dumps(found))
-
-
-def test_the_environment_names_no_machine_no_user_and_no_folder():
-    text = " ".join(map(str, results.environment().values()))
-
-    for private in {platform.node(), Path.home().name, str(Path(results.__file__).parent.parent)} - {""}:
-        assert not re.search(rf"(?<!\w){re.escape(private)}(?!\w)", text)
-
-
-def checkout(root: Path, name: str) -> Path:
-    """The least that git takes for a repository, with `COMMIT` checked out."""
-    for folder in ("objects", "refs"):
-        (root / ".git" / folder).mkdir(parents=True)
-    (root / ".git" / "HEAD").write_text(COMMIT + "\n")
-    (root / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n')
-    return root
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_the_commit_is_that_of_hfgpts_own_checkout(tmp_path, monkeypatch):
-    own = checkout(tmp_path / "own", "hfgpt")
-    another = checkout(tmp_path / "another", "somebody-elses")
-    (own / "site-packages").mkdir()
-
-    assert results.git_commit(own) == COMMIT
-    assert results.git_commit(another) is None
-    assert results.git_commit(own / "site-packages") is None  # a wheel, installed somewhere inside a checkout
-    (another / ".git" / "HEAD").write_text(COMMIT[::-1])
-    monkeypatch.setenv("GIT_DIR", str(another / ".git"))  # as in a hook of another repository
-    assert results.git_commit(own) == COMMIT
-
-
-def test_there_is_no_commit_before_the_first_one_and_none_without_git(tmp_path, monkeypatch):
-    own = checkout(tmp_path / "own", "hfgpt")
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert results.git_commit(own) is None
-    monkeypatch.undo()
-    (own / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
-    assert results.git_commit(own) is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the memory of the process")
-def test_peak_memory_is_in_bytes_and_remembers_what_was_freed():
-    tensor = torch.ones(64, 2**20)  # 256 MiB
-    with_tensor = peak_memory_bytes()
-    del tensor
-
-    assert 256 * 2**20 < with_tensor < 64 * 2**30
-    assert peak_memory_bytes() >= with_tensor
-
-
-@pytest.mark.gpu
-def test_peak_memory_on_a_gpu_is_that_of_its_tensors():
-    tensor = torch.ones(64, 2**20, device="cuda")
-    del tensor
-
-    assert torch.cuda.max_memory_allocated() == peak_memory_bytes() >= 256 * 2**20
-    assert results.environment()["device"] == torch.cuda.get_device_name()
 
 
 # loss.png

@@ -14,9 +14,9 @@ from typing import NoReturn
 from typer.exceptions import TyperException
 
 from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
-from hfgpt.cli.app import app, talk
-from hfgpt.extras import brought_by, needs
-from hfgpt.stdout import result_stream
+from hfgpt.cli.app import app
+from hfgpt.system.console import print_status, result_stream
+from hfgpt.system.extras import brought_by, needs
 
 # What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -48,7 +48,7 @@ def main() -> None:
         is_misuse = isinstance(error, MISUSES) or getattr(error, "errno", None) == errno.ENAMETOOLONG
         fail(message, 2 if is_misuse else 1)
     if code == INTERRUPTED:
-        talk("stopped at once; the last checkpoint is as it was.")
+        print_status("stopped at once; the last checkpoint is as it was.")
     raise SystemExit(code)
 
 
@@ -59,7 +59,7 @@ def fail(message: str, code: int) -> NoReturn:
     except OSError:
         give_stdout_up()
     if message:
-        talk(f"error: {' '.join(message.split())}")
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - every process says its own
     raise SystemExit(code) from None
 
 

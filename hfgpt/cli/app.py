@@ -2,7 +2,6 @@
 
 import ast
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hfgpt.recipes import run_recipes
-from hfgpt.stdout import reserve_stdout, result_stream
+from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
     "Prepare": ("doctor", "recipes", "config", "tokenizer", "data"),
@@ -148,11 +147,6 @@ def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
         return
     with console.status(doing):
         yield
-
-
-def talk(text: str) -> None:
-    """Say something on stderr; hfgpt.recorder's `talk` would import torch, which not every command needs."""
-    print(text, file=sys.stderr)  # noqa: T201
 
 
 def print_result(text: object, end: str = "\n") -> None:

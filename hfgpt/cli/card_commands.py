@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import app, busy, print_result, talk
+from hfgpt.cli.app import app, busy, print_result
+from hfgpt.system.console import print_status
 
 
 @app.command()
@@ -28,7 +29,7 @@ def card(
     if check:
         difference = compare_card(folder)
         if difference is not None:
-            talk(f"error: {difference} `hfgpt card {folder}` writes it anew.")
+            print_status(f"error: {difference} `hfgpt card {folder}` writes it anew.")
             raise typer.Exit(1)
         return
     verified = None

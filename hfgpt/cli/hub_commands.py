@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, app, print_json, print_result, talk
+from hfgpt.cli.app import Json, app, print_json, print_result
+from hfgpt.system.console import print_status
 
 Repository = Annotated[str, typer.Argument(help="Name on the Hub, `user/model`.", metavar="USER/MODEL")]
 
@@ -46,7 +47,7 @@ def push(
         for name, reason in plan.stays.items():
             print_result(f"  {name:<{width}}  {as_size(plan.size(name)):>9}  {reason}")
         for note in plan.notes:
-            talk(note)
+            print_status(note)
         return
     pushed = hub.push(
         folder,
@@ -57,12 +58,12 @@ def push(
         tag=tag,
         message=message,
         own_code=own_code,
-        say=talk,
+        say=print_status,
     )
     if as_json:
         print_json(asdict(pushed))
     else:
-        talk("pushed" if pushed.is_new else "the Hub holds these files already; nothing was sent")
+        print_status("pushed" if pushed.is_new else "the Hub holds these files already; nothing was sent")
         print_result(pushed.url)
 
 
@@ -81,7 +82,9 @@ def update_code(
     kept = "" if updated.kept_in is None else f"; what was there is in {updated.kept_in}"
     print_result(f"{folder}: {', '.join(updated.replaced)} now of hfgpt {__version__}{kept}")
     if (folder / hub.PULL_FILE).is_file():
-        talk("it is no longer as it was pulled: `hfgpt push` brings the code to the Hub, and pull will not replace it")
+        print_status(
+            "it is no longer as it was pulled: `hfgpt push` brings the code to the Hub, and pull will not replace it"
+        )
 
 
 @app.command()
@@ -94,12 +97,12 @@ def pull(
     """Fetch a model from the Hub, and check every file against the Hub's checksum."""
     from hfgpt import hub
 
-    pulled = hub.pull(repo_id, folder, revision=revision, say=talk)
+    pulled = hub.pull(repo_id, folder, revision=revision, say=print_status)
     if as_json:
         print_json(asdict(pulled))
     else:
         state = "" if pulled.is_new else "; they were there already"
-        talk(f"{pulled.files} files of {pulled.commit[:8]}, every checksum right{state}")
+        print_status(f"{pulled.files} files of {pulled.commit[:8]}, every checksum right{state}")
         print_result(folder)
 
 

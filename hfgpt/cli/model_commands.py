@@ -43,7 +43,7 @@ def evaluate(
 
     from hfgpt.measure import measure, render, save_tasks, to_json
     from hfgpt.processes import leave_processes
-    from hfgpt.recorder import talk
+    from hfgpt.system.console import print_status
 
     report = measure(
         model,
@@ -67,7 +67,7 @@ def evaluate(
     else:
         print_result(render(report))
     if saved_in := save_tasks(model, report.tasks):
-        talk(f"the tasks' figures are in {saved_in}, too")
+        print_status(f"the tasks' figures are in {saved_in}, too")
 
 
 Compare = Annotated[
@@ -178,8 +178,8 @@ def explore(
     as_json: Json = False,
 ) -> None:
     """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
-    from hfgpt.disk import check_new_file, write_atomically
     from hfgpt.settings import EXPLORED, explored_variants
+    from hfgpt.system.storage import check_new_file, write_atomically
 
     variants = explored_variants(compare or EXPLORED)
     for path, ending in ((plot, ".png"), (html, ".html")):
@@ -188,7 +188,7 @@ def explore(
 
     from hfgpt.explore import explore
     from hfgpt.generation import load_writer
-    from hfgpt.recorder import talk
+    from hfgpt.system.console import print_status
     from hfgpt.terminal import open_console, print_exploration
 
     found = explore(load_writer(model), text, variants, top=top, steps=steps, alternatives=alternatives)
@@ -201,7 +201,7 @@ def explore(
             from hfgpt.pictures import draw_distributions, render_page
 
             write_atomically(path, (draw_distributions if ending == ".png" else render_page)(found))
-            talk(f"wrote {path}")
+            print_status(f"wrote {path}")
 
 
 @app.command()

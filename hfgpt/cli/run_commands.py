@@ -11,7 +11,7 @@ import typer
 
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 from hfgpt.recipes import bundled_recipes
-from hfgpt.stdout import result_stream
+from hfgpt.system.console import result_stream
 
 LECTURE_STEPS = (
     *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
@@ -95,14 +95,14 @@ def tokenizer_train(
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config import load_config
-    from hfgpt.recorder import talk
     from hfgpt.run import train_run_tokenizer
+    from hfgpt.system.console import print_status
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty. Name a new folder.")
     tokenizer = train_run_tokenizer(load_config(recipe, overrides or []))
     tokenizer.save_pretrained(folder)
-    talk(f"{len(tokenizer):,} token ids in {folder}")
+    print_status(f"{len(tokenizer):,} token ids in {folder}")
 
 
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -154,19 +154,19 @@ def train(
     from accelerate import PartialState
 
     from hfgpt.processes import leave_processes
-    from hfgpt.recorder import talk
     from hfgpt.stopping import RESUMABLE, Stopped
+    from hfgpt.system.console import print_status
     from hfgpt.train import train
 
     try:
         results = train(loaded, resume=resume or resume is not None)
     except Stopped as error:
-        talk(str(error))
+        print_status(str(error))
         leave_processes()
         raise typer.Exit(RESUMABLE) from None
     leave_processes()
     if results is None:
-        talk(f"{loaded.output_dir} holds this run, finished.")
+        print_status(f"{loaded.output_dir} holds this run, finished.")
         results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
     if not PartialState().is_main_process:
         return
@@ -177,7 +177,7 @@ def train(
         if "bigram_perplexity" in results:
             line += f"; of the same tokens, a bigram model's is {results['bigram_perplexity']:.1f}"
             line += f", a unigram model's {results['unigram_perplexity']:.1f}"
-        talk(line)
+        print_status(line)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look at this machine: versions, devices, memory, what is missing, and known traps."""
-    from hfgpt.doctor import examine, render
+    from hfgpt.system.doctor import examine, render
 
     report = examine(Path.cwd())
     if as_json:
@@ -204,13 +204,13 @@ def compare(
 ) -> None:
     """Put runs side by side: a table, their curves as a picture, and the knobs in which they differ."""
     from hfgpt.compare_runs import compare_runs, render
-    from hfgpt.recorder import talk
+    from hfgpt.system.console import print_status
 
     comparison = compare_runs(runs, picture)
     for warning in comparison["warnings"]:
-        talk(f"warning: {warning}")
+        print_status(f"warning: {warning}")
     if as_json:
         print_json(comparison)
     else:
         print_result(render(comparison))
-    talk(f"the curves are in {picture}")
+    print_status(f"the curves are in {picture}")

@@ -22,7 +22,7 @@ def verify(
         raise ValueError("give a model or `--random SIZE`, one of them.")
     if layers is not None and random is None:
         raise ValueError("`--layers` has no effect without `--random`.")
-    from hfgpt.recorder import talk
+    from hfgpt.system.console import print_status
     from hfgpt.weights.verify import SIZES, memory_needed, render, verify, verify_random
 
     if random is None:
@@ -30,9 +30,9 @@ def verify(
         with busy(f"comparing {source} with GPT-2", source):
             result = verify(source, bf16)
     else:
-        talk(f"needs about {memory_needed(random, layers) / 1e9:.1f} GB of memory")
+        print_status(f"needs about {memory_needed(random, layers) / 1e9:.1f} GB of memory")
         if layers is not None:
-            talk(f"at reduced depth: {layers} of the {SIZES[random]['n_layer']} blocks of {random}")
+            print_status(f"at reduced depth: {layers} of the {SIZES[random]['n_layer']} blocks of {random}")
         with busy("comparing on random weights"):
             result = verify_random(random, layers, bf16=bf16)
     if as_json:

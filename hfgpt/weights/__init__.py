@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
-from hfgpt.disk import new_path
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.system.storage import new_path
 from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.files import read_any
 from hfgpt.weights.gpt2 import to_gpt2

@@ -20,10 +20,10 @@ from transformers.utils import (
 )
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfig
-from hfgpt.manifest import MANIFEST, check_files
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
-from hfgpt.patience import limit_waiting
 from hfgpt.remote_code import warn_of_other_code
+from hfgpt.system.network import limit_waiting
+from hfgpt.system.storage import MANIFEST, check_files
 from hfgpt.weights import gpt2
 from hfgpt.weights.stored import Stored, in_pickle, in_safetensors
 from hfgpt.weights.tables import (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.extras import needs
+from hfgpt.system.extras import needs
 from hfgpt.weights import bpe
 from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, settings_of, walk_out
 

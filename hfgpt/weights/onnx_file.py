@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hfgpt.extras import needs
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.system.extras import needs
 from hfgpt.weights.tables import Parts, Step, put_together
 
 LARGEST_FILE = 2**31

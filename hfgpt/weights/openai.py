@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
-from hfgpt.extras import needs
+from hfgpt.system.extras import needs
 from hfgpt.weights import bpe, mathematics
 from hfgpt.weights.stored import Stored
 from hfgpt.weights.tables import (

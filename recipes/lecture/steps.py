@@ -22,7 +22,8 @@ from hfgpt.data import Rows, load_rows
 from hfgpt.documents import Documents, load_documents
 from hfgpt.knobs import RunConfig
 from hfgpt.loss import linear_cross_entropy
-from hfgpt.results import environment, write_json
+from hfgpt.system.machine import environment
+from hfgpt.system.storage import write_json
 from hfgpt.tokenizer import encode_ids, tokenizer_hash
 from hfgpt.weights import load
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import pydoc_source
-from hfgpt.disk import write_atomically
 from hfgpt.documents import Documents
-from hfgpt.extras import needs
 from hfgpt.knobs import RunConfig
+from hfgpt.system.extras import needs
+from hfgpt.system.storage import write_atomically
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.weights.bpe import put_together
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from hfgpt.checkpoint import Position
 from hfgpt.data import Rows, collate
-from hfgpt.disk import write_atomically
 from hfgpt.evaluation import score_batches
 from hfgpt.knobs import OptimConfig, TrainConfig
+from hfgpt.system.storage import write_atomically
 
 
 @dataclass(frozen=True)

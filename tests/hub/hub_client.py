@@ -53,7 +53,7 @@ def connected(home: Path, **options: object) -> Iterator[TestHub]:
 
 
 def start_anew() -> None:
-    hfgpt.patience.limit_waiting.cache_clear()
+    hfgpt.system.network.limit_waiting.cache_clear()
     close_session()
 
 

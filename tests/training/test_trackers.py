@@ -10,9 +10,9 @@ import pytest
 from runs import LOOPS, metrics, run, training_lines
 
 from hfgpt.config import load_config
-from hfgpt.extras import needs
 from hfgpt.knobs import DataConfig, RunConfig, TrainConfig
 from hfgpt.recorder import Recorder
+from hfgpt.system.extras import needs
 from hfgpt.trackers import public_knobs
 
 TRACKED = ["train.trackers=[tensorboard,trackio]", "train.epochs=1", "sample.max_new_tokens=0"]

@@ -306,7 +306,9 @@ def test_a_link_that_leads_nowhere_is_not_written_over(make_source, tmp_path):
 
 def test_what_is_put_there_meanwhile_is_not_written_over(make_source, tmp_path, monkeypatch):
     path = make_source("gpt2")
-    monkeypatch.setattr("hfgpt.disk.make_readable", lambda staged: (tmp_path / "model.bin").write_text("mine"))
+    monkeypatch.setattr(
+        "hfgpt.system.storage.make_readable", lambda staged: (tmp_path / "model.bin").write_text("mine")
+    )
 
     with pytest.raises(FileExistsError, match=r"model\.bin exists"):
         convert(path, tmp_path / "model.bin", "llm.c")

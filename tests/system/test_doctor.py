@@ -8,8 +8,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from hfgpt import doctor
-from hfgpt.doctor import (
+from hfgpt.system import doctor
+from hfgpt.system.doctor import (
     Finding,
     accelerate_config,
     accelerate_findings,
@@ -19,7 +19,7 @@ from hfgpt.doctor import (
     missing_packages,
     render,
 )
-from hfgpt.extras import extras
+from hfgpt.system.extras import extras
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary12"
 CPU = {"used": "cpu", "gpus": [], "threads": 2, "usable_cpu_count": 2}

@@ -1,7 +1,18 @@
-"""How fast a machine multiplies matrices, and how many operations a token costs: what a run's speed is measured by."""
+"""The machine: how fast it multiplies matrices, how much memory a run took, and which versions produced a result."""
 
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
 import time
+import tomllib
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,3 +82,48 @@ def wait(device: torch.device) -> None:
     """Wait until a GPU has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """What produced a result: versions, platform, device, threads and commit. It is published, so it names nobody.
+
+    `commit` is None when hfgpt does not run from its own git checkout, or git is not installed.
+    """
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",  # no kernel release: some name their host
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(Path(__file__).parents[2]),
+    }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty or only the architecture
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def git_commit(root: Path) -> str | None:
+    """The commit that is checked out in `root`, or None if `root` is not a git work tree of hfgpt itself."""
+    pyproject = root / "pyproject.toml"
+    if not (root / ".git").exists() or not pyproject.exists() or shutil.which("git") is None:
+        return None
+    if tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}).get("name") != "hfgpt":
+        return None
+    # --git-dir: never the repository above or the one in GIT_DIR, which a git hook sets for its own.
+    command = ["git", "--git-dir", str(root / ".git"), "rev-parse", "--verify", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None  # a repository without a commit has no HEAD
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: the tensors on the current CUDA device if there are any, else the whole process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process_bytes = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return torch.cuda.max_memory_allocated() or process_bytes  # 0 where CUDA is absent or was not used

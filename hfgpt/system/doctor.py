@@ -17,9 +17,8 @@ from accelerate.commands.config.config_args import default_config_file
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
-from hfgpt.extras import extras, install_command, requirements
-from hfgpt.results import cpu_name, environment
-from hfgpt.speed import matmul_peak
+from hfgpt.system.extras import extras, install_command, requirements
+from hfgpt.system.machine import cpu_name, environment, matmul_peak
 
 EXTRAS = {
     "trackers": "TensorBoard and trackio, for `train.trackers`",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hfgpt import extras
-from hfgpt.extras import brought_by, install_command, needs
+from hfgpt.system import extras
+from hfgpt.system.extras import brought_by, install_command, needs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_what_is_missing_is_named_with_its_versions_and_the_extra_that_brings_it(monkeypatch):
@@ -66,4 +66,4 @@ def test_nothing_else_says_how_to_install(folder):
         if path.suffix in (".py", ".md", ".yaml") and "pip install" in path.read_text(encoding="utf-8")
     }
 
-    assert told <= {"hfgpt/extras.py", "hfgpt/configuration_hfgpt.py"}  # the second travels without the first
+    assert told <= {"hfgpt/system/extras.py", "hfgpt/configuration_hfgpt.py"}  # the second travels without the first

@@ -1,7 +1,7 @@
-"""Stdout belongs to results: while a command runs, whatever else is written there comes out on stderr.
+"""The terminal: results alone go to stdout, what is said to a person goes to stderr.
 
-Libraries print when they are imported, at work, from C and from child processes, and as the program ends. Any of it
-would spoil a result that another program reads.
+While a command runs, whatever else is written to stdout comes out on stderr: libraries print when they are imported, at
+work, from C and from child processes, and as the program ends, which would spoil a result that a program reads.
 """
 
 import io
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from rich.console import Console
 
 _reserved: TextIO | None = None
 
@@ -44,3 +46,10 @@ def reserve_stdout() -> Iterator[None]:
         yield
     finally:
         _reserved, sys.stdout = None, taken
+
+
+def print_status(text: str) -> None:
+    """Tell the person at the terminal something, on stderr; of several processes the first one does."""
+    accelerate = sys.modules.get("accelerate")  # importing it takes seconds, and a process without it is alone
+    if accelerate is None or accelerate.PartialState().is_main_process:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)

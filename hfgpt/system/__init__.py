@@ -1,0 +1,1 @@
+"""What the machine is asked: files, devices, terminal, network, installed packages."""
