@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
 
-from hfgpt.recipes import package_file
+from hfgpt.config.recipes import package_file
 from hfgpt.results import PLOT_FILE, RESULTS_FILE, fenced
 from hfgpt.system.storage import write_atomically, write_json
 

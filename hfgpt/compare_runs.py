@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
-from hfgpt.config import flatten, load_config
+from hfgpt.config.loading import flatten, load_config
 from hfgpt.overfitting import best_evaluation
 from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
 from hfgpt.system.storage import write_atomically

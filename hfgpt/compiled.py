@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from hfgpt import zero
-from hfgpt.knobs import DROPOUT_FIELDS
+from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 

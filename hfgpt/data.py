@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.config.schema import DataConfig
 from hfgpt.documents import Documents as Documents
 from hfgpt.documents import load_documents as load_documents
-from hfgpt.knobs import DataConfig
 from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.streaming import RowStream, hashes, sample_documents
 from hfgpt.tokenizer import encode_arrays, tokenizer_hash

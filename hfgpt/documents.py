@@ -14,7 +14,7 @@ import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hfgpt import pydoc_source
-from hfgpt.knobs import DataConfig
+from hfgpt.config.schema import DataConfig
 from hfgpt.system.network import limit_waiting
 
 # How files are read: as one document each, or by the loader of `datasets` of that name.

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from hfgpt import checkpoint
 from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
+from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data import Rows
-from hfgpt.knobs import DROPOUT_FIELDS
 from hfgpt.milestones import record_evaluation, save_model, score, stopped
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights

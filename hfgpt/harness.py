@@ -16,7 +16,7 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfgpt.recipes import find_bundled
+from hfgpt.config.recipes import find_bundled
 from hfgpt.system.console import print_status
 from hfgpt.system.extras import needs
 

@@ -10,7 +10,7 @@ from pathlib import PurePath
 import psutil
 from accelerate.utils import parse_flag_from_env
 
-from hfgpt.knobs import RunConfig
+from hfgpt.config.schema import RunConfig
 from hfgpt.processes import PRECISIONS
 
 WITHOUT_WORD = {

@@ -12,9 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import gather
 
 from hfgpt.causal_lm import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
+from hfgpt.config.schema import DataConfig
 from hfgpt.documents import is_plain_text, read_source
 from hfgpt.harness import find_tasks, run_tasks
-from hfgpt.knobs import DataConfig
 from hfgpt.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.processes import join_processes
 from hfgpt.run import RESULTS_FILE
@@ -89,7 +89,7 @@ def measure(
 
     Args:
         source: folder or Hub id of any causal language model, or a file of a format that hfgpt reads.
-        files: texts, see `hfgpt.knobs.DataConfig`.
+        files: texts, see `hfgpt.config.schema.DataConfig`.
         text_column: see there.
         tokenizer_name: folder or Hub id; None is that of the model.
         strides: of passes beside the one whose stride is the context; None takes half the context.

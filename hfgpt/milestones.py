@@ -11,11 +11,11 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
+from hfgpt.config.schema import RunConfig
 from hfgpt.data import Rows, eval_loader
 from hfgpt.decoding import generate
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
-from hfgpt.knobs import RunConfig
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.processes import count_parameters, is_split, split_again, whole_weights

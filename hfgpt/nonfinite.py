@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfgpt.checkpoint import Position
-from hfgpt.knobs import TrainConfig
+from hfgpt.config.schema import TrainConfig
 from hfgpt.processes import is_finite, is_split
 from hfgpt.recorder import DIVERGED, Recorder
 

@@ -7,8 +7,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hfgpt.checks import choose
-from hfgpt.knobs import OptimConfig
+from hfgpt.config.schema import OptimConfig
+from hfgpt.config.validation import choose
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

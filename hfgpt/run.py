@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
-from hfgpt.config import config_yaml, load_config
+from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, train_loader
 from hfgpt.documents import load_documents
-from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
 from hfgpt.launcher import check_launcher
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup

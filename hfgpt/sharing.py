@@ -152,7 +152,7 @@ def shareable_run(path: Path) -> tuple[bytes, list[str]]:
     Raises:
         ValueError: the file is no run of this version of hfgpt.
     """
-    from hfgpt.config import config_yaml, load_config
+    from hfgpt.config.loading import config_yaml, load_config
 
     try:
         config = load_config(path)

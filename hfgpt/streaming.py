@@ -17,8 +17,8 @@ import torch
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.config.schema import DataConfig
 from hfgpt.documents import Documents, named_validation, stream_texts
-from hfgpt.knobs import DataConfig
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.tokenizer import encode_arrays
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from hfgpt.config import flatten
-from hfgpt.knobs import RunConfig
+from hfgpt.config.loading import flatten
+from hfgpt.config.schema import RunConfig
 from hfgpt.system.extras import needs
 
 PROJECT = "hfgpt"

@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
+from hfgpt.config.schema import RunConfig
 from hfgpt.ending import finish_run
-from hfgpt.knobs import RunConfig
 from hfgpt.milestones import catch_up, make_recorder
 from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
@@ -16,7 +16,7 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     """Prepare, train and finish a run.
 
     Args:
-        config: from `hfgpt.config.load_config`.
+        config: from `hfgpt.config.loading.load_config`.
         resume: see `prepare_run`.
 
     Returns:

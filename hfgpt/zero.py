@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hfgpt.knobs import RunConfig
+from hfgpt.config.schema import RunConfig
 from hfgpt.system.extras import needs
 
 SETTINGS = {

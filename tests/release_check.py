@@ -146,7 +146,7 @@ def try_it(place: Place) -> None:
     small = "init_from=out/demo data.files=my.txt data.block_size=32 train.epochs=1 optim.warmup_steps=1"
     place.run(f"hfgpt train finetune {small} sample.max_new_tokens=3")
     place.run("hfgpt lecture tokens data.files=my.txt output_dir=out/lecture")
-    place.run("python -m hfgpt.recipes.lecture.table")
+    place.run("python -m hfgpt.config.recipes.lecture.table")
     place.json("hfgpt evaluate out/demo --data my.txt --json")
     place.run("hfgpt card out/demo --check")
     place.json("hfgpt convert out/demo out/gpt2 --to gpt2 --verify --json")

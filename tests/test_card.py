@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hfgpt.card import MARKER, TEMPLATE, compare_card, render_card, render_evaluation, write_card
 from hfgpt.cli import main
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
+from hfgpt.config.recipes import package_file
 from hfgpt.ending import bits_per_byte, progress, starting_point
-from hfgpt.recipes import package_file
 from hfgpt.results import training_speed
 from hfgpt.tokenizer import bytes_of_ids, encode_ids, load_tokenizer
 from hfgpt.train import train

@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState
 import hfgpt as package
 from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
-from hfgpt.config import flatten, load_config
-from hfgpt.knobs import MODEL_FIELDS, RunConfig
+from hfgpt.config.loading import flatten, load_config
+from hfgpt.config.schema import MODEL_FIELDS, RunConfig
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
 from hfgpt.system.doctor import Finding

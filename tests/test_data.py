@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfgpt.config.schema import DataConfig
 from hfgpt.data import (
     Documents,
     EpochBatches,
@@ -22,7 +23,6 @@ from hfgpt.data import (
     load_rows,
     train_loader,
 )
-from hfgpt.knobs import DataConfig
 from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.tokenizer import encode_ids, train_tokenizer
 

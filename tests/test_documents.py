@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hfgpt import pydoc_source
+from hfgpt.config.schema import DataConfig
 from hfgpt.documents import load_documents, store_texts
-from hfgpt.knobs import DataConfig
 
 ODD = "a\r\nb\rc\n\0 \ufeffe\u0301 \U0001f600 한국어 <|endoftext|>, \"q\" 'x'\t "
 

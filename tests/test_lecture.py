@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hfgpt.recipes.lecture import story
-from hfgpt.recipes.lecture.__main__ import RECIPE, main, make_lecture
-from hfgpt.recipes.lecture.book import make_model, prepare
-from hfgpt.recipes.lecture.steps import EXAMPLES, STEPS
-from hfgpt.recipes.lecture.table import largest_difference, render
-from hfgpt.recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
+from hfgpt.config.recipes.lecture import story
+from hfgpt.config.recipes.lecture.__main__ import RECIPE, main, make_lecture
+from hfgpt.config.recipes.lecture.book import make_model, prepare
+from hfgpt.config.recipes.lecture.steps import EXAMPLES, STEPS
+from hfgpt.config.recipes.lecture.table import largest_difference, render
+from hfgpt.config.recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
 from torch import nn
 
 from hfgpt import HFGPTConfig
 from hfgpt.checkpoint import Manifest, Position, load_states, restore_random_states, save_checkpoint
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.documents import load_documents
 from hfgpt.tokenizer import encode_ids
 from hfgpt.weights import load

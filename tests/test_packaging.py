@@ -12,10 +12,10 @@ import yaml
 from packaging.requirements import Requirement
 from release_check import check_contents
 
-import hfgpt.recipes
+import hfgpt.config.recipes
 from hfgpt.card import TEMPLATE
-from hfgpt.config import load_config
-from hfgpt.recipes import package_file
+from hfgpt.config.loading import load_config
+from hfgpt.config.recipes import package_file
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def test_a_file_is_found_inside_the_package_when_installed(tmp_path, monkeypatch
     installed = tmp_path / "hfgpt" / "recipes" / "demo.yaml"
     installed.parent.mkdir(parents=True)
     installed.write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
-    monkeypatch.setattr(hfgpt.recipes, "PACKAGE", tmp_path / "hfgpt")
+    monkeypatch.setattr(hfgpt.config.recipes, "PACKAGE", tmp_path / "hfgpt")
 
     assert package_file("recipes/demo.yaml") == installed
     assert load_config("demo").output_dir == "out/demo"
@@ -118,7 +118,7 @@ def test_a_wheel_carries_the_code_and_every_recipe_and_they_are_found_there(tmp_
         for words in (
             ["-m", "hfgpt", "recipes", "demo"],
             ["-m", "hfgpt", "recipes", "slurm"],
-            ["-c", "import hfgpt.recipes.lecture as lecture; print(lecture.__file__)"],
+            ["-c", "import hfgpt.config.recipes.lecture as lecture; print(lecture.__file__)"],
         )
     ]
     recipes = installed / "hfgpt" / "recipes"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
+from hfgpt.config.schema import DataConfig
 from hfgpt.data import stream_loader, stream_rows
-from hfgpt.knobs import DataConfig
 from hfgpt.streaming import RowStream, hashes, sample_documents
 from hfgpt.tokenizer import encode_ids
 

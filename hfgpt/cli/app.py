@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from hfgpt.recipes import run_recipes
+from hfgpt.config.recipes import run_recipes
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
@@ -86,7 +86,7 @@ def complete_override(incomplete: str) -> list[str]:
 def recipe_keys() -> list[str]:
     """The key path of every knob, read from the source: importing it takes seconds, and Tab is pressed often."""
     fields: dict[str, dict[str, str]] = {}
-    for name in ("knobs.py", "configuration_hfgpt.py"):
+    for name in ("config/schema.py", "configuration_hfgpt.py"):
         for node in ast.parse((Path(__file__).parents[1] / name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
-from hfgpt.recipes import bundled_recipes
+from hfgpt.config.recipes import bundled_recipes
 from hfgpt.system.console import result_stream
 
 LECTURE_STEPS = (
@@ -32,7 +32,7 @@ data_app = Commands(help="Prepare the text of a run by itself.", no_args_is_help
 @app.command()
 def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print a recipe with every value filled in, and where each comes from."""
-    from hfgpt.config import annotated_yaml, load_config, value_origins
+    from hfgpt.config.loading import annotated_yaml, load_config, value_origins
     from hfgpt.optim import check_optim
 
     loaded = load_config(recipe, overrides or [])
@@ -78,7 +78,7 @@ def lecture(
     ] = None,
 ) -> None:
     """Run the lecture on pretraining a GPT, whole or step by step."""
-    from hfgpt.recipes.lecture.__main__ import run
+    from hfgpt.config.recipes.lecture.__main__ import run
 
     with redirect_stdout(result_stream()):  # all that the steps print is their result
         run([word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word])
@@ -94,7 +94,7 @@ def tokenizer_train(
     recipe: Annotated[str, typer.Option(help="Recipe that names the text.")] = "demo",
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
-    from hfgpt.config import load_config
+    from hfgpt.config.loading import load_config
     from hfgpt.run import train_run_tokenizer
     from hfgpt.system.console import print_status
 
@@ -111,7 +111,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 @data_app.command("prepare")
 def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
-    from hfgpt.config import load_config
+    from hfgpt.config.loading import load_config
     from hfgpt.run import prepare_text
 
     prepared = prepare_text(load_config(recipe, overrides or []))
@@ -148,7 +148,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model by a recipe, through the loop that it names."""
-    from hfgpt.config import load_config
+    from hfgpt.config.loading import load_config
 
     loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
     from accelerate import PartialState

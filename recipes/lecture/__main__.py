@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hfgpt.config import load_config
-from hfgpt.knobs import RunConfig
+from hfgpt.config.loading import load_config
+from hfgpt.config.schema import RunConfig
 
 from .book import INITIALISATIONS
 from .steps import STEPS, Lecture
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run steps; returns the exit code."""
     shown = "\n".join(f"  {name:12}{(step.__doc__ or '').splitlines()[0]}" for name, step in STEPS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m hfgpt.recipes.lecture",
+        prog="python -m hfgpt.config.recipes.lecture",
         description="The lecture on pretraining a GPT, whole or step by step.",
         epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(KNOBS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
-from hfgpt.knobs import DROPOUT_FIELDS, RunConfig
+from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.weights import llms_from_scratch
 from hfgpt.weights.tables import build
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM, decoding
 from hfgpt.checkpoint import Manifest, Position, checkpoints, load_states, save_checkpoint, verify_checkpoint
+from hfgpt.config.schema import RunConfig
 from hfgpt.data import Rows, load_rows
 from hfgpt.documents import Documents, load_documents
-from hfgpt.knobs import RunConfig
 from hfgpt.loss import linear_cross_entropy
 from hfgpt.system.machine import environment
 from hfgpt.system.storage import write_json

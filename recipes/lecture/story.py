@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import pydoc_source
+from hfgpt.config.schema import RunConfig
 from hfgpt.documents import Documents
-from hfgpt.knobs import RunConfig
 from hfgpt.system.extras import needs
 from hfgpt.system.storage import write_atomically
 from hfgpt.tokenizer import load_tokenizer, train_tokenizer

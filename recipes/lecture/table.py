@@ -1,4 +1,4 @@
-"""The lecture's figures beside the book's as Markdown: `python -m hfgpt.recipes.lecture.table [--korean] [FILE]`."""
+"""The lecture's figures beside the book's: `python -m hfgpt.config.recipes.lecture.table [--korean] [FILE]`."""
 
 import argparse
 import json
@@ -129,7 +129,7 @@ def cell(read: Callable[[dict[str, Any]], str], figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print the table of a lecture.json, or of the one that the repository holds."""
-    parser = argparse.ArgumentParser(prog="python -m hfgpt.recipes.lecture.table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hfgpt.config.recipes.lecture.table", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=HERE / "measured.json")
     parser.add_argument("--korean", action="store_true")
     arguments = parser.parse_args()

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hfgpt.checkpoint import Position
+from hfgpt.config.schema import OptimConfig, TrainConfig
 from hfgpt.data import Rows, collate
 from hfgpt.evaluation import score_batches
-from hfgpt.knobs import OptimConfig, TrainConfig
 from hfgpt.system.storage import write_atomically
 
 

@@ -15,7 +15,7 @@ import hfgpt.gpt
 import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
 from hfgpt.checkpoint import Manifest, Position, save_checkpoint
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.remote_code import update_code
 from hfgpt.sharing import plan_push
 

@@ -26,7 +26,7 @@ sample: {prompt: "The", max_new_tokens: 2}
 NOISE = """\
 import atexit, ctypes, os, subprocess, sys, threading
 import hfgpt.config
-load_config, libc, before = hfgpt.config.load_config, ctypes.CDLL(None), sys.stdout
+load_config, libc, before = hfgpt.config.loading.load_config, ctypes.CDLL(None), sys.stdout
 
 def noisy(*words):
     print("from Python")
@@ -37,7 +37,7 @@ def noisy(*words):
     atexit.register(print, "from the end")
     return load_config(*words)
 
-hfgpt.config.load_config = noisy
+hfgpt.config.loading.load_config = noisy
 from hfgpt.cli import main
 main()
 """

@@ -30,9 +30,9 @@ from runs import DROPOUT, files, metrics
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
+from hfgpt.config.schema import DataConfig
 from hfgpt.data import load_documents, load_rows
-from hfgpt.knobs import DataConfig
 from hfgpt.rows import TokenRows
 from hfgpt.tokenizer import train_tokenizer
 from hfgpt.train import train

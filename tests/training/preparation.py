@@ -15,8 +15,8 @@ import datasets
 import datasets.arrow_writer
 import numpy as np
 
+from hfgpt.config.schema import DataConfig
 from hfgpt.data import collate, load_documents, load_rows
-from hfgpt.knobs import DataConfig
 from hfgpt.pydoc_source import documents
 from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.tokenizer import train_tokenizer

@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from hfgpt.card import compare_card
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.recorder import Recorder
 from hfgpt.stopping import Stopped
 from hfgpt.train import train

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from runs import LOOPS, metrics, run
 
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.launcher import check_launcher, is_launch, options
 
 PRECISION = "the launcher asks for `mixed_precision` bf16, the recipe for `train.precision` fp32. Set "

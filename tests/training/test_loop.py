@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HFGPTForCausalLM
 from hfgpt.checkpoint import checkpoints
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.data import eval_loader
 from hfgpt.evaluation import score_batches
 from hfgpt.milestones import score_split

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt import run as run_module
 from hfgpt.checkpoint import Position, checkpoints
-from hfgpt.config import load_config
-from hfgpt.knobs import TrainConfig
+from hfgpt.config.loading import load_config
+from hfgpt.config.schema import TrainConfig
 from hfgpt.nonfinite import MOST_SKIPPED_IN_A_ROW, StepGuard, refuse_spoilt_weights
 from hfgpt.recorder import Recorder
 

@@ -8,7 +8,7 @@ import torch
 from runs import DROPOUT, LOOPS, assert_same_run, metrics, run
 from safetensors.torch import load_file
 
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.evaluation import score_batches
 from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.recorder import Recorder

@@ -10,7 +10,7 @@ from runs import DROPOUT, LOOPS, assert_same_run, at_step, metrics, run, send
 
 from hfgpt.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.cli import app
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
 from hfgpt.evaluation import score_batches
 from hfgpt.run import prepare_run
 from hfgpt.stopping import RESUMABLE, SIGNALS, Stopped, StopRequest
@@ -130,7 +130,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, cache):
 
 def test_a_lock_does_not_outlive_its_process(recipe, cache):
     program = (
-        "import os, sys; from hfgpt.config import load_config; from hfgpt.run import prepare_run\n"
+        "import os, sys; from hfgpt.config.loading import load_config; from hfgpt.run import prepare_run\n"
         "held = prepare_run(load_config(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}

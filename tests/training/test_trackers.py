@@ -9,8 +9,8 @@ import sys
 import pytest
 from runs import LOOPS, metrics, run, training_lines
 
-from hfgpt.config import load_config
-from hfgpt.knobs import DataConfig, RunConfig, TrainConfig
+from hfgpt.config.loading import load_config
+from hfgpt.config.schema import DataConfig, RunConfig, TrainConfig
 from hfgpt.recorder import Recorder
 from hfgpt.system.extras import needs
 from hfgpt.trackers import public_knobs

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from hfgpt.cli.run_commands import LECTURE_STEPS
-from hfgpt.config import load_config
+from hfgpt.config.loading import load_config
+from hfgpt.config.recipes import USES, bundled_recipes, find_bundled, run_recipes
 from hfgpt.optim import check_optim
-from hfgpt.recipes import USES, bundled_recipes, find_bundled, run_recipes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -66,6 +66,6 @@ def test_a_task_of_lm_eval_has_the_name_of_its_file():
 
 
 def test_the_steps_that_the_command_line_knows_are_those_of_the_lecture():
-    from hfgpt.recipes.lecture.steps import STEPS
+    from hfgpt.config.recipes.lecture.steps import STEPS
 
     assert tuple(STEPS) == LECTURE_STEPS

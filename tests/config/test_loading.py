@@ -8,12 +8,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hfgpt.checks import check
-from hfgpt.config import config_yaml, load_config
-from hfgpt.knobs import RunConfig
-from hfgpt.recipes import find_recipe
+from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.config.recipes import find_recipe
+from hfgpt.config.schema import RunConfig
+from hfgpt.config.validation import check
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 BASE = """\
 data: {source: pydoc}
 train: {max_steps: 100}

@@ -16,10 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hfgpt.checks import check
+from hfgpt.config.recipes import find_recipe
+from hfgpt.config.schema import MODEL_FIELDS, RunConfig
+from hfgpt.config.validation import check
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
-from hfgpt.knobs import MODEL_FIELDS, RunConfig
-from hfgpt.recipes import find_recipe
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

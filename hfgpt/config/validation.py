@@ -4,8 +4,7 @@ import math
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.knobs import (
+from hfgpt.config.schema import (
     DROPOUT_FIELDS,
     LARGEST_SEED,
     TOKENIZER_FIELDS,
@@ -14,6 +13,7 @@ from hfgpt.knobs import (
     RunConfig,
     TokenizerConfig,
 )
+from hfgpt.configuration_hfgpt import HFGPTConfig
 
 
 def check(config: RunConfig) -> RunConfig:

@@ -1,13 +1,13 @@
 """The recipes that come with hfgpt: the wheel carries them in `hfgpt/recipes`, a checkout beside the package.
 
-This file is also the package `hfgpt.recipes`, whose modules, such as `hfgpt.recipes.lecture`, are in that folder.
+This file is also a package, whose modules, such as `hfgpt.config.recipes.lecture`, are in that folder.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 USES = {
     ".": "hfgpt train NAME",
