@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.system.console import print_status
 from hfgpt.system.network import limit_waiting
-from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import load, openai
 from hfgpt.weights.files import refuse_what_is_not_there
 

@@ -13,7 +13,8 @@ from hfgpt import checkpoint
 from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
 from hfgpt.config.schema import DROPOUT_FIELDS
-from hfgpt.data import Rows
+from hfgpt.data.prepare import Rows
+from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.milestones import record_evaluation, save_model, score, stopped
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
@@ -25,7 +26,6 @@ from hfgpt.run import Run
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
 from hfgpt.system.storage import write_json
-from hfgpt.tokenizer import bytes_of_ids
 from hfgpt.weights import load
 
 SHAPE_FIELDS = (

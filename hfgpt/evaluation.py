@@ -40,8 +40,8 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
 
     Args:
         model: an `HFGPTForCausalLM`, or another causal language model of transformers.
-        batches: `input_ids`, `shift_labels` and perhaps `position_ids`, each (B, T), as `hfgpt.data.collate` makes
-            them. On several processes each gives its own part; the score is that of all.
+        batches: `input_ids`, `shift_labels` and perhaps `position_ids`, each (B, T), as made by
+            `hfgpt.data.loaders.collate`. On several processes each gives its own part; the score is that of all.
 
     Returns:
         The mean loss, summed in fp64.

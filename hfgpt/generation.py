@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hfgpt.beams import beam_search
+from hfgpt.data.tokenizer import encode_ids, load_tokenizer, require_end_of_text
 from hfgpt.decoding import check_length, stream
 from hfgpt.settings import HISTORY, SAMPLING, SEARCH, Settings
 from hfgpt.text_stream import StoppingText
-from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text
 from hfgpt.weights import load
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.compiled import check_compiled
-from hfgpt.data import start_at
+from hfgpt.data.loaders import start_at
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.milestones import (
     Verdict,

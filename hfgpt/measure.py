@@ -13,7 +13,7 @@ from accelerate.utils import gather
 
 from hfgpt.causal_lm import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
 from hfgpt.config.schema import DataConfig
-from hfgpt.documents import is_plain_text, read_source
+from hfgpt.data.text import is_plain_text, read_source
 from hfgpt.harness import find_tasks, run_tasks
 from hfgpt.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.processes import join_processes

@@ -12,7 +12,9 @@ from accelerate.utils import broadcast_object_list, set_seed
 from hfgpt import checkpoint
 from hfgpt.checkpoint import Position
 from hfgpt.config.schema import RunConfig
-from hfgpt.data import Rows, eval_loader
+from hfgpt.data.loaders import eval_loader
+from hfgpt.data.prepare import Rows
+from hfgpt.data.rows import TokenRows
 from hfgpt.decoding import generate
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
@@ -20,7 +22,6 @@ from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.processes import count_parameters, is_split, split_again, whole_weights
 from hfgpt.recorder import Recorder, refuse_divergence
-from hfgpt.rows import TokenRows
 from hfgpt.run import Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import matmul_peak, training_flops_per_token

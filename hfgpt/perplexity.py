@@ -31,9 +31,9 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.loss import CHUNK_TOKENS, IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.tokenizer import encode_arrays
 
 METRIC = str(Path(__file__).with_name("perplexity_metric.py"))
 """What `evaluate.load` takes: the same numbers as a metric of the `evaluate` library."""

@@ -1,7 +1,6 @@
 """A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
 import hashlib
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -19,17 +17,21 @@ from hfgpt.checkpoint import Position
 from hfgpt.config.loading import config_yaml, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data import Rows, check_ids, load_rows, stream_loader, stream_rows, train_loader
-from hfgpt.documents import load_documents
+from hfgpt.data.loaders import stream_loader, train_loader
+from hfgpt.data.prepare import (
+    Rows,
+    check_ids,
+    load_text,
+)
+from hfgpt.data.rows import TokenRows
+from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
 from hfgpt.launcher import check_launcher
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
 from hfgpt.processes import join_processes, split_over_processes
 from hfgpt.results import RESULTS_FILE
-from hfgpt.rows import TokenRows
 from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
-from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
 from hfgpt.zero import check_deepspeed
@@ -282,117 +284,6 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
         raise ValueError(f"{resume} is a checkpoint of another run: `output_dir` is {folder}.")
     checkpoint.verify_checkpoint(path)
     return path
-
-
-def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
-    """The tokenizer of a run, and its text as rows."""
-    process = PartialState()
-    if config.data.streaming:
-        tokenizer = existing_tokenizer(config)
-        assert tokenizer is not None  # config.check_streaming
-        return tokenizer, stream_rows(config.data, tokenizer, config.seed, process.process_index, process.num_processes)
-    documents = load_documents(config.data, config.seed)
-    tokenizer = make_tokenizer(config, documents.train)
-    return tokenizer, load_rows(documents, tokenizer, config.data)
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """What one split of a text has become.
-
-    Attributes:
-        documents: documents that are not empty.
-        rows: of `data.block_size` targets.
-        tokens: see `hfgpt.data.SplitCounts`, as for the rest.
-        targets: see there.
-        remainder: see there.
-        padding: see there.
-    """
-
-    documents: int
-    rows: int
-    tokens: int
-    targets: int
-    remainder: int
-    padding: int
-
-
-@dataclass(frozen=True)
-class PreparedText:
-    """A text that is ready to train on.
-
-    Attributes:
-        train: the training split.
-        validation: the validation split.
-        token_ids: how many the tokenizer knows.
-        reading_seconds: until the documents were stored, or found in the cache.
-        tokenizer_seconds: until the tokenizer was trained or loaded.
-        tokenizing_seconds: until the ids were stored, or found in the cache.
-    """
-
-    train: PreparedSplit
-    validation: PreparedSplit
-    token_ids: int
-    reading_seconds: float
-    tokenizer_seconds: float
-    tokenizing_seconds: float
-
-
-def prepare_text(config: RunConfig) -> PreparedText:
-    """Read, tokenize and cache the text of a run, as its first step does, and count it.
-
-    Raises:
-        ValueError: the text is read as it comes, or cannot be read.
-    """
-    if config.data.streaming:
-        raise ValueError("`data.streaming` reads the text as it comes: there is nothing to prepare.")
-    started_at = time.perf_counter()
-    documents = load_documents(config.data, config.seed)
-    read_at = time.perf_counter()
-    tokenizer = make_tokenizer(config, documents.train)
-    trained_at = time.perf_counter()
-    rows = load_rows(documents, tokenizer, config.data)
-    done_at = time.perf_counter()
-    train, validation = (
-        PreparedSplit(documents=len(part.stream.document_starts), rows=len(part), **asdict(counts))
-        for part, counts in ((rows.train, rows.train_counts), (rows.validation, rows.validation_counts))
-    )
-    return PreparedText(
-        train, validation, len(tokenizer), read_at - started_at, trained_at - read_at, done_at - trained_at
-    )
-
-
-def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the recipe names, or that of the model to go on from; None if it is to be trained."""
-    name = config.tokenizer.name or config.init_from
-    if name is None:
-        return None
-    tokenizer = load_tokenizer(name)
-    require_end_of_text(tokenizer, name)
-    return tokenizer
-
-
-def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
-    """The tokenizer that there is, or one trained on the training split."""
-    tokenizer = existing_tokenizer(config)
-    if tokenizer is not None:
-        return tokenizer
-    longest = HFGPTConfig(**config.model).max_position_embeddings
-    texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])
-    return train_tokenizer(texts, config.tokenizer.vocab_size, model_max_length=longest)
-
-
-def train_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
-    """Train the tokenizer that a run of this recipe would train.
-
-    Raises:
-        ValueError: the recipe names a tokenizer that is trained already, or its text cannot be read.
-    """
-    if config.tokenizer.name or config.init_from:
-        raise ValueError(
-            f"the recipe names a tokenizer that is trained already ({config.tokenizer.name or config.init_from!r})."
-        )
-    return make_tokenizer(config, load_documents(config.data, config.seed).train)
 
 
 def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> HFGPTForCausalLM:

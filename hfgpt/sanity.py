@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hfgpt.data import collate
+from hfgpt.data.loaders import collate
+from hfgpt.data.rows import TokenRows, TokenStream
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.processes import is_split, split_again
 from hfgpt.recorder import Recorder
-from hfgpt.rows import TokenRows, TokenStream
 from hfgpt.run import Run
 
 MOST_TOKENS = 1024

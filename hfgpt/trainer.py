@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from hfgpt import zero
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.compiled import check_compiled
-from hfgpt.data import start_at
+from hfgpt.data.loaders import start_at
 from hfgpt.hub import PushByList
 from hfgpt.milestones import (
     Verdict,

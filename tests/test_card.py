@@ -20,9 +20,9 @@ from hfgpt.card import MARKER, TEMPLATE, compare_card, render_card, render_evalu
 from hfgpt.cli import main
 from hfgpt.config.loading import load_config
 from hfgpt.config.recipes import package_file
+from hfgpt.data.tokenizer import bytes_of_ids, encode_ids, load_tokenizer
 from hfgpt.ending import bits_per_byte, progress, starting_point
 from hfgpt.results import training_speed
-from hfgpt.tokenizer import bytes_of_ids, encode_ids, load_tokenizer
 from hfgpt.train import train
 
 ROOT = Path(__file__).parents[1]

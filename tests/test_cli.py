@@ -23,11 +23,11 @@ from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
 from hfgpt.config.loading import flatten, load_config
 from hfgpt.config.schema import MODEL_FIELDS, RunConfig
+from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.measure import measure, render
 from hfgpt.settings import Settings
 from hfgpt.system.doctor import Finding
 from hfgpt.system.extras import needs
-from hfgpt.tokenizer import load_tokenizer
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
 

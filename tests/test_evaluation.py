@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
-from hfgpt.data import collate
+from hfgpt.data.loaders import collate
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.loss import CHUNK_TOKENS
 

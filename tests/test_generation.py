@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from hfgpt.data.tokenizer import train_tokenizer
 from hfgpt.generation import continue_text, load_writer, read_prompts, write_texts
 from hfgpt.settings import Settings
-from hfgpt.tokenizer import train_tokenizer
 
 KOREAN = "한국어는 한글로 적는다. "
 

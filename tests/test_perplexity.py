@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM
+from hfgpt.data.tokenizer import PIECE, encode_ids
 from hfgpt.perplexity import (
     METRIC,
     EncodedTexts,
@@ -24,7 +25,6 @@ from hfgpt.perplexity import (
     summarize,
     token_losses,
 )
-from hfgpt.tokenizer import PIECE, encode_ids
 
 
 @pytest.fixture(params=["hfgpt", "llama", "neox"])

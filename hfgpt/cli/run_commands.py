@@ -95,7 +95,7 @@ def tokenizer_train(
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config.loading import load_config
-    from hfgpt.run import train_run_tokenizer
+    from hfgpt.data.prepare import train_run_tokenizer
     from hfgpt.system.console import print_status
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,7 +112,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
     from hfgpt.config.loading import load_config
-    from hfgpt.run import prepare_text
+    from hfgpt.data.prepare import prepare_text
 
     prepared = prepare_text(load_config(recipe, overrides or []))
     if as_json:

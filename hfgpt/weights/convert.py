@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.storage import new_path
-from hfgpt.tokenizer import load_tokenizer
 from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai, tables
 from hfgpt.weights.files import read_any
 from hfgpt.weights.tables import SAME_AS, Checkpoint, Step, build_from, refuse_several_types, take_apart

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt import pydoc_source
 from hfgpt.config.schema import RunConfig
-from hfgpt.documents import Documents
+from hfgpt.data import python_docs
+from hfgpt.data.text import Documents
+from hfgpt.data.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.system.extras import needs
 from hfgpt.system.storage import write_atomically
-from hfgpt.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.weights.bpe import put_together
 
 URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
@@ -58,7 +58,7 @@ def find_story(config: RunConfig) -> RunConfig:
     )
     substitute = path.with_name("pydoc.txt")
     text = ""
-    for document in pydoc_source.documents():  # of 2 million characters; reading them all takes seconds
+    for document in python_docs.documents():  # of 2 million characters; reading them all takes seconds
         text += document + "\n\n"
         if len(text) >= CHARACTERS:
             break

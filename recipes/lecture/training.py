@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from hfgpt.checkpoint import Position
 from hfgpt.config.schema import OptimConfig, TrainConfig
-from hfgpt.data import Rows, collate
+from hfgpt.data.loaders import collate
+from hfgpt.data.prepare import Rows
 from hfgpt.evaluation import score_batches
 from hfgpt.system.storage import write_atomically
 

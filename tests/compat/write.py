@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import save_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, __version__
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.tokenizer import train_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. A lazy dog does not jump; the fox, quick and brown, does. " * 4
 PROMPT = "The quick brown fox"

@@ -9,7 +9,7 @@ from hub_client import TOKEN
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.config.loading import config_yaml, load_config
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.tokenizer import train_tokenizer
 
 SHAPE = {"vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
 SENT = {

@@ -32,9 +32,10 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig
-from hfgpt.data import load_documents, load_rows
-from hfgpt.rows import TokenRows
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.prepare import load_rows
+from hfgpt.data.rows import TokenRows
+from hfgpt.data.text import load_documents
+from hfgpt.data.tokenizer import train_tokenizer
 from hfgpt.train import train
 
 EVENTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod")
@@ -406,7 +407,7 @@ TESTED = [
     (
         "12, 13",
         "odd texts and blocks (hypothesis)",
-        "tests/test_documents.py tests/test_data.py tests/test_streaming.py",
+        "tests/data/test_text.py tests/data/test_loaders.py tests/data/test_streaming.py",
     ),
     ("14", "a loss or weight that is no number", "tests/training -k 'diverge or nonfinite or finite'"),
     ("15", "malicious pickles, paths that lead elsewhere", "tests/weights -k 'malicious or elsewhere or hostile'"),

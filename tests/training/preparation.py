@@ -16,10 +16,12 @@ import datasets.arrow_writer
 import numpy as np
 
 from hfgpt.config.schema import DataConfig
-from hfgpt.data import collate, load_documents, load_rows
-from hfgpt.pydoc_source import documents
-from hfgpt.rows import TokenRows, TokenStream
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.loaders import collate
+from hfgpt.data.prepare import load_rows
+from hfgpt.data.python_docs import documents
+from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.text import load_documents
+from hfgpt.data.tokenizer import train_tokenizer
 
 BLOCK = 1024
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HFGPTForCausalLM
 from hfgpt.checkpoint import checkpoints
 from hfgpt.config.loading import load_config
-from hfgpt.data import eval_loader
+from hfgpt.data.loaders import eval_loader
 from hfgpt.evaluation import score_batches
 from hfgpt.milestones import score_split
 from hfgpt.recorder import Recorder

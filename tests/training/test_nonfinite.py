@@ -61,7 +61,7 @@ def third_step(recipe):
 
 
 def pick_step(recipe, number):
-    from hfgpt.data import train_loader
+    from hfgpt.data.loaders import train_loader
     from hfgpt.run import prepare_run
 
     prepared = prepare_run(load_config(recipe, [f"output_dir={recipe.parent / 'unused'}"]))

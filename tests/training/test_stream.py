@@ -9,7 +9,7 @@ import yaml
 from runs import DROPOUT, LOOPS, files, metrics, run, run_to_step
 
 from hfgpt.checkpoint import checkpoints, seal, unseal
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture

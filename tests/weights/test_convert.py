@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.cli import app
-from hfgpt.tokenizer import encode_ids, load_tokenizer
+from hfgpt.data.tokenizer import encode_ids, load_tokenizer
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
 from hfgpt.weights.tables import build_from

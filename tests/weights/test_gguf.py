@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.data.tokenizer import train_tokenizer
 from hfgpt.weights.convert import convert
 
 NEW_TOKENS = 12

@@ -9,8 +9,8 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-import hfgpt.tokenizer
-from hfgpt.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
+import hfgpt.data.tokenizer
+from hfgpt.data.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "def f(x):\n    return x + 1\n", "여우가 개를 넘는다."]
 ODD = "a\r\nb\rc\n\0\ufeff  e\u0301 \U0001f600 한국어 <|endoftext|> \u2028end "
@@ -110,15 +110,15 @@ def test_no_texts_have_no_ids(tokenizer):
 @given(st.lists(st.text(st.sampled_from("ab1.'\u00a0 \n\r\t한s"), max_size=150), max_size=4))
 def test_long_texts_get_the_ids_that_they_have_in_one_piece(tokenizer, texts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hfgpt.tokenizer, "PIECE", 8)
-        patch.setattr(hfgpt.tokenizer, "CALL", 20)
+        patch.setattr(hfgpt.data.tokenizer, "PIECE", 8)
+        patch.setattr(hfgpt.data.tokenizer, "CALL", 20)
         ids = encode_ids(tokenizer, texts)
 
     assert ids == [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
 
 
 def test_a_text_is_not_cut_where_that_would_change_its_ids(tokenizer, monkeypatch):
-    monkeypatch.setattr(hfgpt.tokenizer, "PIECE", 8)
+    monkeypatch.setattr(hfgpt.data.tokenizer, "PIECE", 8)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=True)  # a piece that starts with "\n" would get a space in front
     adding_spaces = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -128,7 +128,7 @@ def test_a_text_is_not_cut_where_that_would_change_its_ids(tokenizer, monkeypatc
 
 
 def test_training_in_pieces_gives_the_same_tokenizer(tokenizer, monkeypatch):
-    monkeypatch.setattr(hfgpt.tokenizer, "PIECE", 8)
+    monkeypatch.setattr(hfgpt.data.tokenizer, "PIECE", 8)
 
     again = train_tokenizer(TEXTS, vocab_size=320, model_max_length=64)
 
@@ -138,8 +138,8 @@ def test_training_in_pieces_gives_the_same_tokenizer(tokenizer, monkeypatch):
 def test_a_long_text_is_cut_where_it_may_be_and_left_whole_where_not():
     text = "word " * 30_000
 
-    exact = list(hfgpt.tokenizer.cut(text, lambda left, right: True))
-    never = list(hfgpt.tokenizer.cut(text, lambda left, right: False))
+    exact = list(hfgpt.data.tokenizer.cut(text, lambda left, right: True))
+    never = list(hfgpt.data.tokenizer.cut(text, lambda left, right: False))
 
     assert [len(piece) for piece in exact] == [50_004, 50_000, 49_996]
     assert "".join(exact) == text

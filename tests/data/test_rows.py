@@ -11,20 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfgpt.config.schema import DataConfig
-from hfgpt.data import (
-    Documents,
-    EpochBatches,
-    check_ids,
-    collate,
-    epoch_order,
-    eval_loader,
-    lay_rows,
-    load_documents,
-    load_rows,
-    train_loader,
-)
-from hfgpt.rows import TokenRows, TokenStream
-from hfgpt.tokenizer import encode_ids, train_tokenizer
+from hfgpt.data.loaders import EpochBatches, collate, epoch_order, eval_loader, train_loader
+from hfgpt.data.prepare import check_ids, lay_rows, load_rows
+from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.text import Documents, load_documents
+from hfgpt.data.tokenizer import encode_ids, train_tokenizer
 
 TEXTS = [f"Line {i}: the quick brown fox jumps over the lazy dog.\r\n" for i in range(40)]
 ODD = ["a\r\nb\rc\n", "\0", "\ufeffe\u0301", "\U0001f600 한국어", "<|endoftext|>", "the"]

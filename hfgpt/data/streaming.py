@@ -1,7 +1,7 @@
 """Rows from text that is read as it comes, for sets larger than the disk; they go on exactly where they stopped.
 
 Each process reads its own share of the documents, again and again, shuffles them through a buffer, and cuts the same
-rows from them as hfgpt/rows.py. All that decides what comes next is in `RowStream.state_dict`.
+rows from them as hfgpt/data/rows.py. All that decides what comes next is in `RowStream.state_dict`.
 
 Shape letters: T `block_size`.
 """
@@ -18,9 +18,9 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.schema import DataConfig
-from hfgpt.documents import Documents, named_validation, stream_texts
+from hfgpt.data.text import Documents, named_validation, stream_texts
+from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.tokenizer import encode_arrays
 
 READ_AT_ONCE = 64  # documents that are tokenized together
 
@@ -105,7 +105,7 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
         self.begins = np.empty(0, dtype=bool)  # of each of them, whether a document begins there
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield rows as `hfgpt.rows.TokenRows` gives them."""
+        """Yield rows as `hfgpt.data.rows.TokenRows` gives them."""
         cut = self.padded_row if self.data.packing == "padded" else self.packed_row
         while True:
             yield cut()

@@ -7,9 +7,10 @@ import torch
 
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig
-from hfgpt.data import stream_loader, stream_rows
-from hfgpt.streaming import RowStream, hashes, sample_documents
-from hfgpt.tokenizer import encode_ids
+from hfgpt.data.loaders import stream_loader
+from hfgpt.data.prepare import stream_rows
+from hfgpt.data.streaming import RowStream, hashes, sample_documents
+from hfgpt.data.tokenizer import encode_ids
 
 TEXTS = [f"Document {i}: " + "the quick brown fox " * (i % 7) + "\r\nends." for i in range(60)]
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfgpt import pydoc_source
 from hfgpt.config.schema import DataConfig
-from hfgpt.documents import load_documents, store_texts
+from hfgpt.data import python_docs
+from hfgpt.data.text import load_documents, store_texts
 
 ODD = "a\r\nb\rc\n\0 \ufeffe\u0301 \U0001f600 한국어 <|endoftext|>, \"q\" 'x'\t "
 
@@ -230,7 +230,7 @@ def test_a_data_set_that_cannot_be_reached_is_refused_in_one_line():
 def test_pydoc_is_the_documentation_of_this_python_and_imports_nothing():
     modules = set(sys.modules)
 
-    texts = list(pydoc_source.documents())
+    texts = list(python_docs.documents())
 
     new = set(sys.modules) - modules
     assert not {name for name in new if not name.startswith("encodings.")}  # codecs that a file's first line names
@@ -249,4 +249,4 @@ def test_docstrings_come_in_the_order_of_the_source_without_those_of_tests(tmp_p
     write(tmp_path / "test" / "hidden.py", '"""Hidden."""')
     write(tmp_path / "broken.py", b'"""Broken \xff"""')
 
-    assert list(pydoc_source.module_documents(tmp_path)) == ["F.", "Two.\n\nA.\n\nB\n\nb."]
+    assert list(python_docs.module_documents(tmp_path)) == ["F.", "Two.\n\nA.\n\nB\n\nb."]

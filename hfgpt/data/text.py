@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from hfgpt import pydoc_source
 from hfgpt.config.schema import DataConfig
+from hfgpt.data import python_docs
 from hfgpt.system.network import limit_waiting
 
 # How files are read: as one document each, or by the loader of `datasets` of that name.
@@ -88,7 +88,7 @@ def read_source(data: DataConfig, files: Any, split: str | None) -> datasets.Dat
     if data.source is None:
         parts = read_files(find_files(files), data.text_column)
     elif data.source == "pydoc":
-        texts = list(pydoc_source.documents())
+        texts = list(python_docs.documents())
         parts = [store_texts(partial(iter, texts))]
     else:
         table = load_table(data.source, data.source, data.name, split=split)

@@ -1,0 +1,1 @@
+"""Text to micro-batches; in reading order: text, tokenizer, rows, prepare, loaders, and streaming beside them."""

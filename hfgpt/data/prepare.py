@@ -1,0 +1,266 @@
+"""A run's text made ready: read, split, tokenized once, and laid out in rows.
+
+Documents are tokenized losslessly into one array with `<|endoftext|>` between them (rows.py). Rows are T + 1 ids of it
+that overlap by one, so that each has T targets and no target is skipped.
+
+Shape letters: T `block_size`.
+"""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from hfgpt.config.schema import DataConfig, RunConfig
+from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.streaming import RowStream, hashes, sample_documents
+from hfgpt.data.text import Documents, load_documents
+from hfgpt.data.tokenizer import encode_arrays, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
+
+ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What became of the tokens of one split."""
+
+    tokens: int
+    """Ids of all documents, and one `<|endoftext|>` between two of them."""
+    targets: int
+    """Targets scored in one pass over the rows; with a `stride` below `block_size` some count more than once."""
+    remainder: int
+    """Tokens at the end that fill no row, fewer than `stride`; they are never scored."""
+    padding: int
+    """Places in rows that hold no target."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run."""
+
+    train: TokenRows
+    """Those to train on; with `stream` only some of them, to be scored beside the validation rows."""
+    validation: TokenRows
+    train_counts: SplitCounts
+    validation_counts: SplitCounts
+    stream: RowStream | None = None
+    """Where the rows to train on come from, if they are not stored; this process's share."""
+
+
+def stream_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int, rank: int, world_size: int) -> Rows:
+    """The rows of a text that is read as it comes, this process's share.
+
+    Raises:
+        ValueError: the source cannot be read, or the validation text is shorter than one row.
+    """
+    samples = sample_documents(data, seed)
+    stream = RowStream(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
+    return replace(load_rows(samples, tokenizer, data), stream=stream)
+
+
+def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> Rows:
+    """Tokenize documents, which is done once and then read from the cache of `datasets`, and lay rows over them.
+
+    The cache's key is made of the text and the tokenizer. Of several processes, let one call this first.
+
+    Raises:
+        ValueError: a split is shorter than one row.
+    """
+    train, train_counts = lay_rows(tokenize(documents.train, tokenizer, data, "training"), data, "training")
+    validation, validation_counts = lay_rows(
+        tokenize(documents.validation, tokenizer, data, "validation"), data, "validation"
+    )
+    return Rows(train, validation, train_counts, validation_counts)
+
+
+def tokenize(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, data: DataConfig, split: str
+) -> TokenStream:
+    """The ids of one split, memory-mapped."""
+    token_ids = documents.map(
+        encode_batch,
+        batched=True,
+        batch_size=256,
+        input_columns=["text"],
+        remove_columns=["text"],
+        fn_kwargs={"tokenizer": tokenizer},
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        num_proc=None if data.num_proc == 1 else min(data.num_proc, len(documents)),
+        new_fingerprint=cache_key(documents._fingerprint, tokenizer_hash(tokenizer), str(tokenizer.eos_token_id)),
+        desc=f"Tokenizing the {split} text",
+    )
+    return TokenStream(token_ids)
+
+
+def lay_rows(stream: TokenStream, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
+    """The rows of one split, by `data.packing`, and what became of its tokens.
+
+    Raises:
+        ValueError: it is shorter than one row.
+    """
+    block_size, tokens = data.block_size, len(stream) - 1  # there is nothing before the first document to end
+    if data.packing == "padded":
+        rows = one_document_a_row(stream, block_size)
+        targets = tokens + 1  # the last document is ended too
+        return rows, SplitCounts(tokens, targets, remainder=0, padding=len(rows) * block_size - targets)
+    if tokens < block_size + 1:
+        raise ValueError(
+            f"the {split} split has {tokens} tokens, fewer than one block of {block_size + 1} (`data.block_size` "
+            f"and one): lower `data.block_size` ({block_size}) or give more text."
+        )
+    stride = data.stride or block_size
+    starts = range(1, len(stream) - block_size, stride)
+    rows = TokenRows(stream, block_size, starts, is_isolated=data.packing == "isolated")
+    remainder = tokens - (len(rows) - 1) * stride - (block_size + 1)
+    return rows, SplitCounts(tokens, len(rows) * block_size, remainder, padding=0)
+
+
+def one_document_a_row(stream: TokenStream, block_size: int) -> TokenRows:
+    """Rows from the `<|endoftext|>` before a document to the one behind it; documents longer than T take several."""
+    begins = stream.document_starts
+    ends = np.append(begins[1:], len(stream))  # where the `<|endoftext|>` behind each stands; behind the last, nothing
+    counts = -(-(ends - begins) // block_size)
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # number of a row in its document
+    starts = np.repeat(begins, counts) + nth * block_size
+    stops = np.minimum(starts + block_size + 1, np.repeat(ends, counts) + 1)
+    return TokenRows(stream, block_size, starts, stops)
+
+
+def cache_key(*parts: str) -> str:
+    return hashlib.sha256(" ".join([f"hfgpt-rows-{ROWS_VERSION}", *parts]).encode()).hexdigest()[:32]
+
+
+def encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return {"input_ids": [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]}
+
+
+def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
+    """Refuse rows that a model cannot read, before its embedding fails on them.
+
+    Raises:
+        ValueError: `rows` hold an id of `vocab_size` or more.
+    """
+    largest = rows.stream.largest()
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the {name} rows hold the id {largest}, but the model's `vocab_size` is {vocab_size}. "
+            "Take the tokenizer that belongs to the model."
+        )
+
+
+def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
+    """The tokenizer of a run, and its text as rows."""
+    process = PartialState()
+    if config.data.streaming:
+        tokenizer = existing_tokenizer(config)
+        assert tokenizer is not None  # config.check_streaming
+        return tokenizer, stream_rows(config.data, tokenizer, config.seed, process.process_index, process.num_processes)
+    documents = load_documents(config.data, config.seed)
+    tokenizer = make_tokenizer(config, documents.train)
+    return tokenizer, load_rows(documents, tokenizer, config.data)
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """What one split of a text has become.
+
+    Attributes:
+        documents: documents that are not empty.
+        rows: of `data.block_size` targets.
+        tokens: see `hfgpt.data.prepare.SplitCounts`, as for the rest.
+        targets: see there.
+        remainder: see there.
+        padding: see there.
+    """
+
+    documents: int
+    rows: int
+    tokens: int
+    targets: int
+    remainder: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text that is ready to train on.
+
+    Attributes:
+        train: the training split.
+        validation: the validation split.
+        token_ids: how many the tokenizer knows.
+        reading_seconds: until the documents were stored, or found in the cache.
+        tokenizer_seconds: until the tokenizer was trained or loaded.
+        tokenizing_seconds: until the ids were stored, or found in the cache.
+    """
+
+    train: PreparedSplit
+    validation: PreparedSplit
+    token_ids: int
+    reading_seconds: float
+    tokenizer_seconds: float
+    tokenizing_seconds: float
+
+
+def prepare_text(config: RunConfig) -> PreparedText:
+    """Read, tokenize and cache the text of a run, as its first step does, and count it.
+
+    Raises:
+        ValueError: the text is read as it comes, or cannot be read.
+    """
+    if config.data.streaming:
+        raise ValueError("`data.streaming` reads the text as it comes: there is nothing to prepare.")
+    started_at = time.perf_counter()
+    documents = load_documents(config.data, config.seed)
+    read_at = time.perf_counter()
+    tokenizer = make_tokenizer(config, documents.train)
+    trained_at = time.perf_counter()
+    rows = load_rows(documents, tokenizer, config.data)
+    done_at = time.perf_counter()
+    train, validation = (
+        PreparedSplit(documents=len(part.stream.document_starts), rows=len(part), **asdict(counts))
+        for part, counts in ((rows.train, rows.train_counts), (rows.validation, rows.validation_counts))
+    )
+    return PreparedText(
+        train, validation, len(tokenizer), read_at - started_at, trained_at - read_at, done_at - trained_at
+    )
+
+
+def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the recipe names, or that of the model to go on from; None if it is to be trained."""
+    name = config.tokenizer.name or config.init_from
+    if name is None:
+        return None
+    tokenizer = load_tokenizer(name)
+    require_end_of_text(tokenizer, name)
+    return tokenizer
+
+
+def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
+    """The tokenizer that there is, or one trained on the training split."""
+    tokenizer = existing_tokenizer(config)
+    if tokenizer is not None:
+        return tokenizer
+    longest = HFGPTConfig(**config.model).max_position_embeddings
+    texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])
+    return train_tokenizer(texts, config.tokenizer.vocab_size, model_max_length=longest)
+
+
+def train_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
+    """Train the tokenizer that a run of this recipe would train.
+
+    Raises:
+        ValueError: the recipe names a tokenizer that is trained already, or its text cannot be read.
+    """
+    if config.tokenizer.name or config.init_from:
+        raise ValueError(
+            f"the recipe names a tokenizer that is trained already ({config.tokenizer.name or config.init_from!r})."
+        )
+    return make_tokenizer(config, load_documents(config.data, config.seed).train)
