@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from hfgpt import zero
 from hfgpt.config.schema import DROPOUT_FIELDS
+from hfgpt.distributed import deepspeed as zero
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 

@@ -15,11 +15,11 @@ from hfgpt.checkpoint import Position
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
+from hfgpt.distributed.sharding import count_parameters, engine, load_weights, split_again
 from hfgpt.milestones import record_evaluation, save_model, score, stopped
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation
-from hfgpt.processes import count_parameters, engine, load_weights, split_again
 from hfgpt.recorder import METRICS_FILE, Recorder
 from hfgpt.results import PLOT_FILE, RESULTS_FILE, comparable_lines, plot_losses, read_metrics, training_speed
 from hfgpt.run import Run

@@ -11,9 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from hfgpt.distributed.sharding import is_split
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.perplexity import e_to
-from hfgpt.processes import is_split
 
 
 @dataclass(frozen=True)

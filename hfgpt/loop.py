@@ -13,6 +13,9 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.compiled import check_compiled
 from hfgpt.data.loaders import start_at
+from hfgpt.distributed.deepspeed import deepspeed_plugin, let_schedule_count
+from hfgpt.distributed.launch import PRECISIONS, settle_engine
+from hfgpt.distributed.sharding import exchange_gradients, optimizer_state, prepare, whole
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.milestones import (
     Verdict,
@@ -27,11 +30,9 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, exchange_gradients, optimizer_state, prepare, settle_engine, whole
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest
-from hfgpt.zero import deepspeed_plugin, let_schedule_count
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:

@@ -14,9 +14,9 @@ from accelerate.utils import gather
 from hfgpt.causal_lm import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.text import is_plain_text, read_source
+from hfgpt.distributed.launch import join_processes
 from hfgpt.harness import find_tasks, run_tasks
 from hfgpt.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
-from hfgpt.processes import join_processes
 from hfgpt.run import RESULTS_FILE
 from hfgpt.system.machine import peak_memory_bytes
 from hfgpt.system.storage import write_json

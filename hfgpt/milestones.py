@@ -16,11 +16,11 @@ from hfgpt.data.loaders import eval_loader
 from hfgpt.data.prepare import Rows
 from hfgpt.data.rows import TokenRows
 from hfgpt.decoding import generate
+from hfgpt.distributed.sharding import count_parameters, is_split, split_again, whole_weights
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.overfitting import best_evaluation, is_patience_spent
-from hfgpt.processes import count_parameters, is_split, split_again, whole_weights
 from hfgpt.recorder import Recorder, refuse_divergence
 from hfgpt.run import Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest

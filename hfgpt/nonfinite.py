@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hfgpt.checkpoint import Position
 from hfgpt.config.schema import TrainConfig
-from hfgpt.processes import is_finite, is_split
+from hfgpt.distributed.sharding import is_finite, is_split
 from hfgpt.recorder import DIVERGED, Recorder
 
 MOST_SKIPPED_IN_A_ROW = 10

@@ -25,16 +25,16 @@ from hfgpt.data.prepare import (
 )
 from hfgpt.data.rows import TokenRows
 from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
-from hfgpt.launcher import check_launcher
+from hfgpt.distributed.deepspeed import check_deepspeed
+from hfgpt.distributed.launch import check_launcher, join_processes
+from hfgpt.distributed.sharding import split_over_processes
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
-from hfgpt.processes import join_processes, split_over_processes
 from hfgpt.results import RESULTS_FILE
 from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
 from hfgpt.trackers import check_trackers
 from hfgpt.weights import load
-from hfgpt.zero import check_deepspeed
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 

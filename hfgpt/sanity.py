@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from hfgpt.data.loaders import collate
 from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.distributed.sharding import is_split, split_again
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.processes import is_split, split_again
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 

@@ -4,9 +4,9 @@ import time
 from typing import Any
 
 from hfgpt.config.schema import RunConfig
+from hfgpt.distributed.launch import hint_to_scale_out
 from hfgpt.ending import finish_run
 from hfgpt.milestones import catch_up, make_recorder
-from hfgpt.processes import hint_to_scale_out
 from hfgpt.run import prepare_run
 from hfgpt.sanity import check_start
 from hfgpt.stopping import StopRequest

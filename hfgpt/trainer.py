@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hfgpt import zero
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.compiled import check_compiled
 from hfgpt.data.loaders import start_at
+from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed.launch import PRECISIONS, settle_engine
+from hfgpt.distributed.sharding import optimizer_state
 from hfgpt.hub import PushByList
 from hfgpt.milestones import (
     Verdict,
@@ -35,7 +37,6 @@ from hfgpt.milestones import (
 )
 from hfgpt.nonfinite import StepGuard
 from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.processes import PRECISIONS, optimizer_state, settle_engine
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 from hfgpt.stopping import StopRequest

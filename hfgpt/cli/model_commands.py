@@ -41,8 +41,8 @@ def evaluate(
     """Measure a model on texts (loss, perplexities, bits per byte) and on tasks of lm-eval."""
     from accelerate import PartialState
 
+    from hfgpt.distributed.launch import leave_processes
     from hfgpt.measure import measure, render, save_tasks, to_json
-    from hfgpt.processes import leave_processes
     from hfgpt.system.console import print_status
 
     report = measure(

@@ -153,7 +153,7 @@ def train(
     loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
     from accelerate import PartialState
 
-    from hfgpt.processes import leave_processes
+    from hfgpt.distributed.launch import leave_processes
     from hfgpt.stopping import RESUMABLE, Stopped
     from hfgpt.system.console import print_status
     from hfgpt.train import train

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from runs import DROPOUT, assert_same_path, assert_same_run, run, run_to_step, wait_for_step, workers_of
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
-from hfgpt.processes import check_engine, join_processes
+from hfgpt.distributed.launch import check_engine, join_processes
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes/accelerate"
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]

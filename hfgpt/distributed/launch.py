@@ -1,17 +1,102 @@
-"""What a launcher asks of a run, held against its recipe, which alone says how a run computes.
-
-`accelerate launch` hands its words and those of its configuration file on in the environment. What differs from the
-recipe is refused, and so is what hfgpt does not drive; processes.py and zero.py ask whether processes and engine came.
-"""
+"""A launch of several processes: how they find one another, and what the launcher may say beside the recipe."""
 
 import os
 from pathlib import PurePath
 
 import psutil
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hfgpt.config.schema import RunConfig
-from hfgpt.processes import PRECISIONS
+from hfgpt.distributed import deepspeed as zero
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Our names and accelerate's."""
+
+
+def join_processes() -> None:
+    """Let the processes of a launch find one another, before anything asks how many there are.
+
+    Raises:
+        ValueError: this is one of several processes, but they do not come together; or fewer were started than asked
+            for; or they are to be run by an engine that hfgpt does not drive.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "the launcher asks for Megatron-LM, which hfgpt does not drive. `train.shard=true` splits weights, "
+            "gradients and optimizer state over the processes of a plain launch."
+        )
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=zero.backend())
+    if zero.is_asked_for() and not zero.is_running():
+        raise ValueError(
+            f"the launcher asks for DeepSpeed, and accelerate gives {process.distributed_type.value}: "
+            "ACCELERATE_USE_CPU (`use_cpu`, `--cpu`) turns it off. DeepSpeed finds CPUs by itself: leave that out."
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if process.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started, but each is alone ({process.num_processes} in its group). "
+            "Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
+    # accelerate (1.15) names the meeting place of several processes and then starts one, with `--cpu` or MULTI_CPU.
+    if started == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+        if "MASTER_PORT" in os.environ:
+            raise ValueError(
+                "`accelerate launch` was asked for several processes and started one. On CPUs several processes want "
+                "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`."
+            )
+
+
+def leave_processes() -> None:
+    """End what the processes talk through, once there is nothing more to say; all of them call it.
+
+    Left to the end of the interpreter, gloo may abort a process that has done its work (pytorch issue 190489).
+    """
+    if torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
+def settle_engine(accelerator: Accelerator) -> None:
+    """Refuse another engine than the launcher was asked for, and let it compute as the recipe says; before `prepare`.
+
+    Raises:
+        ValueError: see `check_engine`.
+    """
+    check_engine(accelerator)
+    zero.settle_deepspeed()
+    if accelerator.is_fsdp2:
+        # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse to train with another engine than the launcher was asked for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if accelerator.distributed_type != DistributedType.FSDP:
+        came = accelerator.distributed_type.value
+        raise ValueError(
+            f"the launcher asks for FSDP, and accelerate gives {came}: it splits models on GPUs only. "
+            "`train.shard=true` does so on CPUs too, with a plain launch."
+        )
+    if not accelerator.is_fsdp2:
+        raise ValueError("the launcher asks for FSDP1. Set `fsdp_version: 2` in the configuration of accelerate.")
+
+
+def hint_to_scale_out() -> str | None:
+    """What to type to use all GPUs of this machine, if only one of several is used."""
+    devices = torch.cuda.device_count()
+    if devices < 2 or PartialState().num_processes > 1:
+        return None
+    return f"one of {devices} GPUs is used; for all: `accelerate launch --num_processes {devices} -m hfgpt train ...`"
+
 
 WITHOUT_WORD = {
     "ACCELERATE_DYNAMO_MODE": ("dynamo_mode", "default"),

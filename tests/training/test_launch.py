@@ -9,7 +9,7 @@ import yaml
 from runs import LOOPS, metrics, run
 
 from hfgpt.config.loading import load_config
-from hfgpt.launcher import check_launcher, is_launch, options
+from hfgpt.distributed.launch import check_launcher, is_launch, options
 
 PRECISION = "the launcher asks for `mixed_precision` bf16, the recipe for `train.precision` fp32. Set "
 PRECISION += "`train.precision=bf16`, or launch with `--mixed_precision no`."
