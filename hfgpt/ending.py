@@ -10,7 +10,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hfgpt import checkpoint
-from hfgpt.card import CARD_FILE, leave_card
 from hfgpt.checkpoint import Position
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.prepare import Rows
@@ -19,9 +18,17 @@ from hfgpt.distributed.sharding import count_parameters, engine, load_weights, s
 from hfgpt.milestones import record_evaluation, save_model, score, stopped
 from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
-from hfgpt.overfitting import best_evaluation
 from hfgpt.recorder import METRICS_FILE, Recorder
-from hfgpt.results import PLOT_FILE, RESULTS_FILE, comparable_lines, plot_losses, read_metrics, training_speed
+from hfgpt.results.card import CARD_FILE, leave_card
+from hfgpt.results.plots import plot_losses
+from hfgpt.results.records import (
+    PLOT_FILE,
+    RESULTS_FILE,
+    best_evaluation,
+    comparable_lines,
+    read_metrics,
+    training_speed,
+)
 from hfgpt.run import Run
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes

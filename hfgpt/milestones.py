@@ -20,14 +20,15 @@ from hfgpt.distributed.sharding import count_parameters, is_split, split_again, 
 from hfgpt.evaluation import Score, score_batches
 from hfgpt.generation import unknown_ids
 from hfgpt.nonfinite import refuse_spoilt_weights
-from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.recorder import Recorder, refuse_divergence
+from hfgpt.results.records import best_evaluation
 from hfgpt.run import Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import matmul_peak, training_flops_per_token
 from hfgpt.system.storage import make_readable, write_json
 from hfgpt.text_stream import stream_text
 from hfgpt.trackers import Trackers
+from hfgpt.training.early_stopping import is_patience_spent
 
 
 def is_due(every: int | str, step: int, run: Run) -> bool:

@@ -19,8 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from hfgpt.checkpoint import Position
-from hfgpt.overfitting import best_evaluation
-from hfgpt.results import MetricsLog, SamplesFile
+from hfgpt.results.records import MetricsLog, SamplesFile, best_evaluation
 from hfgpt.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"

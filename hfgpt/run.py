@@ -30,7 +30,7 @@ from hfgpt.distributed.launch import check_launcher, join_processes
 from hfgpt.distributed.sharding import split_over_processes
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.optim import check_optim, check_warmup
-from hfgpt.results import RESULTS_FILE
+from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
 from hfgpt.trackers import check_trackers

@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 from release_check import check_contents
 
 import hfgpt.config.recipes
-from hfgpt.card import TEMPLATE
 from hfgpt.config.loading import load_config
 from hfgpt.config.recipes import package_file
+from hfgpt.results.card import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ def card(
     words = {name: value for name, value in given.items() if value is not None}
     if check and (words or verify):
         raise ValueError("`--check` writes nothing: give it alone.")
-    from hfgpt.card import compare_card, write_card
+    from hfgpt.results.card import compare_card, write_card
 
     if check:
         difference = compare_card(folder)

@@ -203,7 +203,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: a table, their curves as a picture, and the knobs in which they differ."""
-    from hfgpt.compare_runs import compare_runs, render
+    from hfgpt.results.compare import compare_runs, render
     from hfgpt.system.console import print_status
 
     comparison = compare_runs(runs, picture)

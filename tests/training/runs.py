@@ -10,9 +10,9 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 
-from hfgpt.card import compare_card
 from hfgpt.config.loading import load_config
 from hfgpt.recorder import Recorder
+from hfgpt.results.card import compare_card
 from hfgpt.stopping import Stopped
 from hfgpt.train import train
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation import score_batches
-from hfgpt.overfitting import best_evaluation, is_patience_spent
 from hfgpt.recorder import Recorder
+from hfgpt.results.records import best_evaluation
 from hfgpt.stopping import Stopped
+from hfgpt.training.early_stopping import is_patience_spent
 
 # A learning rate that spoils the model after a few steps, so that the best evaluation lies in the middle.
 SPOILT = ["optim.learning_rate=0.3", "optim.schedule=constant", "train.eval_every=3", "train.save_every=7"]

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
 
 from hfgpt.config.recipes import package_file
-from hfgpt.results import PLOT_FILE, RESULTS_FILE, fenced
+from hfgpt.results.records import PLOT_FILE, RESULTS_FILE, fenced
 from hfgpt.system.storage import write_atomically, write_json
 
 TEMPLATE = "cards/model_card.md"

@@ -6,17 +6,7 @@ Everything follows from the evaluation lines of metrics.jsonl, so a run that was
 from collections.abc import Sequence
 from typing import Any
 
-
-def best_evaluation(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The evaluation with the lowest validation loss, the earlier of equals; None if there is none.
-
-    That of step 0 does not count: it is of no trained model.
-
-    Args:
-        evaluations: lines with `step` and `val_loss`, in nats per token, all over the same validation rows.
-    """
-    trained = [line for line in evaluations if line["step"] > 0]
-    return min(trained, key=lambda line: (line["val_loss"], line["step"]), default=None)
+from hfgpt.results.records import best_evaluation
 
 
 def is_patience_spent(evaluations: Sequence[dict[str, Any]], patience: int) -> bool:

@@ -18,8 +18,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from hfgpt.config.loading import flatten, load_config
-from hfgpt.overfitting import best_evaluation
-from hfgpt.results import FIGURE_DPI, add_perplexity_axis, comparable_lines, read_metrics
+from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis
+from hfgpt.results.records import best_evaluation, comparable_lines, read_metrics
 from hfgpt.system.storage import write_atomically
 
 PICTURE_SIZE = (11.0, 5.6)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hfgpt import results
-from hfgpt.results import MetricsLog, SamplesFile, plot_losses, read_metrics
+from hfgpt.results import plots, records
+from hfgpt.results.plots import plot_losses
+from hfgpt.results.records import MetricsLog, SamplesFile, read_metrics
 
 SETTINGS = {"max_new_tokens": 80, "temperature": 0.8, "top_k": 50}
 
@@ -112,7 +113,7 @@ TO_DRAW = {
 def test_losses_are_drawn_in_the_promised_size(tmp_path, metrics):
     plot_losses(metrics, tmp_path / "loss.png")
 
-    width, height = (round(inches * results.FIGURE_DPI) for inches in results.FIGURE_SIZE)
+    width, height = (round(inches * plots.FIGURE_DPI) for inches in plots.FIGURE_SIZE)
     with Image.open(tmp_path / "loss.png") as image:
         image.load()
         assert image.size == (width, height)
@@ -136,12 +137,12 @@ def figure_drawn(monkeypatch, tmp_path, metrics, **options):
     """The figure that `plot_losses` made, as matplotlib holds it."""
     figures = []
 
-    class Canvas(results.FigureCanvasAgg):
+    class Canvas(plots.FigureCanvasAgg):
         def __init__(self, figure):
             figures.append(figure)
             super().__init__(figure)
 
-    monkeypatch.setattr(results, "FigureCanvasAgg", Canvas)
+    monkeypatch.setattr(plots, "FigureCanvasAgg", Canvas)
     plot_losses(metrics, tmp_path / "loss.png", **options)
     return figures[0]
 
@@ -185,12 +186,12 @@ def test_a_last_evaluation_of_more_rows_is_drawn_on_those_of_the_others():
     metrics = [*a_run(60), {"step": 60, "note": "not an evaluation"}]
     final = {"val_loss": metrics[-2]["val_loss"], "eval_rows_val_loss": 9.0, "eval_rows_train_loss": 8.0}
 
-    shown = results.comparable_lines(metrics, final)
+    shown = records.comparable_lines(metrics, final)
 
     assert shown == [*metrics[:-2], {**metrics[-2], "val_loss": 9.0, "train_loss": 8.0}, metrics[-1]]
-    assert results.comparable_lines(metrics, {}) == metrics  # a run that is not finished
+    assert records.comparable_lines(metrics, {}) == metrics  # a run that is not finished
     earlier = {**final, "val_loss": 1.0}  # its last line is no evaluation of all rows
-    assert results.comparable_lines(metrics, earlier) == metrics
+    assert records.comparable_lines(metrics, earlier) == metrics
 
 
 def test_a_single_training_line_is_a_point(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_only_the_first_steps_may_leave_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 11), (3, 6), (3.2, 3.9), (0, 0.05), (3, 3.002), (-0.4, 8.4), (1, 100)])
 def test_perplexity_ticks_lie_in_the_picture_and_are_few(low, high):
-    ticks = results.perplexity_ticks(low, high)
+    ticks = plots.perplexity_ticks(low, high)
 
     assert 3 <= len(ticks) <= 12
     assert all(low <= math.log(tick) + 1e-12 and math.log(tick) <= high + 1e-12 for tick in ticks)

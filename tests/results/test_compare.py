@@ -8,8 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from hfgpt import compare_runs as module
-from hfgpt.compare_runs import check_picture, compare_runs, render, short_names
+from hfgpt.results import compare as module
+from hfgpt.results.compare import check_picture, compare_runs, render, short_names
 
 
 def make_run(folder, *, best=60, steps=100, speed=1000.0, finished=True, **knobs):
