@@ -73,7 +73,7 @@ def register_with_transformers() -> None:
 
     from hfgpt.configuration_hfgpt import HFGPTConfig
     from hfgpt.modeling_hfgpt import AUTO_CLASSES
-    from hfgpt.weights import gpt2
+    from hfgpt.weights.formats import gpt2
 
     transformers.AutoConfig.register(HFGPTConfig.model_type, HFGPTConfig, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():

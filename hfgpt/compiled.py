@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from hfgpt.config.schema import DROPOUT_FIELDS
-from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed import deepspeed
 from hfgpt.recorder import Recorder
 from hfgpt.run import Run
 
@@ -51,7 +51,9 @@ def check_compiled(
     model.train()
     devices = [] if device.type == "cpu" else [device]
     context = accelerator.no_sync(model)
-    if zero.is_running():  # its engine, which casts, would take a backward pass from its output for one of training
+    if (
+        deepspeed.is_running()
+    ):  # its engine, which casts, would take a backward pass from its output for one of training
         model, is_half = run.model, run.config.train.precision == "bf16"
         context = torch.autocast(device.type, torch.bfloat16, enabled=is_half)
     try:

@@ -15,8 +15,8 @@ from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, split_again
+from hfgpt.evaluation.ngram import ngram_perplexities
 from hfgpt.milestones import record_evaluation, save_model, score, stopped
-from hfgpt.ngram import ngram_perplexities
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.recorder import METRICS_FILE, Recorder
 from hfgpt.results.card import CARD_FILE, leave_card

@@ -17,7 +17,7 @@ from hfgpt.data.prepare import Rows
 from hfgpt.data.rows import TokenRows
 from hfgpt.decoding import generate
 from hfgpt.distributed.sharding import count_parameters, is_split, split_again, whole_weights
-from hfgpt.evaluation import Score, score_batches
+from hfgpt.evaluation.loss import Score, score_batches
 from hfgpt.generation import unknown_ids
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.recorder import Recorder, refuse_divergence

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from hfgpt.remote_code import code_files, describe_other_code, read_config
+from hfgpt.weights.remote_code import code_files, describe_other_code, read_config
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 LIST = (
@@ -220,9 +220,9 @@ def refuse_damaged_model(folder: Path) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    from hfgpt.weights.folders import read_folder
-    from hfgpt.weights.stored import read
-    from hfgpt.weights.tables import build_from
+    from hfgpt.weights.formats.hf_folder import read_folder
+    from hfgpt.weights.lazy_tensors import read
+    from hfgpt.weights.model_parts import build_from
 
     _, checkpoint = read_folder(folder)
     for name, tensor in checkpoint.tensors.items():

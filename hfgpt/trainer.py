@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from hfgpt.checkpoint import Position, load_states, restore_random_states
 from hfgpt.compiled import check_compiled
 from hfgpt.data.loaders import start_at
-from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed import deepspeed
 from hfgpt.distributed.launch import PRECISIONS, settle_engine
 from hfgpt.distributed.sharding import optimizer_state
 from hfgpt.hub import PushByList
@@ -57,7 +57,7 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     # Trainer would take it from a launcher, and DeepSpeed has it in its plugin.
-    precision = "no" if zero.is_asked_for() else PRECISIONS[run.config.train.precision]
+    precision = "no" if deepspeed.is_asked_for() else PRECISIONS[run.config.train.precision]
     with patch_environment(ACCELERATE_MIXED_PRECISION=precision):
         trainer = HFGPTTrainer(run, recorder, stop)
     settle_engine(trainer.accelerator)
@@ -78,12 +78,12 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
 def training_arguments(run: Run) -> TrainingArguments:
     """The recipe in Trainer's words; what it evaluates, logs and saves is decided by `RunSchedule`."""
     config = run.config
-    plugin = zero.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
+    plugin = deepspeed.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         # Trainer asks to be told before it takes bf16 on a CPU; being told turns DeepSpeed off.
         use_cpu=PartialState().device.type == "cpu" and plugin is None,
-        ddp_backend=zero.backend(),
+        ddp_backend=deepspeed.backend(),
         seed=config.seed,
         max_steps=run.total_steps,
         per_device_train_batch_size=config.train.batch_size,
@@ -180,7 +180,7 @@ class HFGPTTrainer(PushByList, Trainer):
         self.is_finite = self.guard.allows(self.position, norm, self.batches, self.targets)
         if not self.is_finite:
             model.zero_grad()
-            zero.let_schedule_count(self.optimizer)
+            deepspeed.let_schedule_count(self.optimizer)
         return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_reci
 from hfgpt.config.loading import flatten, load_config
 from hfgpt.config.schema import MODEL_FIELDS, RunConfig
 from hfgpt.data.tokenizer import load_tokenizer
-from hfgpt.measure import measure, render
+from hfgpt.evaluation.report import measure, render
 from hfgpt.settings import Settings
 from hfgpt.system.doctor import Finding
 from hfgpt.system.extras import needs
@@ -440,16 +440,16 @@ def test_verify_passes_a_trained_model(world):
 
 
 def test_verify_exits_with_1_when_the_models_differ(world, monkeypatch):
-    from hfgpt.weights import verify
+    from hfgpt.evaluation import verify_gpt2
 
-    right = verify.to_gpt2
+    right = verify_gpt2.to_gpt2
 
     def disturbed(model):
         gpt2 = right(model)
         gpt2.transformer.ln_f.bias.data += 1e-3
         return gpt2
 
-    monkeypatch.setattr(verify, "to_gpt2", disturbed)
+    monkeypatch.setattr(verify_gpt2, "to_gpt2", disturbed)
 
     printed, as_json = hfgpt("verify", "out/accelerate"), hfgpt("verify", "out/accelerate", "--json")
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
 from hfgpt.arguments import CACHE
-from hfgpt.weights.gpt2 import to_gpt2_tensors
+from hfgpt.weights.formats.gpt2 import to_gpt2_tensors
 
 IGNORED = -100
 

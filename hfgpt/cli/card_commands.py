@@ -36,7 +36,7 @@ def card(
     if verify:
         from importlib.metadata import version
 
-        from hfgpt.weights.verify import verify as compare_with_gpt2
+        from hfgpt.evaluation.verify_gpt2 import verify as compare_with_gpt2
 
         with busy(f"comparing {folder} with GPT-2"):
             verified = {**asdict(compare_with_gpt2(folder)), "transformers": version("transformers")}

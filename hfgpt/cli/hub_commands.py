@@ -73,7 +73,7 @@ def update_code(
 ) -> None:
     """Replace the code beside the weights by this hfgpt's; the old is kept, the weights stay as they are."""
     from hfgpt import __version__, hub
-    from hfgpt.remote_code import update_code
+    from hfgpt.weights.remote_code import update_code
 
     updated = update_code(folder)
     if not updated.replaced:

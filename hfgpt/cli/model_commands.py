@@ -42,7 +42,7 @@ def evaluate(
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.measure import measure, render, save_tasks, to_json
+    from hfgpt.evaluation.report import measure, render, save_tasks, to_json
     from hfgpt.system.console import print_status
 
     report = measure(

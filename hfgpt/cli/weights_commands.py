@@ -22,8 +22,8 @@ def verify(
         raise ValueError("give a model or `--random SIZE`, one of them.")
     if layers is not None and random is None:
         raise ValueError("`--layers` has no effect without `--random`.")
+    from hfgpt.evaluation.verify_gpt2 import SIZES, memory_needed, render, verify, verify_random
     from hfgpt.system.console import print_status
-    from hfgpt.weights.verify import SIZES, memory_needed, render, verify, verify_random
 
     if random is None:
         assert source is not None

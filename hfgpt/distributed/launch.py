@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hfgpt.config.schema import RunConfig
-from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed import deepspeed
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names and accelerate's."""
@@ -28,8 +28,8 @@ def join_processes() -> None:
             "the launcher asks for Megatron-LM, which hfgpt does not drive. `train.shard=true` splits weights, "
             "gradients and optimizer state over the processes of a plain launch."
         )
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=zero.backend())
-    if zero.is_asked_for() and not zero.is_running():
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=deepspeed.backend())
+    if deepspeed.is_asked_for() and not deepspeed.is_running():
         raise ValueError(
             f"the launcher asks for DeepSpeed, and accelerate gives {process.distributed_type.value}: "
             "ACCELERATE_USE_CPU (`use_cpu`, `--cpu`) turns it off. DeepSpeed finds CPUs by itself: leave that out."
@@ -66,7 +66,7 @@ def settle_engine(accelerator: Accelerator) -> None:
         ValueError: see `check_engine`.
     """
     check_engine(accelerator)
-    zero.settle_deepspeed()
+    deepspeed.settle_deepspeed()
     if accelerator.is_fsdp2:
         # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

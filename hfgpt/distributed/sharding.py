@@ -1,6 +1,6 @@
 """Several processes: how they find one another, which engine runs them, and a model that is split over them.
 
-DDP, FSDP2 and DeepSpeed (zero.py) are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on CPUs
+DDP, FSDP2 and DeepSpeed (deepspeed.py) are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on CPUs
 as well.
 """
 
@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed import deepspeed
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 
 
 def engine(model: nn.Module) -> str | None:
     """Which engine runs a model on several processes; None on one."""
-    if zero.is_running():
+    if deepspeed.is_running():
         return "DeepSpeed"
     if is_split(model):
         return "FSDP2"
@@ -48,7 +48,7 @@ def split_over_processes(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
 
 def is_split(model: nn.Module) -> bool:
     """Whether processes hold parts of the weights, so that all of them must run each forward pass together."""
-    return isinstance(model, FSDPModule) or zero.is_partitioned(next(model.parameters()))
+    return isinstance(model, FSDPModule) or deepspeed.is_partitioned(next(model.parameters()))
 
 
 def split_again(model: nn.Module) -> None:
@@ -63,9 +63,9 @@ def split_again(model: nn.Module) -> None:
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """Give a model all its weights, which every process has whole; where it is split, each takes its part."""
-    if zero.is_partitioned(next(model.parameters())):
+    if deepspeed.is_partitioned(next(model.parameters())):
         for name, parameter in model.named_parameters():
-            zero.load_parameter(parameter, weights[name])
+            deepspeed.load_parameter(parameter, weights[name])
     elif is_split(model):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
@@ -81,7 +81,9 @@ def whole_weights(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
         return None
     weights = {}
     for name, parameter in model.named_parameters():
-        weight = zero.whole_parameter(parameter) if zero.is_partitioned(parameter) else whole(parameter.detach())
+        weight = (
+            deepspeed.whole_parameter(parameter) if deepspeed.is_partitioned(parameter) else whole(parameter.detach())
+        )
         if PartialState().is_main_process:
             weights[name] = weight.cpu()
     return weights
@@ -89,13 +91,13 @@ def whole_weights(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, whole, and tied ones once."""
-    return sum(zero.number_of_elements(parameter) for parameter in model.parameters())
+    return sum(deepspeed.number_of_elements(parameter) for parameter in model.parameters())
 
 
 def is_finite(parameter: nn.Parameter) -> bool:
     """Whether a weight holds numbers only; where it is split all processes call this."""
-    if zero.is_partitioned(parameter):
-        return bool(zero.whole_parameter(parameter).isfinite().all())
+    if deepspeed.is_partitioned(parameter):
+        return bool(deepspeed.whole_parameter(parameter).isfinite().all())
     return bool(whole(parameter.isfinite().all()))
 
 
@@ -114,7 +116,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
 
 def exchange_gradients(accelerator: Accelerator, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Let processes exchange gradients once a step, with its last micro-batch."""
-    if zero.is_running():
+    if deepspeed.is_running():
         accelerator.sync_gradients = is_last  # and with the exchange comes the step of the optimizer
         return nullcontext()
     if is_last:
@@ -131,10 +133,10 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def optimizer_state(model: nn.Module, optimizer: Any) -> "OptimizerState | zero.ZeroOptimizerState":
+def optimizer_state(model: nn.Module, optimizer: Any) -> "OptimizerState | deepspeed.ZeroOptimizerState":
     """What a checkpoint keeps of an optimizer, torch's or accelerate's around it, of a model that is not wrapped."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return zero.ZeroOptimizerState(model, inner) if zero.is_running() else OptimizerState(model, inner)
+    return deepspeed.ZeroOptimizerState(model, inner) if deepspeed.is_running() else OptimizerState(model, inner)
 
 
 class OptimizerState:
@@ -165,4 +167,4 @@ class OptimizerState:
         if state["state"]:  # else no step was done yet
             options = StateDictOptions(full_state_dict=is_split(self.model))
             set_optimizer_state_dict(self.model, self.optimizer, dict(state), options=options)
-        zero.load_groups(self.optimizer, state["param_groups"])  # torch makes lists of the tuples in them
+        deepspeed.load_groups(self.optimizer, state["param_groups"])  # torch makes lists of the tuples in them

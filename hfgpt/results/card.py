@@ -248,7 +248,7 @@ def write_card(source: str | Path, words: Mapping[str, str] | None = None, verif
     Args:
         source: a run's folder, or a NAME.json beside which NAME.md belongs.
         words: some of `WORDS`, to be said from now on; an empty one is said no more.
-        verified: what `hfgpt.weights.verify` found, to be shown from now on.
+        verified: what `hfgpt.evaluation.verify_gpt2` found, to be shown from now on.
 
     Returns:
         The card's path.

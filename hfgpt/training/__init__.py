@@ -1,1 +1,1 @@
-"""A run from its recipe to its results: train.py is its story, loop.py the steps, control.py what is done around them."""
+"""A run from its recipe to its results; in reading order: train, run, loop and trainer, control, evaluate, finish."""

@@ -9,15 +9,16 @@ import torch
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.storage import new_path
-from hfgpt.weights import folders, gpt2, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.files import read_any
-from hfgpt.weights.gpt2 import to_gpt2
-from hfgpt.weights.tables import Parts, Step, build_from, refuse_several_types, take_apart
+from hfgpt.weights.detect import read_any
+from hfgpt.weights.formats import gpt2, hf_folder, llmc, llms_from_scratch, nanogpt, openai
+from hfgpt.weights.formats.gpt2 import to_gpt2
+from hfgpt.weights.model_parts import Parts, build_from, refuse_several_types, take_apart
+from hfgpt.weights.table import Step
 
 __all__ = ["WRITERS", "load", "save", "to_gpt2"]
 
 WRITERS: dict[str, Callable[[Parts, Path], list[Step]]] = {
-    "hfgpt": folders.write,
+    "hfgpt": hf_folder.write,
     "gpt2": gpt2.write,
     "nanogpt": nanogpt.write,
     "llms-from-scratch": llms_from_scratch.write,

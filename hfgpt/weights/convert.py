@@ -16,9 +16,11 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.storage import new_path
-from hfgpt.weights import WRITERS, compare, gguf_file, llmc, nanogpt, onnx_file, openai, tables
-from hfgpt.weights.files import read_any
-from hfgpt.weights.tables import SAME_AS, Checkpoint, Step, build_from, refuse_several_types, take_apart
+from hfgpt.weights import WRITERS, check_conversion, table
+from hfgpt.weights.detect import read_any
+from hfgpt.weights.formats import gguf, llmc, nanogpt, onnx, openai
+from hfgpt.weights.model_parts import Checkpoint, build_from, refuse_several_types, take_apart
+from hfgpt.weights.table import SAME_AS, Step
 
 FORMATS = tuple(WRITERS)
 """What can be read, and written too."""
@@ -35,7 +37,7 @@ ONLY_ACTIVATION = {
 }
 """What the formats compute that know one activation: the exact GELU, or GPT-2's, which approximates it by a tanh."""
 
-DTYPES = {name: dtype for name, dtype in tables.DTYPES.items() if name != "fp64"}
+DTYPES = {name: dtype for name, dtype in table.DTYPES.items() if name != "fp64"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Conversion:
     steps_out: list[Step]
     notes: list[str]
     parameters: int
-    comparison: compare.Comparison | None
+    comparison: check_conversion.Comparison | None
 
     @property
     def lossy(self) -> list[Step]:
@@ -89,7 +91,7 @@ def convert(
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that fills, cuts, drops, rounds or exchanges anything.
         verify: whether to run the source and the destination, and compare their logits.
-        dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf_file.QUANTIZATIONS`, fp32 if None.
+        dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
         vocab_size: keep so many tokens and cut the rest, which is padding.
@@ -121,9 +123,9 @@ def convert(
         if to == "gguf":
             if goes_along is None:
                 raise ValueError(f"GGUF holds the tokenizer too, and there is none in {source}. Give `--tokenizer`.")
-            steps_out = gguf_file.write(parts, staged, goes_along, dtype or "fp32")
+            steps_out = gguf.write(parts, staged, goes_along, dtype or "fp32")
         elif to == "onnx":
-            steps_out = onnx_file.write(parts, staged)
+            steps_out = onnx.write(parts, staged)
         else:
             steps_out = WRITERS[to](parts, staged)
             if goes_along is not None and to == "openai":
@@ -139,7 +141,7 @@ def convert(
             )
     if not verify:
         return result
-    comparison = compare.compare(checkpoint.logits, found, dest, to, config, is_exact=not steps_between)
+    comparison = check_conversion.compare(checkpoint.logits, found, dest, to, config, is_exact=not steps_between)
     return Conversion(found, steps_in, steps_between, steps_out, notes, parameters, comparison)
 
 
@@ -319,7 +321,7 @@ def render(result: Conversion) -> str:
         lines += [title, *rows] if rows else []
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:
-        lines.append(compare.render(result.comparison))
+        lines.append(check_conversion.render(result.comparison))
     lost = len(result.lossy)
     losses = f"{lost} filled, cut, dropped, rounded or exchanged" if lost else "nothing lost"
     lines.append(

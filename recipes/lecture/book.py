@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
-from hfgpt.weights import llms_from_scratch
-from hfgpt.weights.tables import build
+from hfgpt.weights.formats import llms_from_scratch
+from hfgpt.weights.model_parts import build
 
 INITIALISATIONS = ("book", "gpt2")
 

@@ -16,7 +16,7 @@ from hfgpt.data.text import Documents
 from hfgpt.data.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.system.extras import needs
 from hfgpt.system.storage import write_atomically
-from hfgpt.weights.bpe import put_together
+from hfgpt.weights.formats.bpe import put_together
 
 URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
 """Edith Wharton, "The Verdict", 1908: in the public domain."""

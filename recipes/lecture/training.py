@@ -22,7 +22,7 @@ from hfgpt.checkpoint import Position
 from hfgpt.config.schema import OptimConfig, TrainConfig
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import Rows
-from hfgpt.evaluation import score_batches
+from hfgpt.evaluation.loss import score_batches
 from hfgpt.system.storage import write_atomically
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import hfgpt
-from hfgpt.remote_code import describe_other_code, update_code
+from hfgpt.weights.remote_code import describe_other_code, update_code
 
 HERE = Path(__file__).parent
 PACKAGE = Path(hfgpt.__file__).parent

@@ -184,9 +184,10 @@ def test_other_texts_and_tokenizers_make_other_files_and_other_rows_none(tokeniz
 
 PROCESS = """
 import sys, datasets
-from hfgpt.knobs import DataConfig
-from hfgpt.data import load_documents, load_rows
-from hfgpt.tokenizer import load_tokenizer
+from hfgpt.config.schema import DataConfig
+from hfgpt.data.prepare import load_rows
+from hfgpt.data.text import load_documents
+from hfgpt.data.tokenizer import load_tokenizer
 datasets.config.HF_DATASETS_CACHE = sys.argv[1]
 datasets.disable_progress_bars()
 data = DataConfig(files=sys.argv[2], block_size=8)

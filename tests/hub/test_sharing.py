@@ -16,8 +16,8 @@ import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
 from hfgpt.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.config.loading import load_config
-from hfgpt.remote_code import update_code
 from hfgpt.sharing import plan_push
+from hfgpt.weights.remote_code import update_code
 
 
 def test_what_stays_is_named_with_its_reason(run):

@@ -402,7 +402,7 @@ def whole_run(loop: str, place: Path) -> tuple[Path, Path]:
 TESTED = [
     ("4", "SIGTERM, SIGINT, SIGUSR1 in training, evaluation, saving", "tests/training/test_stopping.py -k signal"),
     ("5, 6", "full disk, failing and forbidden writes", "tests/training/test_checkpoint.py -k 'disk or fails'"),
-    ("10", "a config that does not fit its weights", "tests/weights/test_folders.py tests/test_configuration.py"),
+    ("10", "a config that does not fit its weights", "tests/weights/test_hf_folder.py tests/test_configuration.py"),
     ("11", "a tokenizer that does not fit", "tests -k 'ids_that_the_model or tokenizer_without or another_text'"),
     (
         "12, 13",

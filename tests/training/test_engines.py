@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.config.loading import load_config
-from hfgpt.distributed import deepspeed as zero
+from hfgpt.distributed import deepspeed
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 UNEVEN = ["train.gradient_accumulation_steps=3", "optim.max_grad_norm=0.5"]  # a last step of fewer micro-batches
@@ -340,7 +340,7 @@ def test_what_launcher_and_recipe_say_differently_is_refused(recipe, asked, tmp_
     asked("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
 
     with pytest.raises(ValueError, match=message):
-        zero.deepspeed_plugin(load_config(recipe, overrides), accumulation_steps=1)
+        deepspeed.deepspeed_plugin(load_config(recipe, overrides), accumulation_steps=1)
 
 
 def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked, tmp_path):
@@ -355,7 +355,7 @@ def test_a_launcher_that_says_what_the_recipe_says_is_not_refused(recipe, asked,
     asked("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
     config = load_config(recipe, ["train.gradient_accumulation_steps=3"])
 
-    plugin = zero.deepspeed_plugin(config, accumulation_steps=1)
+    plugin = deepspeed.deepspeed_plugin(config, accumulation_steps=1)
 
     assert plugin.zero_stage == 1
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == 1  # hfgpt has divided the loss already
@@ -365,7 +365,7 @@ def test_deepspeed_that_is_not_installed_is_said_in_one_line(asked, monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ValueError, match=r"asks for DeepSpeed needs deepspeed \(extra `deepspeed`\): `"):
-        zero.backend()
+        deepspeed.backend()
 
 
 def test_a_deepspeed_that_did_not_come_is_refused_before_anything_is_written(recipe, asked):

@@ -15,7 +15,7 @@ from hfgpt import HFGPTForCausalLM
 from hfgpt.checkpoint import checkpoints
 from hfgpt.config.loading import load_config
 from hfgpt.data.loaders import eval_loader
-from hfgpt.evaluation import score_batches
+from hfgpt.evaluation.loss import score_batches
 from hfgpt.milestones import score_split
 from hfgpt.recorder import Recorder
 from hfgpt.run import prepare_run

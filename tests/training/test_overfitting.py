@@ -9,7 +9,7 @@ from runs import DROPOUT, LOOPS, assert_same_run, metrics, run
 from safetensors.torch import load_file
 
 from hfgpt.config.loading import load_config
-from hfgpt.evaluation import score_batches
+from hfgpt.evaluation.loss import score_batches
 from hfgpt.recorder import Recorder
 from hfgpt.results.records import best_evaluation
 from hfgpt.stopping import Stopped

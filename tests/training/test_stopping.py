@@ -11,7 +11,7 @@ from runs import DROPOUT, LOOPS, assert_same_run, at_step, metrics, run, send
 from hfgpt.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.cli import app
 from hfgpt.config.loading import load_config
-from hfgpt.evaluation import score_batches
+from hfgpt.evaluation.loss import score_batches
 from hfgpt.run import prepare_run
 from hfgpt.stopping import RESUMABLE, SIGNALS, Stopped, StopRequest
 from hfgpt.train import train

@@ -16,7 +16,7 @@ from hfgpt.cli import app
 from hfgpt.data.tokenizer import encode_ids, load_tokenizer
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
-from hfgpt.weights.tables import build_from
+from hfgpt.weights.model_parts import build_from
 
 
 @pytest.fixture

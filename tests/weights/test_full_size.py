@@ -8,8 +8,8 @@ import sys
 import pytest
 from transformers import GPT2Config
 
+from hfgpt.evaluation.verify_gpt2 import SIZES, random_gpt2
 from hfgpt.weights.convert import convert
-from hfgpt.weights.verify import SIZES, random_gpt2
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@ import onnxruntime
 import pytest
 import torch
 
-from hfgpt.weights import load, onnx_file
+from hfgpt.weights import load
 from hfgpt.weights.convert import convert
+from hfgpt.weights.formats import onnx
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_onnxruntime_gives_the_logits_at_any_batch_and_length(folder, tmp_path):
 
 
 def test_a_model_too_large_for_one_file_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 100_000)
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 100_000)
 
     with pytest.raises(ValueError, match=r"the weights take 0\.0 GB, an \.onnx file at most 2\. Try `--dtype fp16`"):
         convert(folder, tmp_path / "model.onnx", "onnx")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert
-from hfgpt.weights.openai import DATA, HPARAMS, INDEX, table_entries
+from hfgpt.weights.formats.openai import DATA, HPARAMS, INDEX, table_entries
 
 OTHER_NAMES = {
     "transformer.": "model/",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hfgpt.weights import WRITERS
 from hfgpt.weights.convert import ONLY_ACTIVATION, convert
-from hfgpt.weights.openai import DATA, INDEX
+from hfgpt.weights.formats.openai import DATA, INDEX
 
 README = Path(__file__).parents[2] / "README.md"
 NAMES = {"nanogpt": "ckpt.pt", "llms-from-scratch": "model.pth", "llm.c": "model.bin"}  # the others are folders

@@ -14,9 +14,10 @@ from foreign import Canary, from_scratch, llmc_bytes, save_nanogpt
 from safetensors.torch import load_file, save_file
 
 from hfgpt.checkpoint import Manifest, Position, save_checkpoint
-from hfgpt.weights import load, openai, save
+from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
-from hfgpt.weights.tables import build_from
+from hfgpt.weights.formats import openai
+from hfgpt.weights.model_parts import build_from
 
 
 def read(source, **settings):

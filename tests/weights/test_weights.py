@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
-from hfgpt.weights import gpt2 as table
 from hfgpt.weights import load, save, to_gpt2
-from hfgpt.weights.gpt2 import entries, to_gpt2_config, to_gpt2_tensors
-from hfgpt.weights.tables import walk_in
+from hfgpt.weights.formats import gpt2 as table
+from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config, to_gpt2_tensors
+from hfgpt.weights.table import walk_in
 
 SIZES = {  # layers, heads, width and the number of parameters
     "small": (12, 12, 768, 124_439_808),

@@ -16,7 +16,7 @@ from hfgpt import decoding
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import load
-from hfgpt.weights.gpt2 import to_gpt2
+from hfgpt.weights.formats.gpt2 import to_gpt2
 
 SIZES = {
     "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},

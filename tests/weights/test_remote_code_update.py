@@ -14,14 +14,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfgpt
-import hfgpt.remote_code
-from hfgpt.causal_lm import load_causal_lm
+import hfgpt.weights.remote_code
 from hfgpt.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint
+from hfgpt.evaluation.load_model import load_causal_lm
 from hfgpt.generation import load_writer
 from hfgpt.modeling_hfgpt import AUTO_CLASSES, AUTO_MAP
-from hfgpt.remote_code import CodeUpdate, update_code
 from hfgpt.weights import load
 from hfgpt.weights.convert import convert
+from hfgpt.weights.remote_code import CodeUpdate, update_code
 
 PACKAGE = Path(hfgpt.__file__).parent
 CODE = {"arguments.py", "configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"}
@@ -269,7 +269,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_same_again_does_the_rest(fol
     saved = checkpoint(folder)
     before = contents(saved)
     writes = []
-    write = hfgpt.remote_code.write_atomically
+    write = hfgpt.weights.remote_code.write_atomically
 
     def die(path, content):
         if len(writes) == moment:
@@ -277,10 +277,10 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_same_again_does_the_rest(fol
         writes.append(path.name)
         write(path, content)
 
-    monkeypatch.setattr(hfgpt.remote_code, "write_atomically", die)
+    monkeypatch.setattr(hfgpt.weights.remote_code, "write_atomically", die)
     with pytest.raises(KeyboardInterrupt):
         update_code(saved)
-    monkeypatch.setattr(hfgpt.remote_code, "write_atomically", write)
+    monkeypatch.setattr(hfgpt.weights.remote_code, "write_atomically", write)
 
     update_code(saved)
 

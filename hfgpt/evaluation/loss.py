@@ -12,8 +12,8 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from hfgpt.distributed.sharding import is_split
+from hfgpt.evaluation.perplexity import e_to
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.perplexity import e_to
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.weights import mathematics
-from hfgpt.weights.stored import Stored
-from hfgpt.weights.tables import (
+from hfgpt.weights.formats import reference_forward
+from hfgpt.weights.lazy_tensors import Stored
+from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.table import (
     QKV,
-    Checkpoint,
     Entry,
-    Parts,
     Step,
     drop_tied_head,
     expand,
@@ -179,13 +178,13 @@ def logits(
     tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The own forward pass of nanoGPT and minGPT: (B, T) to (B, T, V)."""
-    weight = mathematics.reader(tensors, dtype)
+    weight = reference_forward.reader(tensors, dtype)
 
     def bias(name: str) -> Tensor | None:
         return weight(name) if name in tensors else None
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return mathematics.norm(x, weight(f"{name}.weight"), bias(f"{name}.bias"))
+        return reference_forward.norm(x, weight(f"{name}.weight"), bias(f"{name}.bias"))
 
     def linear(x: Tensor, name: str) -> Tensor:
         return torch.nn.functional.linear(x, weight(f"{name}.weight"), bias(f"{name}.bias"))
@@ -194,7 +193,7 @@ def logits(
     x = embedding[ids_BT] + weight("transformer.wpe.weight")[: ids_BT.shape[1]]
     for block in (f"transformer.h.{layer}" for layer in range(layers)):
         q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1)
-        x = x + linear(mathematics.attend(q, k, v, heads), f"{block}.attn.c_proj")
+        x = x + linear(reference_forward.attend(q, k, v, heads), f"{block}.attn.c_proj")
         inner = ACT2FN[activation](linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
         x = x + linear(inner, f"{block}.mlp.c_proj")
     head = weight("lm_head.weight") if "lm_head.weight" in tensors else embedding
@@ -244,7 +243,9 @@ def write(parts: Parts, file: Path) -> list[Step]:
             activation than nanoGPT's, or several dropouts.
     """
     config = parts.config
-    settings_of(config, activation_function="gelu", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON)
+    settings_of(
+        config, activation_function="gelu", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
+    )
     refuse_other_inner_width(config)
     settings_of(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
     tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), parts.tensors)

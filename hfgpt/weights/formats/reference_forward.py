@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfgpt.weights.stored import Stored, read
+from hfgpt.weights.lazy_tensors import Stored, read
 
 EPSILON = 1e-5  # in every LayerNorm of every format here
 

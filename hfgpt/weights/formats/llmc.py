@@ -18,21 +18,10 @@ from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights import mathematics
-from hfgpt.weights.stored import Stored
-from hfgpt.weights.tables import (
-    QKV,
-    Checkpoint,
-    Entry,
-    Parts,
-    Step,
-    empty_model,
-    expand,
-    refuse_other_inner_width,
-    settings_of,
-    walk_in,
-    walk_out,
-)
+from hfgpt.weights.formats import reference_forward
+from hfgpt.weights.lazy_tensors import Stored
+from hfgpt.weights.model_parts import Checkpoint, Parts, empty_model
+from hfgpt.weights.table import QKV, Entry, Step, expand, refuse_other_inner_width, settings_of, walk_in, walk_out
 
 MAGIC = 20240326
 DEBUG_MAGIC, DEBUG_VERSION = 20240327, 2
@@ -167,10 +156,10 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
 
 def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """The own forward pass of llm.c: (B, T) to (B, T, V)."""
-    weight = mathematics.reader(tensors, dtype)
+    weight = reference_forward.reader(tensors, dtype)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return mathematics.norm(x, weight(f"{name}w"), weight(f"{name}b"))
+        return reference_forward.norm(x, weight(f"{name}w"), weight(f"{name}b"))
 
     def matmul(x: Tensor, name: str) -> Tensor:
         return x @ weight(f"{name}w").T + weight(f"{name}b")
@@ -179,7 +168,7 @@ def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, 
     x = wte[ids_BT] + weight("wpe")[: ids_BT.shape[1]]
     for layer in range(layers):
         q, k, v = matmul(norm(x, f"{layer}.ln1"), f"{layer}.qkv").chunk(3, dim=-1)
-        x = x + matmul(mathematics.attend(q, k, v, heads), f"{layer}.attproj")
+        x = x + matmul(reference_forward.attend(q, k, v, heads), f"{layer}.attproj")
         x = x + matmul(ACT2FN["gelu_new"](matmul(norm(x, f"{layer}.ln2"), f"{layer}.fc")), f"{layer}.fcproj")
     return norm(x, "lnf") @ wte.T
 
@@ -223,7 +212,7 @@ def refuse_other_models(config: HFGPTConfig) -> None:
         ValueError: naming the setting.
     """
     settings_of(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON
+        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
     )
     refuse_other_inner_width(config)
 

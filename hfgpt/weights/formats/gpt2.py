@@ -14,7 +14,8 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, take_apart, walk_out
+from hfgpt.weights.model_parts import Parts, take_apart
+from hfgpt.weights.table import QKV, Entry, Step, expand, walk_out
 
 WHOLE_MODEL = (
     Entry("wte.weight", ("embed_tokens.weight",)),

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hfgpt.ngram import BigramModel, NgramPerplexities, ngram_perplexities
+from hfgpt.evaluation.ngram import BigramModel, NgramPerplexities, ngram_perplexities
 
 DISCOUNT = 0.75
 

@@ -8,9 +8,10 @@ import torch
 from foreign import HEADS_UNKNOWN, KINDS, from_scratch, llmc_bytes, save_in, save_nanogpt
 
 from hfgpt.cli import app
-from hfgpt.weights import WRITERS, load, nanogpt
-from hfgpt.weights.compare import WHO_RUNS, compare
+from hfgpt.weights import WRITERS, load
+from hfgpt.weights.check_conversion import WHO_RUNS, compare
 from hfgpt.weights.convert import convert, open_source
+from hfgpt.weights.formats import nanogpt
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def llmc_files(make_gpt2, tmp_path):
 
 
 def test_the_debug_state_of_llmc_is_read_and_written(llmc_files, tmp_path):
-    from hfgpt.weights import llmc
+    from hfgpt.weights.formats import llmc
 
     beside = tmp_path / "model_debug_state.bin"
     model = load(llmc_files)
@@ -215,7 +216,7 @@ def test_the_debug_state_of_llmc_is_read_and_written(llmc_files, tmp_path):
 
 
 def test_verify_compares_with_the_debug_state_beside_a_model(llmc_files, tmp_path):
-    from hfgpt.weights import llmc
+    from hfgpt.weights.formats import llmc
 
     [note] = convert(llmc_files, tmp_path / "out", "hfgpt", verify=True).notes
 

@@ -10,8 +10,8 @@ import datasets
 import pytest
 from small_models import make_model, write_task
 
-from hfgpt.measure import measure, render, save_tasks, to_json
-from hfgpt.perplexity import encode_texts, measure_texts
+from hfgpt.evaluation.perplexity import encode_texts, measure_texts
+from hfgpt.evaluation.report import measure, render, save_tasks, to_json
 from hfgpt.system.storage import write_json
 
 

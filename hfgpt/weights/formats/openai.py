@@ -21,13 +21,12 @@ from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
 from hfgpt.system.extras import needs
-from hfgpt.weights import bpe, mathematics
-from hfgpt.weights.stored import Stored
-from hfgpt.weights.tables import (
+from hfgpt.weights.formats import bpe, reference_forward
+from hfgpt.weights.lazy_tensors import Stored
+from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.table import (
     QKV,
-    Checkpoint,
     Entry,
-    Parts,
     Step,
     expand,
     refuse_missing_blocks,
@@ -152,10 +151,10 @@ def matches(stored: int | None, fault: str) -> Callable[[np.ndarray], None]:
 
 def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """The own forward pass of OpenAI's model.py: (B, T) to (B, T, V)."""
-    weight = mathematics.reader(tensors, dtype)
+    weight = reference_forward.reader(tensors, dtype)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return mathematics.norm(x, weight(f"{name}/g"), weight(f"{name}/b"))
+        return reference_forward.norm(x, weight(f"{name}/g"), weight(f"{name}/b"))
 
     def conv1d(x: Tensor, name: str) -> Tensor:
         return x @ weight(f"{name}/w") + weight(f"{name}/b")
@@ -164,7 +163,7 @@ def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, 
     x = wte[ids_BT] + weight("model/wpe")[: ids_BT.shape[1]]
     for block in (f"model/h{layer}" for layer in range(layers)):
         q, k, v = conv1d(norm(x, f"{block}/ln_1"), f"{block}/attn/c_attn").chunk(3, dim=-1)
-        x = x + conv1d(mathematics.attend(q, k, v, heads), f"{block}/attn/c_proj")
+        x = x + conv1d(reference_forward.attend(q, k, v, heads), f"{block}/attn/c_proj")
         inner = ACT2FN["gelu_new"](conv1d(norm(x, f"{block}/ln_2"), f"{block}/mlp/c_fc"))
         x = x + conv1d(inner, f"{block}/mlp/c_proj")
     return norm(x, "model/ln_f") @ wte.T
@@ -304,7 +303,7 @@ def write(parts: Parts, folder: Path) -> list[Step]:
     """
     config = parts.config
     settings_of(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=mathematics.EPSILON
+        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
     )
     if parts.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")

@@ -19,7 +19,7 @@ from hfgpt.system.storage import MANIFEST, amended_manifest, check_files, new_pa
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 MODEL_TYPE = "hfgpt"
 
 

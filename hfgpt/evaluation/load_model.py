@@ -21,8 +21,9 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.system.console import print_status
 from hfgpt.system.network import limit_waiting
-from hfgpt.weights import load, openai
-from hfgpt.weights.files import refuse_what_is_not_there
+from hfgpt.weights import load
+from hfgpt.weights.detect import refuse_what_is_not_there
+from hfgpt.weights.formats import openai
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,9 +7,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 
-from hfgpt.weights import folders, llmc, llms_from_scratch, nanogpt, openai
-from hfgpt.weights.stored import in_pickle, in_safetensors
-from hfgpt.weights.tables import Checkpoint, named
+from hfgpt.weights.formats import hf_folder, llmc, llms_from_scratch, nanogpt, openai
+from hfgpt.weights.lazy_tensors import in_pickle, in_safetensors
+from hfgpt.weights.model_parts import Checkpoint, named
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
 """Of files; what is called so and is not there is not looked for on the Hub."""
@@ -35,7 +35,7 @@ def read_any(source: str | Path, heads: int | None, activation: str | None) -> t
             return "openai", openai.read(path)
         refuse_what_is_not_there(source)
         refuse_settings("a folder's config does", heads, activation)
-        return folders.read_folder(source)
+        return hf_folder.read_folder(source)
     except (ValueError, StrictDataclassError) as error:  # a config of strange values raises the latter
         raise named(source, error) from error
 
@@ -85,7 +85,7 @@ def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[st
     content: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, nanogpt.allowed_classes())
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors.")
-    if folders.holds(content):
+    if hf_folder.holds(content):
         raise ValueError(f"{file}: one of transformers' files. Give its folder, where its config.json is.")
     for name, family in (("nanogpt", nanogpt), ("llms-from-scratch", llms_from_scratch)):
         if family.recognises(content):

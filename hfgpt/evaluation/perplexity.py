@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.loss import CHUNK_TOKENS, IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-
-METRIC = str(Path(__file__).with_name("perplexity_metric.py"))
-"""What `evaluate.load` takes: the same numbers as a metric of the `evaluate` library."""
 
 FIRST_TOKEN = ("lm-eval", "text", "skip")
 """What is scored at the beginning of a text.

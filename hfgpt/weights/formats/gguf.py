@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.system.extras import needs
-from hfgpt.weights import bpe
-from hfgpt.weights.tables import QKV, Entry, Parts, Step, expand, settings_of, walk_out
+from hfgpt.weights.formats import bpe
+from hfgpt.weights.model_parts import Parts
+from hfgpt.weights.table import QKV, Entry, Step, expand, settings_of, walk_out
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -4,19 +4,16 @@ A format is a table and a reader and writer of its bytes; see nanogpt.py for the
 comes back as a list of steps, so that nothing is filled, cut or dropped unseen.
 """
 
-import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.stored import Stored, read
+from hfgpt.weights.lazy_tensors import Stored, read
 
 NONE = r"(?!)"
 """A pattern that no name matches."""
@@ -65,57 +62,6 @@ class Step:
     shape: tuple[int, ...]
     action: str
     is_exact: bool = True
-
-
-@dataclass
-class Checkpoint:
-    """A checkpoint of another format, read and not yet walked.
-
-    Attributes:
-        tensors: by their names in the format; most are read from the file when they are wanted.
-        config: the shape, activation and tying that give the same logits in hfgpt.
-        table: what each tensor is in hfgpt.
-        logits: the format's own forward pass, on its own tensors and by its own rules, from ids (B, T) to (B, T, V) in
-            the dtype it is given; the oracle of `hfgpt convert --verify`.
-        dropped: pattern of names that hfgpt has no use for, such as causal masks.
-        steps: what reading alone has done, such as a head dropped because it is the token embedding.
-        notes: what a user should know of the two formats' mathematics.
-        generation: how the model writes text, if the source says it.
-    """
-
-    tensors: dict[str, Stored | Tensor]
-    config: HFGPTConfig
-    table: list[Entry]
-    logits: Callable[[Tensor, torch.dtype], Tensor]
-    dropped: str = NONE
-    steps: list[Step] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    generation: GenerationConfig | None = None
-
-
-@dataclass
-class Parts:
-    """A model taken apart, so that its tensors can be written, and let go, one after the other.
-
-    Attributes:
-        config: of the model.
-        generation: how it writes text.
-        tensors: by hfgpt's names; without the output layer, if that is the token embedding.
-    """
-
-    config: HFGPTConfig
-    generation: GenerationConfig | None
-    tensors: dict[str, Tensor]
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the output layer is the token embedding."""
-        return "lm_head.weight" not in self.tensors
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tensors."""
-        return next(iter(self.tensors.values())).dtype
 
 
 def expand(whole: Sequence[Entry], each_block: Sequence[Entry], block: str, num_layers: int) -> list[Entry]:
@@ -251,76 +197,6 @@ def walk_out(table: Sequence[Entry], tensors: dict[str, Tensor]) -> tuple[dict[s
         result[row.foreign] = joined.T.contiguous() if row.transposed else joined
         steps.append(Step(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
     return result, steps
-
-
-def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
-    """Make the hfgpt model of a checkpoint, in eval mode, and say what was done.
-
-    Raises:
-        ValueError: the tensors do not fit.
-    """
-    shapes = {name: tuple(each.shape) for name, each in empty_model(checkpoint.config).state_dict().items()}
-    tensors, steps = walk_in(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
-    return put_together(Parts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
-
-
-def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
-    """`build`, with the source named in what it refuses."""
-    try:
-        return build(checkpoint)
-    except ValueError as error:
-        raise named(source, error) from error
-
-
-def named(source: Any, error: Exception) -> ValueError:
-    """An error in one line that names the source."""
-    reason = " ".join(str(error).split())
-    return ValueError(reason if str(source) in reason else f"{source}: {reason}")
-
-
-def empty_model(config: HFGPTConfig) -> HFGPTForCausalLM:
-    """A model of shapes alone, on the meta device.
-
-    Raises:
-        ValueError: its sizes are beyond what 64 bits count.
-    """
-    try:
-        with torch.device("meta"):
-            return HFGPTForCausalLM(config)
-    except RuntimeError as error:
-        raise ValueError(f"impossible sizes: {str(error).partition(chr(10))[0]}.") from error
-
-
-def put_together(parts: Parts) -> HFGPTForCausalLM:
-    """The model of these parts, in eval mode; the tensors are not copied, and belong to it from now on."""
-    parts.config.tie_word_embeddings = parts.is_tied
-    model = empty_model(parts.config)
-    head = {"lm_head.weight": parts.tensors["model.embed_tokens.weight"]} if parts.is_tied else {}
-    model.load_state_dict(parts.tensors | head, assign=True)
-    parts.tensors.clear()
-    model.tie_weights()
-    model.config.dtype = model.dtype
-    if parts.generation is not None:
-        model.generation_config = parts.generation
-    return model.eval()
-
-
-def take_apart(model: HFGPTForCausalLM) -> Parts:
-    """The parts of a model; the tensors are its own, the settings copies."""
-    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    tensors = {name: each.detach() for name, each in model.state_dict().items() if not (is_tied and "lm_head" in name)}
-    return Parts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
-
-
-def refuse_several_types(model: HFGPTForCausalLM) -> None:
-    """Refuse a model whose tensors have not all the same type, in which no format and no forward pass is at home.
-
-    Raises:
-        ValueError: naming the types.
-    """
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if len(kinds) > 1:
-        raise ValueError(f"the tensors are of several types, {sorted(map(str, kinds))}. Give `--dtype`.")
 
 
 def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:

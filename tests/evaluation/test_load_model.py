@@ -9,7 +9,7 @@ from small_models import make_model
 from transformers import BertConfig, BertLMHeadModel, T5Config
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.causal_lm import choose_context, choose_device, context_of, load_causal_lm, refuse_looking_ahead
+from hfgpt.evaluation.load_model import choose_context, choose_device, context_of, load_causal_lm, refuse_looking_ahead
 from hfgpt.weights import save
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM
 from hfgpt.data.tokenizer import PIECE, encode_ids
-from hfgpt.perplexity import (
-    METRIC,
+from hfgpt.evaluation import METRIC
+from hfgpt.evaluation.perplexity import (
     EncodedTexts,
     TokenLosses,
     encode_texts,

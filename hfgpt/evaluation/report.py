@@ -11,12 +11,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
-from hfgpt.causal_lm import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.text import is_plain_text, read_source
 from hfgpt.distributed.launch import join_processes
-from hfgpt.harness import find_tasks, run_tasks
-from hfgpt.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
+from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
+from hfgpt.evaluation.load_model import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
+from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.run import RESULTS_FILE
 from hfgpt.system.machine import peak_memory_bytes
 from hfgpt.system.storage import write_json
@@ -62,7 +62,7 @@ class Report:
     Attributes:
         model: as it was named.
         text: on texts, if any were given.
-        tasks: figures by task; see `hfgpt.harness.run_tasks`.
+        tasks: figures by task; see `hfgpt.evaluation.lm_eval_tasks.run_tasks`.
     """
 
     model: str
@@ -94,11 +94,11 @@ def measure(
         tokenizer_name: folder or Hub id; None is that of the model.
         strides: of passes beside the one whose stride is the context; None takes half the context.
         context: longest window, in tokens; None takes the model's.
-        first_token: see `hfgpt.perplexity.FIRST_TOKEN`.
+        first_token: see `hfgpt.evaluation.perplexity.FIRST_TOKEN`.
         batch_size: windows in one forward pass.
-        dtype: see `hfgpt.causal_lm.load_causal_lm`.
+        dtype: see `hfgpt.evaluation.load_model.load_causal_lm`.
         device: such as "cpu" or "cuda:1"; None leaves it to accelerate.
-        tasks: see `hfgpt.harness.find_tasks`.
+        tasks: see `hfgpt.evaluation.lm_eval_tasks.find_tasks`.
         limit: documents of each task; None takes all.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.weights import onnx_file
-from hfgpt.weights.files import read_any
+from hfgpt.weights.detect import read_any
+from hfgpt.weights.formats import onnx
 
 WHO_RUNS = {
     "hfgpt": "hfgpt",
@@ -83,7 +83,7 @@ def compare(
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     expected = run_source(ids, dtype)
     if to == "onnx":
-        found = onnx_file.run(dest, ids)
+        found = onnx.run(dest, ids)
     else:
         says_no_heads = to == "llms-from-scratch"
         _, written = read_any(dest, config.num_attention_heads if says_no_heads else None, None)

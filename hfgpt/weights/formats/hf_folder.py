@@ -21,22 +21,13 @@ from transformers.utils import (
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfig
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
-from hfgpt.remote_code import warn_of_other_code
 from hfgpt.system.network import limit_waiting
 from hfgpt.system.storage import MANIFEST, check_files
-from hfgpt.weights import gpt2
-from hfgpt.weights.stored import Stored, in_pickle, in_safetensors
-from hfgpt.weights.tables import (
-    Checkpoint,
-    Entry,
-    Parts,
-    Step,
-    drop_tied_head,
-    empty_model,
-    put_together,
-    refuse_missing_blocks,
-    tensors_in,
-)
+from hfgpt.weights.formats import gpt2
+from hfgpt.weights.lazy_tensors import Stored, in_pickle, in_safetensors
+from hfgpt.weights.model_parts import Checkpoint, Parts, empty_model, put_together
+from hfgpt.weights.remote_code import warn_of_other_code
+from hfgpt.weights.table import Entry, Step, drop_tied_head, refuse_missing_blocks, tensors_in
 
 OTHER_HEADS = HEADS - {"lm_head"} | {
     "classifier",

@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.weights import mathematics
-from hfgpt.weights.stored import Stored
-from hfgpt.weights.tables import (
+from hfgpt.weights.formats import reference_forward
+from hfgpt.weights.lazy_tensors import Stored
+from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.table import (
     QKV,
-    Checkpoint,
     Entry,
-    Parts,
     Step,
     drop_tied_head,
     expand,
@@ -128,12 +127,12 @@ def logits(
     tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The own forward pass of `GPTModel` and `GPTModelFast`: (B, T) to (B, T, V)."""
-    weight = mathematics.reader(tensors, dtype)
+    weight = reference_forward.reader(tensors, dtype)
     is_fast = "final_norm.weight" in tensors
 
     def norm(x: Tensor, name: str) -> Tensor:
         gain, shift = ("weight", "bias") if is_fast else ("scale", "shift")
-        return mathematics.norm(x, weight(f"{name}.{gain}"), weight(f"{name}.{shift}"))
+        return reference_forward.norm(x, weight(f"{name}.{gain}"), weight(f"{name}.{shift}"))
 
     def linear(x: Tensor, name: str) -> Tensor:
         result = x @ weight(f"{name}.weight").T
@@ -146,7 +145,7 @@ def logits(
             queries, keys, values = linear(normed, f"{block}.att.qkv").chunk(3, dim=-1)
         else:
             queries, keys, values = (linear(normed, f"{block}.att.W_{name}") for name in ("query", "key", "value"))
-        attended = mathematics.attend(queries, keys, values, heads)
+        attended = reference_forward.attend(queries, keys, values, heads)
         x = x + linear(attended, f"{block}.att.proj" if is_fast else f"{block}.att.out_proj")
         inner = ACT2FN[activation](linear(norm(x, f"{block}.norm2"), f"{block}.ff.layers.0"))
         x = x + linear(inner, f"{block}.ff.layers.2")
@@ -161,7 +160,7 @@ def write(parts: Parts, file: Path) -> list[Step]:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
-    settings_of(config, activation_function="gelu_new", layer_norm_epsilon=mathematics.EPSILON)
+    settings_of(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
     refuse_other_inner_width(config)
     converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:

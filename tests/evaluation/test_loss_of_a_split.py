@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.data.loaders import collate
-from hfgpt.evaluation import Score, score_batches
+from hfgpt.evaluation.loss import Score, score_batches
 from hfgpt.loss import CHUNK_TOKENS
 
 

@@ -11,8 +11,17 @@ from transformers import GPT2Config
 
 from hfgpt import HFGPTForCausalLM
 from hfgpt.cli import main
-from hfgpt.weights import verify as verify_module
-from hfgpt.weights.verify import SIZES, compare, memory_needed, random_gpt2, render, shape_of, verify, verify_random
+from hfgpt.evaluation import verify_gpt2
+from hfgpt.evaluation.verify_gpt2 import (
+    SIZES,
+    compare,
+    memory_needed,
+    random_gpt2,
+    render,
+    shape_of,
+    verify,
+    verify_random,
+)
 
 
 def draw(seed=0, **changes):
@@ -124,14 +133,14 @@ def test_a_loss_of_another_kind_fails(make_twins):
 
 def test_a_greedy_text_that_differs_fails(make_twins, monkeypatch):
     gpt2, model = make_twins()
-    greedy = verify_module.decoding.generate
+    greedy = verify_gpt2.decoding.generate
 
     def generate(*args, **settings):
         text = greedy(*args, **settings)
         text[0, -1] = (text[0, -1] + 1) % 320
         return text
 
-    monkeypatch.setattr(verify_module.decoding, "generate", generate)
+    monkeypatch.setattr(verify_gpt2.decoding, "generate", generate)
 
     result = compare(model, gpt2, bf16=False)
 

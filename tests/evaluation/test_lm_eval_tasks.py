@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from small_models import adding, make_model, write_task
 
-from hfgpt.harness import find_tasks, run_tasks
-from hfgpt.perplexity import encode_texts, measure_texts
+from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
+from hfgpt.evaluation.perplexity import encode_texts, measure_texts
 
 ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 

@@ -1,4 +1,4 @@
-"""Perplexity as a metric of the `evaluate` library: `evaluate.load(hfgpt.perplexity.METRIC)`. Works offline.
+"""Perplexity as a metric of the `evaluate` library: `evaluate.load(hfgpt.evaluation.METRIC)`. Works offline.
 
 `evaluate` copies this file and imports the copy, so it imports hfgpt by its full name.
 """
@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hfgpt.perplexity import TokenLosses, encode_texts, measure_texts, summarize
+from hfgpt.evaluation.perplexity import TokenLosses, encode_texts, measure_texts, summarize
 
 DESCRIPTION = """
 Perplexity of a causal language model: e to the mean loss of all tokens, never a mean of perplexities of texts.
@@ -31,7 +31,7 @@ Returns:
 
 Examples:
     >>> import evaluate
-    >>> from hfgpt.perplexity import METRIC
+    >>> from hfgpt.evaluation import METRIC
     >>> metric = evaluate.load(METRIC)
     >>> metric.add_batch(predictions=[0.0, 2.0])
     >>> round(metric.compute()["perplexity"], 3)
@@ -89,7 +89,7 @@ def of_texts(
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """Perplexity of texts under a model."""
-    from hfgpt.causal_lm import choose_context, load_causal_lm
+    from hfgpt.evaluation.load_model import choose_context, load_causal_lm
 
     if isinstance(model, str):
         model, tokenizer = load_causal_lm(model, tokenizer)

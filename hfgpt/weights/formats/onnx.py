@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.extras import needs
-from hfgpt.weights.tables import Parts, Step, put_together
+from hfgpt.weights.model_parts import Parts, put_together
+from hfgpt.weights.table import Step
 
 LARGEST_FILE = 2**31
 """Bytes that a protocol buffer, which an .onnx file is, can have."""

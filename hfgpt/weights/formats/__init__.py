@@ -1,0 +1,1 @@
+"""One file for each format of weights: its table of names, its reader and writer, its own forward pass."""
