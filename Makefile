@@ -6,7 +6,7 @@ PYTEST := pytest -n 2 --dist worksteal
 
 # The oldest transformers that pyproject.toml allows, and the tests that depend on its version most.
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
-CORE := tests/test_modeling.py tests/test_registration.py tests/test_generation.py tests/decoding tests/citizen \
+CORE := tests/test_modeling.py tests/test_registration.py tests/generation tests/citizen \
 	tests/compat tests/training/test_loop.py tests/training/test_checkpoint.py
 
 .PHONY: demo test test-all test-floor test-newest test-oldest faults upstream release-check lint venv clean

@@ -13,7 +13,7 @@ What is in it:
     HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
     hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
     hfgpt.config, hfgpt.train       a recipe, `load_config`, and the run that it describes, `train`
-    hfgpt.decoding                  greedy, temperature, top-k and top-p, written from scratch
+    hfgpt.generation.decoding                  greedy, temperature, top-k and top-p, written from scratch
     hfgpt.cli                       the commands; `hfgpt --help` lists them
 
 `import hfgpt` costs next to nothing: torch and transformers are imported when a name is first used, and the model

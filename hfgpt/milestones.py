@@ -15,10 +15,11 @@ from hfgpt.config.schema import RunConfig
 from hfgpt.data.loaders import eval_loader
 from hfgpt.data.prepare import Rows
 from hfgpt.data.rows import TokenRows
-from hfgpt.decoding import generate
 from hfgpt.distributed.sharding import count_parameters, is_split, split_again, whole_weights
 from hfgpt.evaluation.loss import Score, score_batches
-from hfgpt.generation import unknown_ids
+from hfgpt.generation.decoding import generate
+from hfgpt.generation.generator import unknown_ids
+from hfgpt.generation.streamer import stream_text
 from hfgpt.nonfinite import refuse_spoilt_weights
 from hfgpt.recorder import Recorder, refuse_divergence
 from hfgpt.results.records import best_evaluation
@@ -26,7 +27,6 @@ from hfgpt.run import Run, prompt_ids
 from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import matmul_peak, training_flops_per_token
 from hfgpt.system.storage import make_readable, write_json
-from hfgpt.text_stream import stream_text
 from hfgpt.trackers import Trackers
 from hfgpt.training.early_stopping import is_patience_spent
 

@@ -25,7 +25,7 @@ from hfgpt.config.loading import flatten, load_config
 from hfgpt.config.schema import MODEL_FIELDS, RunConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.evaluation.report import measure, render
-from hfgpt.settings import Settings
+from hfgpt.generation.params import Settings
 from hfgpt.system.doctor import Finding
 from hfgpt.system.extras import needs
 
@@ -339,7 +339,7 @@ def test_generate_prints_prompt_and_text_as_json(world):
 
 
 def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
-    monkeypatch.setattr("hfgpt.generation.continue_text", lambda *args, **settings: iter([]))
+    monkeypatch.setattr("hfgpt.generation.generator.continue_text", lambda *args, **settings: iter([]))
 
     assert hfgpt("generate", "out/accelerate", "The").out == "The\n"
 
@@ -347,7 +347,7 @@ def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
 def test_generate_hands_every_option_on(world, monkeypatch):
     heard = []
     monkeypatch.setattr(
-        "hfgpt.generation.continue_text",
+        "hfgpt.generation.generator.continue_text",
         lambda writer, prompt, settings: iter([heard.append((writer.source, prompt, settings)) or "!"]),
     )
 

@@ -118,7 +118,7 @@ def generate(
     """Write on from a prompt, token by token, or from many at once."""
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
-    from hfgpt.settings import make_settings, make_variants, parse_value
+    from hfgpt.generation.params import make_settings, make_variants, parse_value
 
     # The options have no defaults, so that only what was given is told to have no effect; `Settings` has them.
     options = {
@@ -138,8 +138,8 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     variants = make_variants(given, compare) if compare else {"": make_settings(given)}
 
-    from hfgpt.generation import continue_text, load_writer, read_prompts, write_texts
-    from hfgpt.terminal import open_console, print_comparison, print_texts, stream_to
+    from hfgpt.generation.generator import continue_text, load_writer, read_prompts, write_texts
+    from hfgpt.generation.render import open_console, print_comparison, print_texts, stream_to
 
     records = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
     asked = [str(record["prompt"]) for record in records]
@@ -178,7 +178,7 @@ def explore(
     as_json: Json = False,
 ) -> None:
     """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
-    from hfgpt.settings import EXPLORED, explored_variants
+    from hfgpt.generation.params import EXPLORED, explored_variants
     from hfgpt.system.storage import check_new_file, write_atomically
 
     variants = explored_variants(compare or EXPLORED)
@@ -186,10 +186,10 @@ def explore(
         if path is not None:
             check_new_file(path, ending, overwrite)
 
-    from hfgpt.explore import explore
-    from hfgpt.generation import load_writer
+    from hfgpt.generation.explore import explore
+    from hfgpt.generation.generator import load_writer
+    from hfgpt.generation.render import open_console, print_exploration
     from hfgpt.system.console import print_status
-    from hfgpt.terminal import open_console, print_exploration
 
     found = explore(load_writer(model), text, variants, top=top, steps=steps, alternatives=alternatives)
     if as_json:
@@ -198,7 +198,7 @@ def explore(
         print_exploration(open_console(), found)
     for path, ending in ((plot, ".png"), (html, ".html")):
         if path is not None:
-            from hfgpt.pictures import draw_distributions, render_page
+            from hfgpt.generation.explore_plots import draw_distributions, render_page
 
             write_atomically(path, (draw_distributions if ending == ".png" else render_page)(found))
             print_status(f"wrote {path}")
@@ -213,11 +213,11 @@ def play(
     ] = None,
 ) -> None:
     """Type prompts and see them written on, until Ctrl-D."""
-    from hfgpt.settings import make_settings, parse_settings
+    from hfgpt.generation.params import make_settings, parse_settings
 
     given = parse_settings(settings) if settings else {}
     make_settings(given)
-    from hfgpt.generation import load_writer
-    from hfgpt.play import play
+    from hfgpt.generation.generator import load_writer
+    from hfgpt.generation.play import play
 
     play(load_writer(model), given)

@@ -1,7 +1,7 @@
-"""Several processes: how they find one another, which engine runs them, and a model that is split over them.
+"""A model that is split over processes: its weights and the state of its optimizer, whole and in parts.
 
-DDP, FSDP2 and DeepSpeed (deepspeed.py) are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on CPUs
-as well.
+DDP, FSDP2 and DeepSpeed (deepspeed.py) are accelerate's, or, with `train.shard`, transformers' own FSDP2, which runs on
+CPUs as well.
 """
 
 from collections.abc import Iterator

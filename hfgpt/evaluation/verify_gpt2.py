@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hfgpt import decoding
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
+from hfgpt.generation import decoding
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import load
 from hfgpt.weights.formats.gpt2 import to_gpt2

@@ -103,7 +103,7 @@ def test_of_several_processes_one_prints(world):
 def test_a_text_that_is_streamed_goes_to_stdout_as_it_comes(tmp_path):
     ran = program(
         "-c",
-        "from hfgpt.system.console import *; from hfgpt.terminal import open_console, stream_to\n"
+        "from hfgpt.system.console import *; from hfgpt.generation.render import open_console, stream_to\n"
         "with reserve_stdout():\n    stream_to(open_console(), 'a', iter(['b', 'ü']))\n    print('talk')",
         folder=tmp_path,
     )

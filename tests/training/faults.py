@@ -407,11 +407,11 @@ TESTED = [
     (
         "12, 13",
         "odd texts and blocks (hypothesis)",
-        "tests/data/test_text.py tests/data/test_loaders.py tests/data/test_streaming.py",
+        "tests/data/test_text.py tests/data/test_rows.py tests/data/test_streaming.py",
     ),
     ("14", "a loss or weight that is no number", "tests/training -k 'diverge or nonfinite or finite'"),
     ("15", "malicious pickles, paths that lead elsewhere", "tests/weights -k 'malicious or elsewhere or hostile'"),
-    ("22, 23", "uneven rows; 1, 2 and 1 processes", "tests/distributed/test_processes.py -k 'fifty or back or split'"),
+    ("22, 23", "uneven rows; 1, 2 and 1 processes", "tests/training/test_processes.py -k 'fifty or back or split'"),
     ("24", "going on with other settings or another text", "tests/training/test_loop.py -k going_on"),
     ("25", "two runs in one folder", "tests/training/test_stopping.py -k 'same_folder or lock'"),
 ]

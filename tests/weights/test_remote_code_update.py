@@ -17,7 +17,7 @@ import hfgpt
 import hfgpt.weights.remote_code
 from hfgpt.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint
 from hfgpt.evaluation.load_model import load_causal_lm
-from hfgpt.generation import load_writer
+from hfgpt.generation.generator import load_writer
 from hfgpt.modeling_hfgpt import AUTO_CLASSES, AUTO_MAP
 from hfgpt.weights import load
 from hfgpt.weights.convert import convert

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.rules import (
-    Rules,
+from hfgpt.generation.logits import (
     apply_temperature,
     check_rules,
     filter_min_p,
@@ -26,6 +25,7 @@ from hfgpt.rules import (
     forbid_repeated_ngrams,
     penalize_repetition,
 )
+from hfgpt.generation.params import Rules
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """Random numbers of the logits' device: of all rows together, of each row its own, or, with None, torch's own."""

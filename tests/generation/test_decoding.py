@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from hfgpt.decoding import choose_next, generate, shape_distribution, stream
+from hfgpt.generation.decoding import choose_next, generate, shape_distribution, stream
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 
-from hfgpt.explore import Exploration
-from hfgpt.terminal import DARK_FROM, LOSS_COLOURS, loss_bin, loss_bin_labels, percent, shortened
+from hfgpt.generation.explore import Exploration
+from hfgpt.generation.render import DARK_FROM, LOSS_COLOURS, loss_bin, loss_bin_labels, percent, shortened
 
 FIGURE_HEIGHT = 4.8
 """Of the PNG, in inches; the width follows the number of bars."""
@@ -87,7 +87,7 @@ def render_page(found: Exploration) -> bytes:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"percent": percent, "shortened": shortened, "bin_of": loss_bin}
-    template = environment.from_string(files("hfgpt").joinpath("explore.html").read_text(encoding="utf-8"))
+    template = environment.from_string(files("hfgpt.generation").joinpath("explore.html").read_text(encoding="utf-8"))
     colours = [
         (label, colour, "#fff" if index >= DARK_FROM else "#000")
         for index, (label, colour) in enumerate(zip(loss_bin_labels(), LOSS_COLOURS, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfgpt.settings import Settings, make_settings, make_variants, parse_settings
+from hfgpt.generation.params import Settings, make_settings, make_variants, parse_settings
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """How a text is written, as a user says it: the settings of decoding, their defaults, and whether they do anything."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hfgpt.beams import check_beams
-from hfgpt.rules import Rules
+from hfgpt.generation.logits import (
+    check_rules,
+)
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
@@ -28,14 +30,14 @@ class Settings:
 
     Attributes:
         max_new_tokens: tokens to write, at least 1, if nothing ends the text before.
-        temperature: see `hfgpt.rules.Rules`, as for the next five.
+        temperature: see `hfgpt.generation.params.Rules`, as for the next five.
         top_k: see there.
         top_p: see there.
         min_p: see there.
         repetition_penalty: see there.
         no_repeat_ngram_size: see there.
         num_beams: 1 chooses token by token, more is beam search, which samples nothing.
-        length_penalty: see `hfgpt.beams.beam_search`.
+        length_penalty: see `hfgpt.generation.beam_search.beam_search`.
         early_stopping: see there.
         stop: texts that end the text where they come, and are not part of it.
         seed: of the first sample of each prompt, in [0, 2**63); the next sample has the next one. None draws them.
@@ -189,3 +191,46 @@ def explored_variants(texts: Sequence[str]) -> dict[str, Settings]:
             if name not in (*SAMPLING, *HISTORY):
                 raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
     return make_variants(UNCHANGED, texts)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the next token is chosen; every default leaves the model's own distribution as it is.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token, and then the next three have no effect.
+        top_k: see `filter_top_k`; 0 keeps every token.
+        top_p: see `filter_top_p`; 1 keeps every token.
+        min_p: see `filter_min_p`; 0 keeps every token.
+        repetition_penalty: see `penalize_repetition`; 1 changes nothing.
+        no_repeat_ngram_size: see `forbid_repeated_ngrams`; 0 forbids nothing.
+
+    Raises:
+        ValueError: a value that `check_rules` refuses.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_rules(**asdict(self))
+
+
+def check_beams(num_beams: int, length_penalty: float, early_stopping: bool | str) -> None:
+    """Refuse settings that no beam search can have.
+
+    Raises:
+        ValueError: `num_beams` is below 1, `length_penalty` not finite, or `early_stopping` none of `EARLY_STOPPING`.
+    """
+    if num_beams < 1:
+        raise ValueError(f"`num_beams` must be at least 1, got {num_beams}.")
+    if not math.isfinite(length_penalty):
+        raise ValueError(
+            f"`length_penalty` must be a finite number, got {length_penalty}. 0 scores by the sum, 1 by the mean."
+        )
+    if early_stopping not in EARLY_STOPPING.values():
+        raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING.values())}, got {early_stopping!r}.")

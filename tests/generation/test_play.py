@@ -13,9 +13,9 @@ import time
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hfgpt.generation import continue_text, load_writer
-from hfgpt.play import play
-from hfgpt.settings import Settings
+from hfgpt.generation.generator import continue_text, load_writer
+from hfgpt.generation.params import Settings
+from hfgpt.generation.play import play
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from hfgpt.rules import (
-    Rules,
+from hfgpt.generation.logits import (
     apply_temperature,
     filter_min_p,
     filter_top_k,
@@ -24,6 +23,7 @@ from hfgpt.rules import (
     forbid_repeated_ngrams,
     penalize_repetition,
 )
+from hfgpt.generation.params import Rules
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])

@@ -13,11 +13,11 @@ from matplotlib.image import imread
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from hfgpt.explore import entropy_bits, explore, token_label
-from hfgpt.generation import Written, load_writer
-from hfgpt.pictures import draw_distributions, drawable, render_page
-from hfgpt.settings import EXPLORED, explored_variants
-from hfgpt.terminal import percent, print_comparison, print_exploration, printable, shortened, stream_to
+from hfgpt.generation.explore import entropy_bits, explore, token_label
+from hfgpt.generation.explore_plots import draw_distributions, drawable, render_page
+from hfgpt.generation.generator import Written, load_writer
+from hfgpt.generation.params import EXPLORED, explored_variants
+from hfgpt.generation.render import percent, print_comparison, print_exploration, printable, shortened, stream_to
 
 TEXT = "The object 한국 <b> of"
 

@@ -8,8 +8,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from hfgpt.data.tokenizer import train_tokenizer
-from hfgpt.generation import continue_text, load_writer, read_prompts, write_texts
-from hfgpt.settings import Settings
+from hfgpt.generation.generator import continue_text, load_writer, read_prompts, write_texts
+from hfgpt.generation.params import Settings
 
 KOREAN = "한국어는 한글로 적는다. "
 

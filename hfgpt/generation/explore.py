@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.decoding import apply_history, next_logits, refuse_nan, shape_distribution, take_cache
-from hfgpt.generation import Writer
-from hfgpt.rules import Rules
-from hfgpt.settings import HISTORY, SAMPLING, Settings
-from hfgpt.text_stream import REPLACEMENT_CHARACTER, TextStream
+from hfgpt.generation.decoding import apply_history, next_logits, refuse_nan, shape_distribution, take_cache
+from hfgpt.generation.generator import Writer
+from hfgpt.generation.params import HISTORY, SAMPLING, Rules, Settings
+from hfgpt.generation.streamer import REPLACEMENT_CHARACTER, TextStream
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 """White space made visible, for labels of tokens."""
@@ -144,9 +143,9 @@ def explore(
     """Look at what a model expects of a text and after it.
 
     Args:
-        writer: see `hfgpt.generation.load_writer`.
+        writer: see `hfgpt.generation.generator.load_writer`.
         text: may be empty: then a document is begun.
-        variants: settings to compare the next token under, by label; see `hfgpt.settings.explored_variants`.
+        variants: settings to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
         top: candidates to show, at least 1.
         steps: tokens of the likeliest way on, at least 0.
         alternatives: other tokens to show at each step, at least 0.

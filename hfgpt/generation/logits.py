@@ -7,37 +7,9 @@ Shape letters: B batch, S tokens so far, V vocabulary, W windows of n tokens in 
 """
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How the next token is chosen; every default leaves the model's own distribution as it is.
-
-    Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token, and then the next three have no effect.
-        top_k: see `filter_top_k`; 0 keeps every token.
-        top_p: see `filter_top_p`; 1 keeps every token.
-        min_p: see `filter_min_p`; 0 keeps every token.
-        repetition_penalty: see `penalize_repetition`; 1 changes nothing.
-        no_repeat_ngram_size: see `forbid_repeated_ngrams`; 0 forbids nothing.
-
-    Raises:
-        ValueError: a value that `check_rules` refuses.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_rules(**asdict(self))
 
 
 def check_rules(

@@ -20,8 +20,8 @@ def stream_text(tokenizer: Any, token_ids: Iterable[int | Tensor]) -> Iterator[s
 
     Args:
         tokenizer: has transformers' `decode`.
-        token_ids: ids of one row, as int or as tensors of one element: what `hfgpt.decoding.stream` yields for one
-            prompt fits.
+        token_ids: ids of one row, as int or as tensors of one element, as `hfgpt.generation.decoding.stream` yields
+            them for one prompt.
 
     Yields:
         Pieces of text, none of them empty; joined they are what `TextStream` says.

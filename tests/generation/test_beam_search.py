@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hfgpt.beams import beam_search
-from hfgpt.decoding import generate
+from hfgpt.generation.beam_search import beam_search
+from hfgpt.generation.decoding import generate
 
 LEFT_PADDING = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
 EOS = [42, 34, 45]

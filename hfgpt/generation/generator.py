@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.beams import beam_search
 from hfgpt.data.tokenizer import encode_ids, load_tokenizer, require_end_of_text
-from hfgpt.decoding import check_length, stream
-from hfgpt.settings import HISTORY, SAMPLING, SEARCH, Settings
-from hfgpt.text_stream import StoppingText
+from hfgpt.generation.beam_search import beam_search
+from hfgpt.generation.decoding import check_length, stream
+from hfgpt.generation.params import HISTORY, SAMPLING, SEARCH, Settings
+from hfgpt.generation.streamer import StoppingText
 from hfgpt.weights import load
 
 
@@ -96,7 +96,7 @@ class Written:
         new_tokens: tokens written, with the one that ended the text.
         ended: by "eos", an end-of-text token; "stop", a stop text; or "length".
         seed: of a sample; None for greedy decoding and beam search.
-        score: see `hfgpt.beams.Beam`; None without beam search.
+        score: see `hfgpt.generation.beam_search.Beam`; None without beam search.
     """
 
     prompt: str

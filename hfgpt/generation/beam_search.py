@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.decoding import apply_history, check_length, check_prompt, dead_end, next_logits, refuse_nan, stop_ids_of
-from hfgpt.rules import Rules
-
-EARLY_STOPPING = (False, True, "never")
+from hfgpt.generation.decoding import (
+    apply_history,
+    check_length,
+    check_prompt,
+    dead_end,
+    next_logits,
+    refuse_nan,
+    stop_ids_of,
+)
+from hfgpt.generation.params import Rules, check_beams
 
 
 @dataclass(frozen=True)
@@ -35,22 +41,6 @@ class Beam:
     ids: list[int]
     log_probability: float
     score: float
-
-
-def check_beams(num_beams: int, length_penalty: float, early_stopping: bool | str) -> None:
-    """Refuse settings that no beam search can have.
-
-    Raises:
-        ValueError: `num_beams` is below 1, `length_penalty` not finite, or `early_stopping` none of `EARLY_STOPPING`.
-    """
-    if num_beams < 1:
-        raise ValueError(f"`num_beams` must be at least 1, got {num_beams}.")
-    if not math.isfinite(length_penalty):
-        raise ValueError(
-            f"`length_penalty` must be a finite number, got {length_penalty}. 0 scores by the sum, 1 by the mean."
-        )
-    if early_stopping not in EARLY_STOPPING:
-        raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING)}, got {early_stopping!r}.")
 
 
 def beam_search(
@@ -73,7 +63,7 @@ def beam_search(
     The prompts are read once; keys and values are cached and follow their beams.
 
     Args:
-        model: as for `hfgpt.decoding.stream`.
+        model: as for `hfgpt.generation.decoding.stream`.
         input_ids: prompts, (B, T) with T at least 1; shorter ones are padded on the left.
         max_new_tokens: at least 1; a text of so many tokens is finished. T + `max_new_tokens` must fit the model.
         num_beams: texts to keep per row, at least 1. With as many as there are texts the search is exhaustive.
@@ -86,8 +76,8 @@ def beam_search(
         attention_mask: (B, T), 1 for a token, 0 for padding; None means no padding.
         is_unknown: (V,), True for ids never to be written.
         is_stopped: is told all new ids of a text and answers whether it ends with them.
-        repetition_penalty: see `hfgpt.rules.penalize_repetition`; on log-probabilities, as in transformers.
-        no_repeat_ngram_size: see `hfgpt.rules.forbid_repeated_ngrams`.
+        repetition_penalty: see `hfgpt.generation.logits.penalize_repetition`; on log-probabilities, as in transformers.
+        no_repeat_ngram_size: see `hfgpt.generation.logits.forbid_repeated_ngrams`.
 
     Returns:
         Per row up to `num_beams` finished texts, the best first.

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from hfgpt.generation import Writer, continue_text
-from hfgpt.settings import Settings, make_settings, parse_settings, without_effect
+from hfgpt.generation.generator import Writer, continue_text
+from hfgpt.generation.params import Settings, make_settings, parse_settings, without_effect
+from hfgpt.generation.render import open_console, stream_to
 from hfgpt.system.console import print_status, result_stream
-from hfgpt.terminal import open_console, stream_to
 
 MARKER = "> "
 
@@ -31,7 +31,7 @@ def play(writer: Writer, given: Mapping[str, Any]) -> None:
     Where nobody sits at the terminal, no marker is printed, and the first mistake ends the loop.
 
     Args:
-        writer: see `hfgpt.generation.load_writer`.
+        writer: see `hfgpt.generation.generator.load_writer`.
         given: settings that differ from the defaults.
 
     Raises:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.decoding import generate, stream
-from hfgpt.text_stream import StoppingText, stream_text
+from hfgpt.generation.decoding import generate, stream
+from hfgpt.generation.streamer import StoppingText, stream_text
 
 KOREAN = "안녕하세요, 세계! 오늘은 날씨가 참 좋네요 👩‍👩‍👧 🇰🇷 뷁."
 

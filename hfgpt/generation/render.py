@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hfgpt.explore import Exploration
-from hfgpt.generation import Written
+from hfgpt.generation.explore import Exploration
+from hfgpt.generation.generator import Written
 from hfgpt.system.console import result_stream
 
 LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
