@@ -12,7 +12,7 @@ What is in it:
     HFGPTModel, HFGPTForCausalLM    the same GPT as a transformers model, and with a language model's head
     HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
     hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
-    hfgpt.config, hfgpt.train       a recipe, `load_config`, and the run that it describes, `train`
+    hfgpt.config, hfgpt.training.train       a recipe, `load_config`, and the run that it describes, `train`
     hfgpt.generation.decoding                  greedy, temperature, top-k and top-p, written from scratch
     hfgpt.cli                       the commands; `hfgpt --help` lists them
 
@@ -38,6 +38,7 @@ PUBLIC_NAMES = {
     "HFGPTForTokenClassification": "hfgpt.modeling_hfgpt",
     "HFGPTForQuestionAnswering": "hfgpt.modeling_hfgpt",
     "GPT": "hfgpt.gpt",
+    "train": "hfgpt.training.train",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "HFGPTForTokenClassification",
     "HFGPTModel",
     "__version__",
+    "train",
 ]
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # every Auto class imports it, AutoConfig nothing else

@@ -18,10 +18,10 @@ from hfgpt.config.recipes.lecture.training import describe_overfitting, evaluati
 from torch import nn
 
 from hfgpt import HFGPTConfig
-from hfgpt.checkpoint import Manifest, Position, load_states, restore_random_states, save_checkpoint
 from hfgpt.config.loading import load_config
 from hfgpt.data.text import load_documents
 from hfgpt.data.tokenizer import encode_ids
+from hfgpt.training.checkpoint import Manifest, Position, load_states, restore_random_states, save_checkpoint
 from hfgpt.weights import load
 
 ROOT = Path(__file__).parents[1]

@@ -30,10 +30,11 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send a model to the Hub, in one commit; what may go stands on a list."""
-    from hfgpt import hub
+    from hfgpt.hub.allowlist import plan_push
+    from hfgpt.hub.push import push
 
     if dry_run:
-        plan = hub.plan_push(folder, own_code=own_code)
+        plan = plan_push(folder, own_code=own_code)
         goes = {name: plan.size(name) for name in plan.goes}
         stays = {name: {"size": plan.size(name), "reason": reason} for name, reason in plan.stays.items()}
         if as_json:
@@ -49,7 +50,7 @@ def push(
         for note in plan.notes:
             print_status(note)
         return
-    pushed = hub.push(
+    pushed = push(
         folder,
         repo_id,
         private=private,
@@ -72,7 +73,8 @@ def update_code(
     folder: Annotated[Path, typer.Argument(help="Folder of any hfgpt model: a run's, a checkpoint, a pulled one.")],
 ) -> None:
     """Replace the code beside the weights by this hfgpt's; the old is kept, the weights stay as they are."""
-    from hfgpt import __version__, hub
+    from hfgpt import __version__
+    from hfgpt.hub.pull import PULL_FILE
     from hfgpt.weights.remote_code import update_code
 
     updated = update_code(folder)
@@ -81,7 +83,7 @@ def update_code(
         return
     kept = "" if updated.kept_in is None else f"; what was there is in {updated.kept_in}"
     print_result(f"{folder}: {', '.join(updated.replaced)} now of hfgpt {__version__}{kept}")
-    if (folder / hub.PULL_FILE).is_file():
+    if (folder / PULL_FILE).is_file():
         print_status(
             "it is no longer as it was pulled: `hfgpt push` brings the code to the Hub, and pull will not replace it"
         )
@@ -95,9 +97,9 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Fetch a model from the Hub, and check every file against the Hub's checksum."""
-    from hfgpt import hub
+    from hfgpt.hub.pull import pull
 
-    pulled = hub.pull(repo_id, folder, revision=revision, say=print_status)
+    pulled = pull(repo_id, folder, revision=revision, say=print_status)
     if as_json:
         print_json(asdict(pulled))
     else:

@@ -33,7 +33,7 @@ data_app = Commands(help="Prepare the text of a run by itself.", no_args_is_help
 def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print a recipe with every value filled in, and where each comes from."""
     from hfgpt.config.loading import annotated_yaml, load_config, value_origins
-    from hfgpt.optim import check_optim
+    from hfgpt.training.optim import check_optim
 
     loaded = load_config(recipe, overrides or [])
     check_optim(loaded.optim)
@@ -154,9 +154,9 @@ def train(
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.stopping import RESUMABLE, Stopped
     from hfgpt.system.console import print_status
-    from hfgpt.train import train
+    from hfgpt.training.signals import RESUMABLE, Stopped
+    from hfgpt.training.train import train
 
     try:
         results = train(loaded, resume=resume or resume is not None)

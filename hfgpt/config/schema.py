@@ -65,10 +65,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule; read by hfgpt/optim.py."""
+    """The optimizer and its schedule; read by hfgpt/training/optim.py."""
 
     name: str = "adamw"
-    """A key of `hfgpt.optim.OPTIMIZERS`."""
+    """A key of `hfgpt.training.optim.OPTIMIZERS`."""
     learning_rate: float = 1.0e-3
     """Peak of the schedule."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -78,7 +78,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 never scales."""
     schedule: str = "cosine"
-    """A key of `hfgpt.optim.SCHEDULES`."""
+    """A key of `hfgpt.training.optim.SCHEDULES`."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0 to its peak."""
 
@@ -139,7 +139,7 @@ class RunConfig:
     output_dir: str = "out/run"
     """Folder that the run leaves; it becomes the Hub repository."""
     loop: str = "accelerate"
-    """`accelerate` (hfgpt/loop.py) or `trainer` (transformers' Trainer): the same run, step for step."""
+    """`accelerate` (hfgpt/training/loop.py) or `trainer` (transformers' Trainer): the same run, step for step."""
     seed: int = 0
     """Fixes weights, dropout, the order of the data and the samples."""
     init_from: str | None = None

@@ -17,7 +17,7 @@ from hfgpt.distributed.launch import join_processes
 from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from hfgpt.evaluation.load_model import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
 from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
-from hfgpt.run import RESULTS_FILE
+from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.machine import peak_memory_bytes
 from hfgpt.system.storage import write_json
 

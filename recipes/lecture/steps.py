@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.checkpoint import Manifest, Position, checkpoints, load_states, save_checkpoint, verify_checkpoint
 from hfgpt.config.schema import RunConfig
 from hfgpt.data.prepare import Rows, load_rows
 from hfgpt.data.text import Documents, load_documents
@@ -26,6 +25,7 @@ from hfgpt.generation import decoding
 from hfgpt.loss import linear_cross_entropy
 from hfgpt.system.machine import environment
 from hfgpt.system.storage import write_json
+from hfgpt.training.checkpoint import Manifest, Position, checkpoints, load_states, save_checkpoint, verify_checkpoint
 from hfgpt.weights import load
 
 from .book import make_model, prepare

@@ -1,6 +1,6 @@
 """The lecture's training loop: plain PyTorch, with a look at both losses and a sample of text as it goes.
 
-hfgpt/loop.py is the loop for real runs. This one is for reading, and draws its random numbers in the book's order.
+hfgpt/training/loop.py is the loop for real runs. This one is for reading, and draws random numbers in the book's order.
 """
 
 import difflib
@@ -18,12 +18,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hfgpt.checkpoint import Position
 from hfgpt.config.schema import OptimConfig, TrainConfig
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import Rows
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.system.storage import write_atomically
+from hfgpt.training.checkpoint import Position
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def make_loaders(rows: Rows, batch_size: int) -> Loaders:
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over every parameter, as in the book; hfgpt.optim spares norms and biases the weight decay."""
+    """AdamW over every parameter, as in the book; hfgpt.training.optim spares norms and biases the weight decay."""
     first, second = optim.betas
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(

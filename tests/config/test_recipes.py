@@ -8,7 +8,7 @@ import yaml
 from hfgpt.cli.run_commands import LECTURE_STEPS
 from hfgpt.config.loading import load_config
 from hfgpt.config.recipes import USES, bundled_recipes, find_bundled, run_recipes
-from hfgpt.optim import check_optim
+from hfgpt.training.optim import check_optim
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -10,7 +10,7 @@ from hub_server import TestHub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-import hfgpt.patience
+import hfgpt.hub.retry
 
 TOKEN = "hf_CANARYtheTokenThatMustBeNowhere00000"
 OTHER_TOKEN = "hf_somebodyElsesTokenForTheTestHub0000"
@@ -45,8 +45,8 @@ def connected(home: Path, **options: object) -> Iterator[TestHub]:
             patch.setattr(constants, name, value)
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address it was made with
-        patch.setattr(hfgpt.patience, "FIRST_WAIT_SECONDS", 0.01)
-        patch.setattr(hfgpt.patience, "ANSWER_SECONDS", 5.0)
+        patch.setattr(hfgpt.hub.retry, "FIRST_WAIT_SECONDS", 0.01)
+        patch.setattr(hfgpt.system.network, "ANSWER_SECONDS", 5.0)
         start_anew()
         yield hub
     start_anew()

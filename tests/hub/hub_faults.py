@@ -18,8 +18,9 @@ from hub_client import connected
 from hub_models import SENT, save_run
 from hub_server import ALWAYS, TestHub
 
-from hfgpt.hub import pull, push
-from hfgpt.patience import TRIES, HubError
+from hfgpt.hub.pull import pull
+from hfgpt.hub.push import push
+from hfgpt.hub.retry import TRIES, HubError
 
 PUSH_ENDPOINTS = (
     *("create", "info", "branch", "refs", "validate-yaml", "preupload", "lfs-batch", "lfs-put", "lfs-verify"),

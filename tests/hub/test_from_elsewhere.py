@@ -11,7 +11,9 @@ from hub_models import SENT, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.hub import PushByList, pull, push
+from hfgpt.hub.pull import pull
+from hfgpt.hub.push import push
+from hfgpt.hub.trainer_mixin import PushByList
 
 # Trainer turns the client's progress bars off while it pushes and then on, though the environment says off.
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import hfgpt.gpt
-from hfgpt.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint, seal
 from hfgpt.cli import main
-from hfgpt.hub import push
-from hfgpt.sharing import plan_push
+from hfgpt.hub.allowlist import plan_push
+from hfgpt.hub.push import push
+from hfgpt.training.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint, seal
 from hfgpt.weights import load
 
 

@@ -13,7 +13,8 @@ from hub_client import environment
 from hub_models import SENT
 from huggingface_hub import constants, snapshot_download
 
-from hfgpt.hub import HubError, pull, push
+from hfgpt.hub.pull import pull
+from hfgpt.hub.push import HubError, push
 
 
 def copied(folder):

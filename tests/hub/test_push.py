@@ -13,9 +13,10 @@ from hub_client import OTHER_TOKEN, TOKEN, environment
 from hub_models import KEPT, SENT, save_model
 from hub_server import GIT_ATTRIBUTES
 
-import hfgpt.hub
+import hfgpt.hub.push
 from hfgpt import HFGPTForCausalLM
-from hfgpt.hub import HubError, pull, push
+from hfgpt.hub.pull import pull
+from hfgpt.hub.push import HubError, push
 
 
 def contents(folder, names):
@@ -200,7 +201,7 @@ def test_two_pushes_at_once_make_one_commit_each_or_say_so(hub, run, saved_run):
 
 def test_an_answer_that_never_comes_is_not_waited_for(hub, run, monkeypatch):
     """huggingface_hub itself would wait for ever."""
-    monkeypatch.setattr(hfgpt.patience, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(hfgpt.hub.retry, "ANSWER_SECONDS", 0.3)
     hub.fail("commit", "stall", 1, value=2)
     said = []
 
@@ -247,7 +248,8 @@ def test_a_token_that_the_hub_does_not_know_is_told(hub, run):
 SEND = """
 import sys
 from pathlib import Path
-from hfgpt.hub import Plan, send  # without the checks before, which take seconds to import
+from hfgpt.hub.allowlist import Plan
+from hfgpt.hub.push import send  # without the checks before, which take seconds to import
 
 folder = Path(sys.argv[1])
 send(Plan(folder, {name: folder / name for name in sys.argv[2:]}, {}), "anna/demo")

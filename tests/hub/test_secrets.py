@@ -9,7 +9,8 @@ from huggingface_hub import constants
 from test_from_elsewhere import ListedTrainer, make_trainer
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.hub import HubError, pull, push
+from hfgpt.hub.pull import pull
+from hfgpt.hub.push import HubError, push
 
 
 def in_every_form(secret):

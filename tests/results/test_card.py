@@ -20,10 +20,10 @@ from hfgpt.cli import main
 from hfgpt.config.loading import load_config
 from hfgpt.config.recipes import package_file
 from hfgpt.data.tokenizer import bytes_of_ids, encode_ids, load_tokenizer
-from hfgpt.ending import bits_per_byte, progress, starting_point
 from hfgpt.results.card import MARKER, TEMPLATE, compare_card, render_card, render_evaluation, write_card
 from hfgpt.results.records import training_speed
-from hfgpt.train import train
+from hfgpt.training.finish import bits_per_byte, progress, starting_point
+from hfgpt.training.train import train
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "cards").glob("*.json"))

@@ -29,14 +29,14 @@ from conftest import TEXT_LENGTH
 from runs import DROPOUT, files, metrics
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.prepare import load_rows
 from hfgpt.data.rows import TokenRows
 from hfgpt.data.text import load_documents
 from hfgpt.data.tokenizer import train_tokenizer
-from hfgpt.train import train
+from hfgpt.training.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
+from hfgpt.training.train import train
 
 EVENTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod")
 """Functions of `os` that change what is on the disk."""
@@ -129,7 +129,7 @@ def random_kills(recipe: Path, whole: Path, place: Path, kills: int, seed: int =
 
 def count_events(kill_at: int | None, record: Path | None, step: int) -> None:
     """Count what the save of a step does to the disk, before and after each; die at number `kill_at`."""
-    from hfgpt import checkpoint
+    from hfgpt.training import checkpoint
 
     seen = 0
     is_saving = False
@@ -191,7 +191,7 @@ def enumerated_kills(recipe: Path, whole: Path, place: Path, every: int = 1, ste
 
 def scripted_kills(recipe: Path, whole: Path, place: Path, steps: tuple[tuple[int, ...], ...]) -> str:
     """Kill at the end of named steps, several times in one run."""
-    from hfgpt.recorder import Recorder
+    from hfgpt.training.recorder import Recorder
 
     training = Recorder.training
 
@@ -260,7 +260,7 @@ import datasets, torch
 datasets.config.HF_DATASETS_CACHE, datasets.config.IN_MEMORY_MAX_SIZE = Path(sys.argv[1]), 0
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
-from hfgpt import checkpoint, loop, milestones
+from hfgpt.training import checkpoint, evaluate, loop
 from hfgpt.config import load_config
 from hfgpt.train import train
 
@@ -282,7 +282,7 @@ if os.environ["RANK"] == "1":
     if place == "a save":
         torch.save = dies(torch.save, 7)
     if place == "an evaluation":
-        milestones.score_batches = dies(milestones.score_batches, 5)
+        evaluate.score_batches = dies(evaluate.score_batches, 5)
 train(load_config(recipe, overrides), resume=True)
 """
 """What each of two processes runs; the second one dies in the place that is named."""
@@ -400,7 +400,7 @@ def whole_run(loop: str, place: Path) -> tuple[Path, Path]:
 
 
 TESTED = [
-    ("4", "SIGTERM, SIGINT, SIGUSR1 in training, evaluation, saving", "tests/training/test_stopping.py -k signal"),
+    ("4", "SIGTERM, SIGINT, SIGUSR1 in training, evaluation, saving", "tests/training/test_signals.py -k signal"),
     ("5, 6", "full disk, failing and forbidden writes", "tests/training/test_checkpoint.py -k 'disk or fails'"),
     ("10", "a config that does not fit its weights", "tests/weights/test_hf_folder.py tests/test_configuration.py"),
     ("11", "a tokenizer that does not fit", "tests -k 'ids_that_the_model or tokenizer_without or another_text'"),
@@ -413,7 +413,7 @@ TESTED = [
     ("15", "malicious pickles, paths that lead elsewhere", "tests/weights -k 'malicious or elsewhere or hostile'"),
     ("22, 23", "uneven rows; 1, 2 and 1 processes", "tests/training/test_processes.py -k 'fifty or back or split'"),
     ("24", "going on with other settings or another text", "tests/training/test_loop.py -k going_on"),
-    ("25", "two runs in one folder", "tests/training/test_stopping.py -k 'same_folder or lock'"),
+    ("25", "two runs in one folder", "tests/training/test_signals.py -k 'same_folder or lock'"),
 ]
 """Row, fault, and the tests that hold its figure."""
 

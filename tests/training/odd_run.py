@@ -9,8 +9,8 @@ import os
 import torch
 from accelerate.state import DistributedType, PartialState
 
-from hfgpt import run
 from hfgpt.cli import main
+from hfgpt.training import run
 
 make_model = run.make_model
 

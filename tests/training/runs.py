@@ -11,10 +11,10 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from hfgpt.config.loading import load_config
-from hfgpt.recorder import Recorder
 from hfgpt.results.card import compare_card
-from hfgpt.stopping import Stopped
-from hfgpt.train import train
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.signals import Stopped
+from hfgpt.training.train import train
 
 LOOPS = ["accelerate", "trainer"]
 TIMINGS = {"tokens_per_second", "peak_share", "matmul_peak", "elapsed_seconds", "peak_memory_bytes"}

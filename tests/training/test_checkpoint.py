@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hfgpt.checkpoint import (
+from hfgpt.training.checkpoint import (
     Manifest,
     Position,
     best_checkpoint,

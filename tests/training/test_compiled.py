@@ -6,7 +6,7 @@ from functorch.compile import make_boxed_func
 from runs import DROPOUT, LOOPS, assert_same_path, assert_same_run, run, run_to_step, training_lines
 from torch._dynamo.backends.common import aot_autograd
 
-from hfgpt.checkpoint import checkpoints
+from hfgpt.training.checkpoint import checkpoints
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 SHORT = ["train.epochs=null", "train.max_steps=3", "train.compile=true", "sample.max_new_tokens=0"]

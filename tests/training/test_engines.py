@@ -25,9 +25,9 @@ from runs import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.config.loading import load_config
 from hfgpt.distributed import deepspeed
+from hfgpt.training.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 UNEVEN = ["train.gradient_accumulation_steps=3", "optim.max_grad_norm=0.5"]  # a last step of fewer micro-batches

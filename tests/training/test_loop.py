@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.checkpoint import checkpoints
 from hfgpt.config.loading import load_config
 from hfgpt.data.loaders import eval_loader
 from hfgpt.evaluation.loss import score_batches
-from hfgpt.milestones import score_split
-from hfgpt.recorder import Recorder
-from hfgpt.run import prepare_run
-from hfgpt.stopping import StopRequest
-from hfgpt.train import train
+from hfgpt.training.checkpoint import checkpoints
+from hfgpt.training.evaluate import score_split
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.run import prepare_run
+from hfgpt.training.signals import StopRequest
+from hfgpt.training.train import train
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_resuming_a_run_that_was_stopped_after_its_last_step_equals_never_stoppi
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfgpt.ending.ngram_perplexities", stop)
+        patch.setattr("hfgpt.training.finish.ngram_perplexities", stop)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, "stopped", *overrides)
     stopped = run(recipe, "stopped", *overrides, resume=True)

@@ -18,12 +18,12 @@ from runs import (
 from safetensors.torch import load_file
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
-from hfgpt import run as run_module
-from hfgpt.checkpoint import Position, checkpoints
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import TrainConfig
-from hfgpt.nonfinite import MOST_SKIPPED_IN_A_ROW, StepGuard, refuse_spoilt_weights
-from hfgpt.recorder import Recorder
+from hfgpt.training import run as run_module
+from hfgpt.training.checkpoint import Position, checkpoints
+from hfgpt.training.nonfinite import MOST_SKIPPED_IN_A_ROW, StepGuard, refuse_spoilt_weights
+from hfgpt.training.recorder import Recorder
 
 SKIP = ["train.on_nonfinite=skip", "train.epochs=1", "train.save_every=1", "train.eval_every=1000"]
 SKIP += ["sample.max_new_tokens=0"]
@@ -62,7 +62,7 @@ def third_step(recipe):
 
 def pick_step(recipe, number):
     from hfgpt.data.loaders import train_loader
-    from hfgpt.run import prepare_run
+    from hfgpt.training.run import prepare_run
 
     prepared = prepare_run(load_config(recipe, [f"output_dir={recipe.parent / 'unused'}"]))
     prepared.lock.release()
@@ -109,7 +109,7 @@ def test_looking_for_the_origin_changes_no_later_step(recipe, poisoned, third_st
     poisoned(third_step)
     looked = run(recipe, "looked", *SKIP, *WITH_DROPOUT)
 
-    monkeypatch.setattr("hfgpt.nonfinite.repeat_step", lambda *_: None)
+    monkeypatch.setattr("hfgpt.training.nonfinite.repeat_step", lambda *_: None)
     blind = run(recipe, "blind", *SKIP, *WITH_DROPOUT)
 
     assert training_lines(looked) == training_lines(blind)
@@ -177,9 +177,9 @@ def test_weights_that_are_spoilt_already_stop_the_run_under_either_policy(recipe
         run.model.model.layers[0].self_attn.k_proj.weight.data[0, 0] = torch.nan
         return run_loop(run, recorder, stop)
 
-    from hfgpt.loop import run_loop
+    from hfgpt.training.loop import run_loop
 
-    monkeypatch.setattr("hfgpt.loop.run_loop", spoil)
+    monkeypatch.setattr("hfgpt.training.loop.run_loop", spoil)
 
     with pytest.raises(FloatingPointError, match=r"step 1 \(the weights `model\.layers\.0\.self_attn\.k_proj\.weight`"):
         run(recipe, "out", f"train.on_nonfinite={policy}")

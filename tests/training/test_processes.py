@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from runs import DROPOUT, assert_same_path, assert_same_run, run, run_to_step, wait_for_step, workers_of
 
-from hfgpt.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.distributed.launch import check_engine, join_processes
+from hfgpt.training.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes/accelerate"
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from hfgpt import recorder as recorder_module
-from hfgpt.checkpoint import Position
-from hfgpt.recorder import Recorder
+from hfgpt.training import recorder as recorder_module
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.recorder import Recorder
 
 SETTINGS = {"max_new_tokens": 5, "temperature": 0.8, "top_k": 50}
 

@@ -8,8 +8,8 @@ import torch
 import yaml
 from runs import DROPOUT, LOOPS, files, metrics, run, run_to_step
 
-from hfgpt.checkpoint import checkpoints, seal, unseal
 from hfgpt.data.tokenizer import train_tokenizer
+from hfgpt.training.checkpoint import checkpoints, seal, unseal
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from runs import LOOPS, metrics, run, training_lines
 
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig, RunConfig, TrainConfig
-from hfgpt.recorder import Recorder
 from hfgpt.system.extras import needs
-from hfgpt.trackers import public_knobs
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.trackers import public_knobs
 
 TRACKED = ["train.trackers=[tensorboard,trackio]", "train.epochs=1", "sample.max_new_tokens=0"]
 CANARY = "hf_canaryCanaryCanaryCanaryCanary12"
@@ -124,7 +124,7 @@ def test_who_watches_may_change_when_a_run_goes_on(recipe, trackio_folder):
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(recipe, monkeypatch, name):
-    monkeypatch.setattr("hfgpt.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("hfgpt.training.trackers.find_spec", lambda name: None)
 
     with pytest.raises(ValueError, match=re.escape(needs(f"`train.trackers=[{name}]`", name))):
         run(recipe, "out", f"train.trackers=[{name}]")

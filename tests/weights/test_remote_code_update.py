@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfgpt
 import hfgpt.weights.remote_code
-from hfgpt.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint
 from hfgpt.evaluation.load_model import load_causal_lm
 from hfgpt.generation.generator import load_writer
 from hfgpt.modeling_hfgpt import AUTO_CLASSES, AUTO_MAP
+from hfgpt.training.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint
 from hfgpt.weights import load
 from hfgpt.weights.convert import convert
 from hfgpt.weights.remote_code import CodeUpdate, update_code

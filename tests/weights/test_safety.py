@@ -13,7 +13,7 @@ import torch
 from foreign import Canary, from_scratch, llmc_bytes, save_nanogpt
 from safetensors.torch import load_file, save_file
 
-from hfgpt.checkpoint import Manifest, Position, save_checkpoint
+from hfgpt.training.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
 from hfgpt.weights.formats import openai

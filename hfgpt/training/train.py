@@ -5,11 +5,11 @@ from typing import Any
 
 from hfgpt.config.schema import RunConfig
 from hfgpt.distributed.launch import hint_to_scale_out
-from hfgpt.ending import finish_run
-from hfgpt.milestones import catch_up, make_recorder
-from hfgpt.run import prepare_run
-from hfgpt.sanity import check_start
-from hfgpt.stopping import StopRequest
+from hfgpt.training.evaluate import catch_up, make_recorder
+from hfgpt.training.finish import finish_run
+from hfgpt.training.run import prepare_run
+from hfgpt.training.signals import StopRequest
+from hfgpt.training.startup_checks import check_start
 
 
 def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | None:
@@ -32,9 +32,11 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
     if run is None:
         return None
     if config.loop == "trainer":
-        from hfgpt.trainer import run_trainer as train_loop  # takes seconds to import, so only when it is wanted
+        from hfgpt.training.trainer import (
+            run_trainer as train_loop,  # takes seconds to import, so only when it is wanted
+        )
     else:
-        from hfgpt.loop import run_loop as train_loop
+        from hfgpt.training.loop import run_loop as train_loop
     recorder = make_recorder(run, started_at)
     if (hint := hint_to_scale_out()) is not None:
         recorder.say(hint)

@@ -12,8 +12,6 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt import checkpoint
-from hfgpt.checkpoint import Position
 from hfgpt.config.loading import config_yaml, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
@@ -29,11 +27,13 @@ from hfgpt.distributed.deepspeed import check_deepspeed
 from hfgpt.distributed.launch import check_launcher, join_processes
 from hfgpt.distributed.sharding import split_over_processes
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.optim import check_optim, check_warmup
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
-from hfgpt.trackers import check_trackers
+from hfgpt.training import checkpoint
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.optim import check_optim, check_warmup
+from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"

@@ -1,6 +1,6 @@
 """The training loop, on accelerate: one story, from the first batch to the last.
 
-hfgpt/trainer.py tells the same story through transformers' Trainer, step for step the same.
+hfgpt/training/trainer.py tells the same story through transformers' Trainer, step for step the same.
 """
 
 from itertools import islice
@@ -10,29 +10,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
-from hfgpt.checkpoint import Position, load_states, restore_random_states
-from hfgpt.compiled import check_compiled
 from hfgpt.data.loaders import start_at
 from hfgpt.distributed.deepspeed import deepspeed_plugin, let_schedule_count
 from hfgpt.distributed.launch import PRECISIONS, settle_engine
 from hfgpt.distributed.sharding import exchange_gradients, optimizer_state, prepare, whole
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.milestones import (
-    Verdict,
-    evaluate,
-    is_checkpoint_due,
-    is_due,
-    is_evaluation_due,
-    judge,
-    save_checkpoint,
-    seed_training,
-    stopped,
-)
-from hfgpt.nonfinite import StepGuard
-from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.recorder import Recorder
-from hfgpt.run import Run
-from hfgpt.stopping import StopRequest
+from hfgpt.training.checkpoint import Position, load_states, restore_random_states
+from hfgpt.training.early_stopping import Verdict, judge
+from hfgpt.training.evaluate import evaluate, is_due, is_evaluation_due, seed_training, stopped
+from hfgpt.training.nonfinite import StepGuard
+from hfgpt.training.optim import make_optimizer, make_schedule
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.run import Run
+from hfgpt.training.saving import is_checkpoint_due, save_checkpoint
+from hfgpt.training.signals import StopRequest
+from hfgpt.training.startup_checks import check_compiled
 
 
 def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:

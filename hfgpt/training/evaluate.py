@@ -1,46 +1,34 @@
 """What happens at certain steps of a run, in either loop: evaluations, samples, checkpoints."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 
-from hfgpt import checkpoint
-from hfgpt.checkpoint import Position
 from hfgpt.config.schema import RunConfig
 from hfgpt.data.loaders import eval_loader
 from hfgpt.data.prepare import Rows
 from hfgpt.data.rows import TokenRows
-from hfgpt.distributed.sharding import count_parameters, is_split, split_again, whole_weights
+from hfgpt.distributed.sharding import count_parameters, is_split, split_again
 from hfgpt.evaluation.loss import Score, score_batches
 from hfgpt.generation.decoding import generate
 from hfgpt.generation.generator import unknown_ids
 from hfgpt.generation.streamer import stream_text
-from hfgpt.nonfinite import refuse_spoilt_weights
-from hfgpt.recorder import Recorder, refuse_divergence
-from hfgpt.results.records import best_evaluation
-from hfgpt.run import Run, prompt_ids
-from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import matmul_peak, training_flops_per_token
-from hfgpt.system.storage import make_readable, write_json
-from hfgpt.trackers import Trackers
-from hfgpt.training.early_stopping import is_patience_spent
+from hfgpt.training import checkpoint
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.recorder import Recorder, refuse_divergence
+from hfgpt.training.run import Run, prompt_ids
+from hfgpt.training.signals import Stopped, StopRequest
+from hfgpt.training.trackers import Trackers
 
 
 def is_due(every: int | str, step: int, run: Run) -> bool:
     """Whether what happens `every` so many steps, or every `epoch`, happens after this step."""
     steps = run.steps_per_epoch if every == "epoch" else int(every)
     return steps > 0 and step % steps == 0
-
-
-def is_checkpoint_due(step: int, run: Run) -> bool:
-    """Whether this step ends with a checkpoint; the last one does, unless the recipe wants none."""
-    every = run.config.train.save_every
-    return every != 0 and (is_due(every, step, run) or step == run.total_steps)
 
 
 def is_evaluation_due(step: int, run: Run) -> bool:
@@ -52,29 +40,6 @@ def is_evaluation_due(step: int, run: Run) -> bool:
     if step == run.total_steps:
         return run.config.train.patience is not None
     return is_due(run.config.train.eval_every, step, run)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the evaluations of a run with patience say.
-
-    Attributes:
-        is_best: the newest is the best so far: a checkpoint must keep its weights.
-        is_enough: too many in a row were no better: training is over.
-    """
-
-    is_best: bool = False
-    is_enough: bool = False
-
-
-def judge(run: Run, recorder: Recorder) -> Verdict:
-    """Judge the evaluations so far; every process calls it and hears the same."""
-    patience = run.config.train.patience
-    if patience is None:
-        return Verdict()
-    lines = recorder.evaluations
-    verdict = Verdict(bool(lines) and best_evaluation(lines) == lines[-1], is_patience_spent(lines, patience))
-    return broadcast_object_list([verdict])[0]
 
 
 def seed_training(config: RunConfig) -> None:
@@ -243,39 +208,3 @@ def write_sample(run: Run) -> str:
         generator=torch.Generator(device).manual_seed(run.config.seed),
     )
     return "".join(stream_text(run.tokenizer, ids[0]))
-
-
-def save_checkpoint(
-    run: Run, recorder: Recorder, position: Position, states: dict[str, Any], val_loss: float | None
-) -> None:
-    """Write a checkpoint that is also a model folder; every process calls it.
-
-    Raises:
-        FloatingPointError: a weight is no number; the checkpoints before this one stay.
-    """
-    refuse_spoilt_weights(run.model, position.step)
-
-    def write(folder: Path) -> None:
-        save_model(run, folder)
-        # Where transformers' Trainer reads its place from, and what it compares with its arguments.
-        place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
-        if PartialState().is_main_process:
-            write_json(folder / "trainer_state.json", place)
-
-    recorder.pause()
-    manifest = checkpoint.Manifest(position, run.identity, val_loss)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
-    recorder.resume()
-
-
-def save_model(run: Run, folder: Path) -> None:
-    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
-    is_main = PartialState().is_main_process
-    weights = whole_weights(run.model)
-    # Where transformers has split it, all put it together, and the first one writes.
-    if is_main or (weights is None and is_split(run.model)):
-        run.model.save_pretrained(folder, state_dict=weights)
-    if is_main:
-        run.tokenizer.save_pretrained(folder)
-        for path in folder.glob("*.safetensors"):
-            make_readable(path)

@@ -8,7 +8,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.config.schema import OptimConfig
-from hfgpt.optim import OPTIMIZERS, SCHEDULES, check_optim, decay_groups, make_optimizer, make_schedule
+from hfgpt.training.optim import OPTIMIZERS, SCHEDULES, check_optim, decay_groups, make_optimizer, make_schedule
 
 
 def count(group):

@@ -8,13 +8,13 @@ import sys
 import pytest
 from runs import DROPOUT, LOOPS, assert_same_run, at_step, metrics, run, send
 
-from hfgpt.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
 from hfgpt.cli import app
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation.loss import score_batches
-from hfgpt.run import prepare_run
-from hfgpt.stopping import RESUMABLE, SIGNALS, Stopped, StopRequest
-from hfgpt.train import train
+from hfgpt.training.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
+from hfgpt.training.run import prepare_run
+from hfgpt.training.signals import RESUMABLE, SIGNALS, Stopped, StopRequest
+from hfgpt.training.train import train
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 
@@ -60,14 +60,14 @@ def test_a_signal_anywhere_else_is_obeyed_too_and_loses_nothing(recipe, monkeypa
             send("SIGTERM")
         return commit(*arguments)
 
-    from hfgpt import checkpoint
+    from hfgpt.training import checkpoint
 
     commit = checkpoint.save_checkpoint
     with monkeypatch.context() as patch:
         if place == "saving":
-            patch.setattr("hfgpt.checkpoint.save_checkpoint", saving)
+            patch.setattr("hfgpt.training.checkpoint.save_checkpoint", saving)
         else:
-            patch.setattr("hfgpt.milestones.score_batches", with_signal)
+            patch.setattr("hfgpt.training.evaluate.score_batches", with_signal)
         with pytest.raises(Stopped):
             run(recipe, "stopped", *overrides)
     newest = newest_checkpoint(recipe.parent / "stopped", pytest.fail)
@@ -130,7 +130,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, cache):
 
 def test_a_lock_does_not_outlive_its_process(recipe, cache):
     program = (
-        "import os, sys; from hfgpt.config.loading import load_config; from hfgpt.run import prepare_run\n"
+        "import os, sys; from hfgpt.config.loading import load_config; from hfgpt.training.run import prepare_run\n"
         "held = prepare_run(load_config(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}

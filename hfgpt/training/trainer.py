@@ -1,4 +1,4 @@
-"""The same run through transformers' Trainer, step for step what hfgpt/loop.py does.
+"""The same run through transformers' Trainer, step for step what hfgpt/training/loop.py does.
 
 Trainer owns the loop: devices, accumulation, backward, clipping. Rows, optimizer, schedule, evaluation, lines and
 checkpoints are the run's own. `HFGPTTrainer` only puts them where Trainer asks for such things.
@@ -17,29 +17,21 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hfgpt.checkpoint import Position, load_states, restore_random_states
-from hfgpt.compiled import check_compiled
 from hfgpt.data.loaders import start_at
 from hfgpt.distributed import deepspeed
 from hfgpt.distributed.launch import PRECISIONS, settle_engine
 from hfgpt.distributed.sharding import optimizer_state
-from hfgpt.hub import PushByList
-from hfgpt.milestones import (
-    Verdict,
-    evaluate,
-    is_checkpoint_due,
-    is_due,
-    is_evaluation_due,
-    judge,
-    save_checkpoint,
-    seed_training,
-    stopped,
-)
-from hfgpt.nonfinite import StepGuard
-from hfgpt.optim import make_optimizer, make_schedule
-from hfgpt.recorder import Recorder
-from hfgpt.run import Run
-from hfgpt.stopping import StopRequest
+from hfgpt.hub.trainer_mixin import PushByList
+from hfgpt.training.checkpoint import Position, load_states, restore_random_states
+from hfgpt.training.early_stopping import Verdict, judge
+from hfgpt.training.evaluate import evaluate, is_due, is_evaluation_due, seed_training, stopped
+from hfgpt.training.nonfinite import StepGuard
+from hfgpt.training.optim import make_optimizer, make_schedule
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.run import Run
+from hfgpt.training.saving import is_checkpoint_due, save_checkpoint
+from hfgpt.training.signals import StopRequest
+from hfgpt.training.startup_checks import check_compiled
 
 
 def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:

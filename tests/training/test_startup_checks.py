@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hfgpt import HFGPTConfig, HFGPTForCausalLM, sanity
-from hfgpt.sanity import (
+from hfgpt import HFGPTConfig, HFGPTForCausalLM
+from hfgpt.training import startup_checks as sanity
+from hfgpt.training.startup_checks import (
     check_duplicates,
     check_loss,
     check_next_token,

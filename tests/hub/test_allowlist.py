@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hfgpt.gpt
 import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
-from hfgpt.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.config.loading import load_config
-from hfgpt.sharing import plan_push
+from hfgpt.hub.allowlist import plan_push
+from hfgpt.training.checkpoint import Manifest, Position, save_checkpoint
 from hfgpt.weights.remote_code import update_code
 
 

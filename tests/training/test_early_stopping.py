@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation.loss import score_batches
-from hfgpt.recorder import Recorder
 from hfgpt.results.records import best_evaluation
-from hfgpt.stopping import Stopped
 from hfgpt.training.early_stopping import is_patience_spent
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.signals import Stopped
 
 # A learning rate that spoils the model after a few steps, so that the best evaluation lies in the middle.
 SPOILT = ["optim.learning_rate=0.3", "optim.schedule=constant", "train.eval_every=3", "train.save_every=7"]
@@ -93,9 +93,9 @@ def test_a_stop_anywhere_changes_nothing_of_when_it_ends(recipe, monkeypatch, lo
         raise KeyboardInterrupt
 
     for place, stop in [
-        ("hfgpt.recorder.Recorder.training", between_evaluations),
-        ("hfgpt.milestones.score_batches", while_evaluating),
-        ("hfgpt.ending.ngram_perplexities", after_the_end),
+        ("hfgpt.training.recorder.Recorder.training", between_evaluations),
+        ("hfgpt.training.evaluate.score_batches", while_evaluating),
+        ("hfgpt.training.finish.ngram_perplexities", after_the_end),
     ]:
         name = stop.__name__
         with monkeypatch.context() as patch:

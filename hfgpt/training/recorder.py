@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Column
 from rich.text import Text
 
-from hfgpt.checkpoint import Position
 from hfgpt.results.records import MetricsLog, SamplesFile, best_evaluation
-from hfgpt.trackers import Trackers
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
 

@@ -9,16 +9,11 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hfgpt import checkpoint
-from hfgpt.checkpoint import Position
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, split_again
 from hfgpt.evaluation.ngram import ngram_perplexities
-from hfgpt.milestones import record_evaluation, save_model, score, stopped
-from hfgpt.nonfinite import refuse_spoilt_weights
-from hfgpt.recorder import METRICS_FILE, Recorder
 from hfgpt.results.card import CARD_FILE, leave_card
 from hfgpt.results.plots import plot_losses
 from hfgpt.results.records import (
@@ -29,10 +24,16 @@ from hfgpt.results.records import (
     read_metrics,
     training_speed,
 )
-from hfgpt.run import Run
-from hfgpt.stopping import Stopped, StopRequest
 from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
 from hfgpt.system.storage import write_json
+from hfgpt.training import checkpoint
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.evaluate import record_evaluation, score, stopped
+from hfgpt.training.nonfinite import refuse_spoilt_weights
+from hfgpt.training.recorder import METRICS_FILE, Recorder
+from hfgpt.training.run import Run
+from hfgpt.training.saving import save_model
+from hfgpt.training.signals import Stopped, StopRequest
 from hfgpt.weights import load
 
 SHAPE_FIELDS = (

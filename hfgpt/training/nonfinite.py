@@ -14,10 +14,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfgpt.checkpoint import Position
 from hfgpt.config.schema import TrainConfig
 from hfgpt.distributed.sharding import is_finite, is_split
-from hfgpt.recorder import DIVERGED, Recorder
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.recorder import DIVERGED, Recorder
 
 MOST_SKIPPED_IN_A_ROW = 10
 """Steps that `on_nonfinite: skip` leaves out one after the other before the run stops: they are no accident then."""

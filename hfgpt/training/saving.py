@@ -1,0 +1,59 @@
+"""What a run saves while it trains: checkpoints that are also model folders."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hfgpt.distributed.sharding import is_split, whole_weights
+from hfgpt.system.storage import make_readable, write_json
+from hfgpt.training import checkpoint
+from hfgpt.training.checkpoint import Position
+from hfgpt.training.evaluate import (
+    is_due,
+)
+from hfgpt.training.nonfinite import refuse_spoilt_weights
+from hfgpt.training.recorder import Recorder
+from hfgpt.training.run import Run
+
+
+def is_checkpoint_due(step: int, run: Run) -> bool:
+    """Whether this step ends with a checkpoint; the last one does, unless the recipe wants none."""
+    every = run.config.train.save_every
+    return every != 0 and (is_due(every, step, run) or step == run.total_steps)
+
+
+def save_checkpoint(
+    run: Run, recorder: Recorder, position: Position, states: dict[str, Any], val_loss: float | None
+) -> None:
+    """Write a checkpoint that is also a model folder; every process calls it.
+
+    Raises:
+        FloatingPointError: a weight is no number; the checkpoints before this one stay.
+    """
+    refuse_spoilt_weights(run.model, position.step)
+
+    def write(folder: Path) -> None:
+        save_model(run, folder)
+        # Where transformers' Trainer reads its place from, and what it compares with its arguments.
+        place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
+        if PartialState().is_main_process:
+            write_json(folder / "trainer_state.json", place)
+
+    recorder.pause()
+    manifest = checkpoint.Manifest(position, run.identity, val_loss)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
+    recorder.resume()
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
+    is_main = PartialState().is_main_process
+    weights = whole_weights(run.model)
+    # Where transformers has split it, all put it together, and the first one writes.
+    if is_main or (weights is None and is_split(run.model)):
+        run.model.save_pretrained(folder, state_dict=weights)
+    if is_main:
+        run.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            make_readable(path)
