@@ -41,7 +41,7 @@ from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
 from .loss import IGNORE_INDEX, linear_cross_entropy, shift_left
-from .positions import count_positions, find_documents, refuse_missing_positions
+from .positions import check_positions_exist, count_positions, find_documents
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class HFGPTPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         if not lenient:
-            refuse_unaccounted_tensors(model, info, pretrained_model_name_or_path)
+            check_all_tensors_loaded(model, info, pretrained_model_name_or_path)
         if model.config.model_type == GPT2_SOURCE:
             del model.config.__dict__["model_type"]
             model._weight_conversions = []  # what is saved from now on has hfgpt's own layout
@@ -125,7 +125,7 @@ class WeightsDoNotFitError(ValueError, RuntimeError):
     """A file and a config that do not belong together: hfgpt's ValueError, where transformers has a RuntimeError."""
 
 
-def refuse_unaccounted_tensors(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
+def check_all_tensors_loaded(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
     """Check that every tensor of the file went into the model, and every tensor of the model came from the file.
 
     A new head may be put on a body, and a body be taken out from under another head: the parameters of a head may have
@@ -250,7 +250,7 @@ class HFGPTModel(HFGPTPreTrainedModel):
         )
         if position_ids is None:
             position_ids = count_positions(x_BTC, attention_mask, past_key_values)
-        refuse_missing_positions(position_ids, past_key_values, self.config.max_position_embeddings)
+        check_positions_exist(position_ids, past_key_values, self.config.max_position_embeddings)
         # A cache made here comes after the mask: it would hide from transformers that this is one whole pass.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

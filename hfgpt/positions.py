@@ -94,7 +94,7 @@ def find_starts(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return is_token_BT & (before_BT >= 0) & ~goes_on_BT
 
 
-def refuse_missing_positions(position_ids: Tensor, past_key_values: Cache | None, limit: int) -> None:
+def check_positions_exist(position_ids: Tensor, past_key_values: Cache | None, limit: int) -> None:
     """Raise an error where the embedding would raise an IndexError, or on a GPU end the process.
 
     On a GPU the positions themselves are read only if the sequence, padding included, may be too long: reading them

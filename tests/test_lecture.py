@@ -21,7 +21,7 @@ from hfgpt import HFGPTConfig
 from hfgpt.config.loading import load_config
 from hfgpt.data.text import load_documents
 from hfgpt.data.tokenizer import encode_ids
-from hfgpt.training.checkpoint import Manifest, Position, load_states, restore_random_states, save_checkpoint
+from hfgpt.training.checkpoint import Manifest, TrainState, load_states, restore_random_states, save_checkpoint
 from hfgpt.weights import load
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_training_takes_the_steps_that_the_books_model_takes(lecture):
     theirs = torch.optim.AdamW(oracle.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
 
     torch.manual_seed(3)
-    train(model, optimizer, lecture.loaders, config, lambda: "", Position(step=1), epochs=1)
+    train(model, optimizer, lecture.loaders, config, lambda: "", TrainState(step=1), epochs=1)
     torch.manual_seed(3)
     oracle.train()
     for batch in lecture.loaders.train:
@@ -301,9 +301,9 @@ def test_going_on_with_the_random_states_equals_never_stopping(lecture, tmp_path
         return model, make_optimizer(model, lecture.config.optim)
 
     model, optimizer = start()
-    train(model, optimizer, lecture.loaders, config, lambda: "", Position(), epochs=2)
+    train(model, optimizer, lecture.loaders, config, lambda: "", TrainState(), epochs=2)
     stopped, its_optimizer = start()
-    _, position = train(stopped, its_optimizer, lecture.loaders, config, lambda: "", Position(), epochs=1)
+    _, position = train(stopped, its_optimizer, lecture.loaders, config, lambda: "", TrainState(), epochs=1)
     checkpoint = save_checkpoint(
         tmp_path, Manifest(position, {}), stopped.save_pretrained, {"optimizer": its_optimizer}, keep_last=1
     )

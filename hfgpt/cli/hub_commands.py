@@ -35,17 +35,17 @@ def push(
 
     if dry_run:
         plan = plan_push(folder, own_code=own_code)
-        goes = {name: plan.size(name) for name in plan.goes}
-        stays = {name: {"size": plan.size(name), "reason": reason} for name, reason in plan.stays.items()}
+        files = {name: plan.size(name) for name in plan.files}
+        skipped = {name: {"size": plan.size(name), "reason": reason} for name, reason in plan.skipped.items()}
         if as_json:
-            print_json({"repo_id": repo_id, "goes": goes, "stays": stays, "notes": plan.notes})
+            print_json({"repo_id": repo_id, "files": files, "skipped": skipped, "notes": plan.notes})
             return
-        print_result(f"would go to {repo_id}: {len(goes)} files, {as_size(sum(goes.values()))}")
-        width = max(map(len, [*goes, *stays]))
-        for name, size in goes.items():
+        print_result(f"would go to {repo_id}: {len(files)} files, {as_size(sum(files.values()))}")
+        width = max(map(len, [*files, *skipped]))
+        for name, size in files.items():
             print_result(f"  {name:<{width}}  {as_size(size):>9}")
         print_result("stays here:")
-        for name, reason in plan.stays.items():
+        for name, reason in plan.skipped.items():
             print_result(f"  {name:<{width}}  {as_size(plan.size(name)):>9}  {reason}")
         for note in plan.notes:
             print_status(note)

@@ -138,17 +138,17 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     variants = make_variants(given, compare) if compare else {"": make_settings(given)}
 
-    from hfgpt.generation.generator import continue_text, load_writer, read_prompts, write_texts
+    from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
     from hfgpt.generation.render import open_console, print_comparison, print_texts, stream_to
 
     records = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
     asked = [str(record["prompt"]) for record in records]
-    writer, console = load_writer(model), open_console()
+    writer, console = load_generator(model), open_console()
     if len(asked) == samples == len(variants) == 1 and not as_json:
         stream_to(console, asked[0], continue_text(writer, asked[0], next(iter(variants.values()))))
         return
     texts = {
-        label: write_texts(writer, asked, settings, samples=samples, batch_size=batch_size)
+        label: generate_texts(writer, asked, settings, samples=samples, batch_size=batch_size)
         for label, settings in variants.items()
     }
     for number, record in enumerate(records, start=1):
@@ -187,11 +187,11 @@ def explore(
             check_new_file(path, ending, overwrite)
 
     from hfgpt.generation.explore import explore
-    from hfgpt.generation.generator import load_writer
+    from hfgpt.generation.generator import load_generator
     from hfgpt.generation.render import open_console, print_exploration
     from hfgpt.system.console import print_status
 
-    found = explore(load_writer(model), text, variants, top=top, steps=steps, alternatives=alternatives)
+    found = explore(load_generator(model), text, variants, top=top, steps=steps, alternatives=alternatives)
     if as_json:
         print_json(found.record())
     else:
@@ -217,7 +217,7 @@ def play(
 
     given = parse_settings(settings) if settings else {}
     make_settings(given)
-    from hfgpt.generation.generator import load_writer
+    from hfgpt.generation.generator import load_generator
     from hfgpt.generation.play import play
 
-    play(load_writer(model), given)
+    play(load_generator(model), given)

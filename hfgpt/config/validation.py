@@ -23,12 +23,12 @@ def check(config: RunConfig) -> RunConfig:
         ValueError: naming the knob, its value, and what would be right.
     """
     data, optim, train, sample = config.data, config.optim, config.train, config.sample
-    choose("loop", config.loop, ["accelerate", "trainer"])
-    choose("train.precision", train.precision, ["fp32", "bf16", "fp16"])
-    choose("data.packing", data.packing, ["contiguous", "isolated", "padded"])
-    choose("train.on_nonfinite", train.on_nonfinite, ["stop", "skip"])
+    check_choice("loop", config.loop, ["accelerate", "trainer"])
+    check_choice("train.precision", train.precision, ["fp32", "bf16", "fp16"])
+    check_choice("data.packing", data.packing, ["contiguous", "isolated", "padded"])
+    check_choice("train.on_nonfinite", train.on_nonfinite, ["stop", "skip"])
     for name in train.trackers:
-        choose("train.trackers", name, list(TRACKERS))
+        check_choice("train.trackers", name, list(TRACKERS))
     if data.streaming:
         check_streaming(config)
     if not config.output_dir:
@@ -182,6 +182,6 @@ def check_model(config: RunConfig) -> None:
         )
 
 
-def choose(name: str, value: str, choices: list[str]) -> None:
+def check_choice(name: str, value: str, choices: list[str]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

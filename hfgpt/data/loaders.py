@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from hfgpt.data.rows import TokenRows
-from hfgpt.data.streaming import RowStream
+from hfgpt.data.streaming import StreamedRows
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class EpochBatches(Sampler[list[int]]):
         return rank_batches(order, self.batch_size, self.rank, self.world_size, self.start)
 
 
-def stream_loader(rows: RowStream, batch_size: int) -> DataLoader[dict[str, np.ndarray]]:
+def stream_loader(rows: StreamedRows, batch_size: int) -> DataLoader[dict[str, np.ndarray]]:
     """Micro-batches of a stream, without end; they go on where `rows` stands."""
     return DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
 

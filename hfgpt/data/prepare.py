@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.schema import DataConfig, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data.rows import TokenRows, TokenStream
-from hfgpt.data.streaming import RowStream, hashes, sample_documents
+from hfgpt.data.rows import TokenArray, TokenRows
+from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
-from hfgpt.data.tokenizer import encode_arrays, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
+from hfgpt.data.tokenizer import check_end_of_text, encode_arrays, load_tokenizer, tokenizer_hash, train_tokenizer
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
 
@@ -49,7 +49,7 @@ class Rows:
     validation: TokenRows
     train_counts: SplitCounts
     validation_counts: SplitCounts
-    stream: RowStream | None = None
+    stream: StreamedRows | None = None
     """Where the rows to train on come from, if they are not stored; this process's share."""
 
 
@@ -60,7 +60,7 @@ def stream_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int,
         ValueError: the source cannot be read, or the validation text is shorter than one row.
     """
     samples = sample_documents(data, seed)
-    stream = RowStream(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
+    stream = StreamedRows(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
     return replace(load_rows(samples, tokenizer, data), stream=stream)
 
 
@@ -81,7 +81,7 @@ def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: Da
 
 def tokenize(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, data: DataConfig, split: str
-) -> TokenStream:
+) -> TokenArray:
     """The ids of one split, memory-mapped."""
     token_ids = documents.map(
         encode_batch,
@@ -95,10 +95,10 @@ def tokenize(
         new_fingerprint=cache_key(documents._fingerprint, tokenizer_hash(tokenizer), str(tokenizer.eos_token_id)),
         desc=f"Tokenizing the {split} text",
     )
-    return TokenStream(token_ids)
+    return TokenArray(token_ids)
 
 
-def lay_rows(stream: TokenStream, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
+def lay_rows(stream: TokenArray, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
     """The rows of one split, by `data.packing`, and what became of its tokens.
 
     Raises:
@@ -121,7 +121,7 @@ def lay_rows(stream: TokenStream, data: DataConfig, split: str) -> tuple[TokenRo
     return rows, SplitCounts(tokens, len(rows) * block_size, remainder, padding=0)
 
 
-def one_document_a_row(stream: TokenStream, block_size: int) -> TokenRows:
+def one_document_a_row(stream: TokenArray, block_size: int) -> TokenRows:
     """Rows from the `<|endoftext|>` before a document to the one behind it; documents longer than T take several."""
     begins = stream.document_starts
     ends = np.append(begins[1:], len(stream))  # where the `<|endoftext|>` behind each stands; behind the last, nothing
@@ -239,7 +239,7 @@ def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
     if name is None:
         return None
     tokenizer = load_tokenizer(name)
-    require_end_of_text(tokenizer, name)
+    check_end_of_text(tokenizer, name)
     return tokenizer
 
 

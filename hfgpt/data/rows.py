@@ -15,7 +15,7 @@ import torch
 from hfgpt.loss import IGNORE_INDEX
 
 
-class TokenStream:
+class TokenArray:
     """The ids of all documents, each behind an end-of-text, in one line of int32.
 
     Args:
@@ -76,7 +76,7 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: TokenArray,
         block_size: int,
         starts: Sequence[int] | np.ndarray,
         stops: np.ndarray | None = None,

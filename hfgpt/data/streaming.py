@@ -1,7 +1,7 @@
 """Rows from text that is read as it comes, for sets larger than the disk; they go on exactly where they stopped.
 
 Each process reads its own share of the documents, again and again, shuffles them through a buffer, and cuts the same
-rows from them as hfgpt/data/rows.py. All that decides what comes next is in `RowStream.state_dict`.
+rows from them as hfgpt/data/rows.py. All that decides what comes next is in `StreamedRows.state_dict`.
 
 Shape letters: T `block_size`.
 """
@@ -29,7 +29,7 @@ def sample_documents(data: DataConfig, seed: int) -> Documents:
     """The validation text of a stream, and as many of its training documents to be scored beside it.
 
     The validation text is what `data` names, or the first `data.validation_documents` of the source. Whatever equals
-    one of its documents is no training text: see `RowStream`.
+    one of its documents is no training text: see `StreamedRows`.
 
     Raises:
         ValueError: the source holds fewer documents than that.
@@ -63,7 +63,7 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-class RowStream(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
+class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
     """The training rows of one process, without end: after the last document the first ones come again.
 
     Args:

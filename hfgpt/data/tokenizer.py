@@ -85,7 +85,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def require_end_of_text(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def check_end_of_text(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """Refuse a tokenizer that cannot separate documents.
 
     Raises:

@@ -81,9 +81,9 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
         return None
     plugin = DeepSpeedPlugin(zero3_init_flag=False)  # hfgpt makes the weights whole, and DeepSpeed splits them
     settings = plugin.deepspeed_config
-    refuse_foreign_settings(settings)
-    refuse_what_does_not_go_together(config, plugin.zero_stage)
-    refuse_other_numbers(settings, config)
+    check_settings(settings)
+    check_combination(config, plugin.zero_stage)
+    check_numbers(settings, config)
     train = config.train
     settings["train_micro_batch_size_per_gpu"] = train.batch_size
     settings["gradient_accumulation_steps"] = accumulation_steps
@@ -104,7 +104,7 @@ def check_deepspeed(config: RunConfig) -> None:
     deepspeed_plugin(config, accumulation_steps=1)
 
 
-def refuse_foreign_settings(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
     """Refuse what would change a run behind its recipe.
 
     Raises:
@@ -128,7 +128,7 @@ def refuse_foreign_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"the launcher's DeepSpeed has `{part}` on nvme, which hfgpt does not drive. Use cpu.")
 
 
-def refuse_other_numbers(settings: dict[str, Any], config: RunConfig) -> None:
+def check_numbers(settings: dict[str, Any], config: RunConfig) -> None:
     """Refuse numbers that the recipe says otherwise.
 
     Raises:
@@ -148,7 +148,7 @@ def refuse_other_numbers(settings: dict[str, Any], config: RunConfig) -> None:
             raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, {knob}: {value}. Make it "auto".')
 
 
-def refuse_what_does_not_go_together(config: RunConfig, stage: int) -> None:
+def check_combination(config: RunConfig, stage: int) -> None:
     """Refuse recipes that DeepSpeed, or this stage of it, is not driven with.
 
     Raises:
@@ -168,7 +168,7 @@ def refuse_what_does_not_go_together(config: RunConfig, stage: int) -> None:
         raise ValueError("`train.shard` does not go with DeepSpeed, which splits by itself. Leave one of them out.")
 
 
-def settle_deepspeed() -> None:
+def configure_deepspeed() -> None:
     """Quiet DeepSpeed, and keep transformers from splitting models that are loaded; once there is an Accelerator."""
     # DeepSpeed 0.19 calls torch 2.13 by names that are going to go.
     warnings.filterwarnings("ignore", r".torch\.distributed\..* is deprecated", FutureWarning)
@@ -181,7 +181,7 @@ def is_running() -> bool:
     return PartialState().distributed_type == DistributedType.DEEPSPEED
 
 
-def let_schedule_count(optimizer: Any) -> None:
+def clear_overflow(optimizer: Any) -> None:
     """Let the schedule count a step that was left out because its gradients are not finite, as with other engines.
 
     Args:

@@ -59,14 +59,14 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def settle_engine(accelerator: Accelerator) -> None:
+def configure_engine(accelerator: Accelerator) -> None:
     """Refuse another engine than the launcher was asked for, and let it compute as the recipe says; before `prepare`.
 
     Raises:
         ValueError: see `check_engine`.
     """
     check_engine(accelerator)
-    deepspeed.settle_deepspeed()
+    deepspeed.configure_deepspeed()
     if accelerator.is_fsdp2:
         # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

@@ -29,12 +29,12 @@ def engine(model: nn.Module) -> str | None:
     """Which engine runs a model on several processes; None on one."""
     if deepspeed.is_running():
         return "DeepSpeed"
-    if is_split(model):
+    if is_sharded(model):
         return "FSDP2"
     return "DDP" if PartialState().num_processes > 1 else None
 
 
-def split_over_processes(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
+def shard_model(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
     """The same model, each process holding a part of every weight (FSDP2).
 
     Every process holds the whole once, while it is split.
@@ -46,12 +46,12 @@ def split_over_processes(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
     return split.train(model.training)
 
 
-def is_split(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of the weights, so that all of them must run each forward pass together."""
     return isinstance(model, FSDPModule) or deepspeed.is_partitioned(next(model.parameters()))
 
 
-def split_again(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Put weights back into parts that a forward pass without a backward has left whole.
 
     Until then `model.parameters()` gives whole copies, which no optimizer shall see.
@@ -66,23 +66,25 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     if deepspeed.is_partitioned(next(model.parameters())):
         for name, parameter in model.named_parameters():
             deepspeed.load_parameter(parameter, weights[name])
-    elif is_split(model):
+    elif is_sharded(model):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(weights)
 
 
-def whole_weights(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
+def gather_full_state_dict(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
     """The weights of a model that accelerate has split, put together on the CPU of the first process; all call it.
 
     None where it is whole, or transformers has split it, which puts it together by itself when it saves.
     """
-    if not is_split(model) or model.is_distributed_loading_by_transformers:
+    if not is_sharded(model) or model.is_distributed_loading_by_transformers:
         return None
     weights = {}
     for name, parameter in model.named_parameters():
         weight = (
-            deepspeed.whole_parameter(parameter) if deepspeed.is_partitioned(parameter) else whole(parameter.detach())
+            deepspeed.whole_parameter(parameter)
+            if deepspeed.is_partitioned(parameter)
+            else full_tensor(parameter.detach())
         )
         if PartialState().is_main_process:
             weights[name] = weight.cpu()
@@ -98,17 +100,17 @@ def is_finite(parameter: nn.Parameter) -> bool:
     """Whether a weight holds numbers only; where it is split all processes call this."""
     if deepspeed.is_partitioned(parameter):
         return bool(deepspeed.whole_parameter(parameter).isfinite().all())
-    return bool(whole(parameter.isfinite().all()))
+    return bool(full_tensor(parameter.isfinite().all()))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor whose parts lie on several processes, put together; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """Accelerate's `prepare`, for a model that may be split already."""
-    if is_split(model):  # the model exchanges gradients by itself: only autocast is wanted
+    if is_sharded(model):  # the model exchanges gradients by itself: only autocast is wanted
         model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         return model, accelerator.prepare(optimizer)
     return accelerator.prepare(model, optimizer)
@@ -159,12 +161,12 @@ class OptimizerState:
                 "state": {},
                 "param_groups": [{**group, "params": [names[each] for each in group["params"]]} for group in groups],
             }
-        options = StateDictOptions(full_state_dict=is_split(self.model), cpu_offload=is_split(self.model))
+        options = StateDictOptions(full_state_dict=is_sharded(self.model), cpu_offload=is_sharded(self.model))
         return get_optimizer_state_dict(self.model, self.optimizer, options=options)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, each process its part."""
         if state["state"]:  # else no step was done yet
-            options = StateDictOptions(full_state_dict=is_split(self.model))
+            options = StateDictOptions(full_state_dict=is_sharded(self.model))
             set_optimizer_state_dict(self.model, self.optimizer, dict(state), options=options)
         deepspeed.load_groups(self.optimizer, state["param_groups"])  # torch makes lists of the tuples in them

@@ -22,7 +22,7 @@ from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.system.console import print_status
 from hfgpt.system.network import limit_waiting
 from hfgpt.weights import load
-from hfgpt.weights.detect import refuse_what_is_not_there
+from hfgpt.weights.detect import check_source_exists
 from hfgpt.weights.formats import openai
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +50,7 @@ def load_causal_lm(
     wanted = DTYPES.get(dtype)
     if Path(source).is_file() or openai.recognises(Path(source)):
         return load(source, wanted), load_tokenizer(tokenizer or source)
-    refuse_what_is_not_there(source)
+    check_source_exists(source)
     limit_waiting()
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
@@ -125,7 +125,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @torch.no_grad()
-def refuse_looking_ahead(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel) -> None:
     """Make sure that no token sees those after it: AutoModelForCausalLM loads encoders too, which would score too well.
 
     Raises:

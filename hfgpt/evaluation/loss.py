@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from hfgpt.distributed.sharding import is_split
+from hfgpt.distributed.sharding import is_sharded
 from hfgpt.evaluation.perplexity import e_to
 from hfgpt.loss import IGNORE_INDEX
 
@@ -58,7 +58,7 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Sco
         for batch in batches:
             targets = batch["shift_labels"]
             batch_tokens = int((targets != IGNORE_INDEX).sum())
-            if batch_tokens or is_split(model):
+            if batch_tokens or is_sharded(model):
                 inputs = {
                     name: each.to(device) for name, each in batch.items() if name in ("input_ids", "position_ids")
                 }

@@ -15,7 +15,7 @@ from hfgpt.config.schema import DataConfig
 from hfgpt.data.text import is_plain_text, read_source
 from hfgpt.distributed.launch import join_processes
 from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
-from hfgpt.evaluation.load_model import choose_context, choose_device, load_causal_lm, refuse_looking_ahead
+from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, load_causal_lm
 from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.machine import peak_memory_bytes
@@ -119,7 +119,7 @@ def measure(
     model, tokenizer = load_causal_lm(source, tokenizer_name, dtype)
     length = choose_context(model, context)
     model.to(choose_device(device))
-    refuse_looking_ahead(model)
+    check_causal(model)
     text = None
     if files:
         encoded = encode_texts(tokenizer, read_texts(list(files), text_column), first_token)

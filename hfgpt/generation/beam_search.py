@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hfgpt.generation.decoding import (
     apply_history,
+    check_finite_logits,
     check_length,
     check_prompt,
     dead_end,
     next_logits,
-    refuse_nan,
     stop_ids_of,
 )
 from hfgpt.generation.params import Rules, check_beams
@@ -53,7 +53,7 @@ def beam_search(
     early_stopping: bool | str = False,
     eos_token_id: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
-    is_unknown: Tensor | None = None,
+    suppress_mask: Tensor | None = None,
     is_stopped: Callable[[list[int]], bool] | None = None,
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
@@ -74,7 +74,7 @@ def beam_search(
             that it could become, which is the only exact way if `length_penalty` is above 0.
         eos_token_id: id or ids that end a text.
         attention_mask: (B, T), 1 for a token, 0 for padding; None means no padding.
-        is_unknown: (V,), True for ids never to be written.
+        suppress_mask: (V,), True for ids never to be written.
         is_stopped: is told all new ids of a text and answers whether it ends with them.
         repetition_penalty: see `hfgpt.generation.logits.penalize_repetition`; on log-probabilities, as in transformers.
         no_repeat_ngram_size: see `hfgpt.generation.logits.forbid_repeated_ngrams`.
@@ -104,7 +104,7 @@ def beam_search(
     is_open = [True] * B
     mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     logits_BV, cache = next_logits(model, input_ids, mask_BS, {})
-    refuse_nan(logits_BV)
+    check_finite_logits(logits_BV)
     for each in cache.values():
         each.batch_repeat_interleave(num_beams)
     logits_NV = logits_BV.repeat_interleave(num_beams, dim=0)
@@ -116,7 +116,7 @@ def beam_search(
     first_beams_B1 = torch.arange(B, device=input_ids.device)[:, None] * num_beams
 
     for length in range(1, max_new_tokens + 1):
-        log_probabilities_NV = apply_history(logits_NV.float().log_softmax(-1), rules, ids_NS, mask_NS, is_unknown)
+        log_probabilities_NV = apply_history(logits_NV.float().log_softmax(-1), rules, ids_NS, mask_NS, suppress_mask)
         totals_BNV = totals_BN[:, :, None] + log_probabilities_NV.view(B, num_beams, -1)
         vocab_size = totals_BNV.size(-1)
         num_kept = min(num_candidates, num_beams * vocab_size)

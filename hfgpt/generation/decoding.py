@@ -36,7 +36,7 @@ def apply_history(
     rules: Rules,
     ids_BS: Tensor,
     mask_BS: Tensor | None = None,
-    is_unknown_V: Tensor | None = None,
+    suppress_V: Tensor | None = None,
 ) -> Tensor:
     """Apply what does not depend on the distribution: the two rules about earlier tokens, and ids that nobody knows.
 
@@ -45,13 +45,13 @@ def apply_history(
         rules: of which only `repetition_penalty` and `no_repeat_ngram_size` matter.
         ids_BS: tokens so far, (B, S).
         mask_BS: (B, S), 0 where a token is padding; None where there is none.
-        is_unknown_V: (V,), True for ids that are in the model's vocabulary only to round its size up.
+        suppress_V: (V,), True for ids that are in the model's vocabulary only to round its size up.
 
     Returns:
         (B, V): the logits; the tokens forbidden have -inf, which may be all.
     """
-    if is_unknown_V is not None:
-        logits_BV = logits_BV.masked_fill(is_unknown_V, -math.inf)
+    if suppress_V is not None:
+        logits_BV = logits_BV.masked_fill(suppress_V, -math.inf)
     if rules.repetition_penalty != 1:
         logits_BV = penalize_repetition(logits_BV, ids_BS, rules.repetition_penalty, mask_BS)
     if rules.no_repeat_ngram_size:
@@ -59,7 +59,7 @@ def apply_history(
     return logits_BV
 
 
-def shape_distribution(
+def process_logits(
     logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
     """Apply the temperature, then `top_k`, `top_p` and `min_p`, in transformers' order.
@@ -86,7 +86,7 @@ def shape_distribution(
     return filter_min_p(filter_top_p(logits_BV, top_p), min_p)
 
 
-def choose_next(
+def sample_next_token(
     logits_BV: Tensor,
     *,
     temperature: float,
@@ -114,7 +114,7 @@ def choose_next(
     check_rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = shape_distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits_BV = process_logits(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     probabilities_BV = logits_BV.softmax(-1)
     if isinstance(generator, Sequence):
         rows = zip(probabilities_BV, generator, strict=True)
@@ -131,7 +131,7 @@ def stream(
     generator: Generators = None,
     attention_mask: Tensor | None = None,
     pad_token_id: int | None = None,
-    is_unknown: Tensor | None = None,
+    suppress_mask: Tensor | None = None,
     is_stopped: Callable[[Tensor], Sequence[bool]] | None = None,
     **rules: Any,
 ) -> Iterator[Tensor]:
@@ -149,7 +149,7 @@ def stream(
         generator: see `Generators`; without effect at temperature 0.
         attention_mask: (B, T), 1 for a token, 0 for padding; None means no padding.
         pad_token_id: what a finished row is filled up with; None takes the (first) `eos_token_id`, or else 0.
-        is_unknown: (V,), True for ids never to be written, such as those that only round the vocabulary's size up.
+        suppress_mask: (V,), True for ids never to be written, such as those that only round the vocabulary's size up.
         is_stopped: is told the (B,) new ids of every step and answers which rows end with them, for stops that are not
             one id; of a row that has ended before, neither the id nor the answer matters.
         **rules: the fields of `Rules`.
@@ -170,7 +170,7 @@ def stream(
     stop_ids = stop_ids_of(eos_token_id)
     if pad_token_id is None:
         pad_token_id = stop_ids[0] if stop_ids else 0
-    num_known = model.config.vocab_size if is_unknown is None else int((~is_unknown).sum())
+    num_known = model.config.vocab_size if suppress_mask is None else int((~suppress_mask).sum())
     sampling = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
     def steps() -> Iterator[Tensor]:
@@ -182,12 +182,12 @@ def stream(
         for _ in range(max_new_tokens):
             logits_BV, cache = next_logits(model, ids_BT, mask_BS, cache)
             if ids_BT is input_ids:
-                refuse_nan(logits_BV)
-            logits_BV = apply_history(logits_BV.float(), chosen, ids_BS, mask_BS, is_unknown)
+                check_finite_logits(logits_BV)
+            logits_BV = apply_history(logits_BV.float(), chosen, ids_BS, mask_BS, suppress_mask)
             # Looked at only where it can happen, because a look waits for the device.
             if chosen.no_repeat_ngram_size and ids_BS.size(1) >= num_known and (logits_BV.amax(-1) == -math.inf).any():
                 raise ValueError(dead_end(chosen))
-            next_B = choose_next(logits_BV, **sampling, generator=generator)
+            next_B = sample_next_token(logits_BV, **sampling, generator=generator)
             next_B = next_B.masked_fill(is_finished_B, pad_token_id)
             is_finished_B = is_finished_B | torch.isin(next_B, stop_ids_E)
             if is_stopped is not None:
@@ -264,7 +264,7 @@ def dead_end(rules: Rules) -> str:
     )
 
 
-def refuse_nan(logits_BV: Tensor) -> None:
+def check_finite_logits(logits_BV: Tensor) -> None:
     """Refuse a model whose logits are no numbers: the likeliest token would be the first of them.
 
     Raises:

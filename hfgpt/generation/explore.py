@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.generation.decoding import apply_history, next_logits, refuse_nan, shape_distribution, take_cache
-from hfgpt.generation.generator import Writer
+from hfgpt.generation.decoding import apply_history, check_finite_logits, next_logits, process_logits, take_cache
+from hfgpt.generation.generator import TextGenerator
 from hfgpt.generation.params import HISTORY, SAMPLING, Rules, Settings
 from hfgpt.generation.streamer import REPLACEMENT_CHARACTER, TextStream
 
@@ -38,7 +38,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Surprise(Token):
+class TokenLoss(Token):
     """A token of the text, and how the model took it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Piece:
     """
 
     text: str
-    tokens: list[Surprise]
+    tokens: list[TokenLoss]
 
     @property
     def loss(self) -> float:
@@ -88,7 +88,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """A step of the likeliest way on.
 
     Attributes:
@@ -123,7 +123,7 @@ class Exploration:
     loss: float | None
     candidates: list[Token]
     distributions: list[Distribution]
-    path: list[Step] = field(default_factory=list)
+    path: list[PathStep] = field(default_factory=list)
     context: int = 0
 
     @property
@@ -138,12 +138,18 @@ class Exploration:
 
 @torch.no_grad()
 def explore(
-    writer: Writer, text: str, variants: Mapping[str, Settings], *, top: int = 10, steps: int = 8, alternatives: int = 3
+    writer: TextGenerator,
+    text: str,
+    variants: Mapping[str, Settings],
+    *,
+    top: int = 10,
+    steps: int = 8,
+    alternatives: int = 3,
 ) -> Exploration:
     """Look at what a model expects of a text and after it.
 
     Args:
-        writer: see `hfgpt.generation.generator.load_writer`.
+        writer: see `hfgpt.generation.generator.load_generator`.
         text: may be empty: then a document is begun.
         variants: settings to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
         top: candidates to show, at least 1.
@@ -163,7 +169,7 @@ def explore(
     ids_1T = torch.tensor([ids], device=writer.model.device)
     output = writer.model(input_ids=ids_1T, use_cache=True)
     logits_TV = output.logits[0].float().cpu()
-    refuse_nan(logits_TV)
+    check_finite_logits(logits_TV)
     surprises = surprise_of(writer, ids, logits_TV) if text else []
     losses = [surprise.loss for surprise in surprises]
 
@@ -184,19 +190,19 @@ def explore(
     )
 
 
-def surprise_of(writer: Writer, ids: list[int], logits_TV: Tensor) -> list[Surprise]:
+def surprise_of(writer: TextGenerator, ids: list[int], logits_TV: Tensor) -> list[TokenLoss]:
     """How the model took each token but the first, given all before it."""
     expected_TV = logits_TV[:-1].double().log_softmax(-1)
     targets_T1 = torch.tensor(ids[1:])[:, None]
     own_T1 = expected_TV.gather(1, targets_T1)
     ranks = 1 + (expected_TV > own_T1).sum(1)
     return [
-        Surprise(token_id, token_label(writer.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
+        TokenLoss(token_id, token_label(writer.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
         for token_id, own, rank in zip(ids[1:], own_T1[:, 0].tolist(), ranks.tolist(), strict=True)
     ]
 
 
-def cut_into_pieces(writer: Writer, ids: list[int], surprises: list[Surprise]) -> list[Piece]:
+def cut_into_pieces(writer: TextGenerator, ids: list[int], surprises: list[TokenLoss]) -> list[Piece]:
     """Put tokens together until they are whole characters: a Korean syllable may be three of them."""
     text = TextStream(writer.tokenizer)
     pieces, waiting = [], []
@@ -211,20 +217,20 @@ def cut_into_pieces(writer: Writer, ids: list[int], surprises: list[Surprise]) -
     return pieces
 
 
-def known_distribution(writer: Writer, logits_V: Tensor) -> Tensor:
+def known_distribution(writer: TextGenerator, logits_V: Tensor) -> Tensor:
     """(V,) fp64 probabilities of the next token, without ids that only round the vocabulary's size up."""
-    is_unknown = None if writer.is_unknown is None else writer.is_unknown.cpu()
-    return apply_history(logits_V[None].double(), Rules(), logits_V[None], None, is_unknown)[0].softmax(-1)
+    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
+    return apply_history(logits_V[None].double(), Rules(), logits_V[None], None, suppress_mask)[0].softmax(-1)
 
 
 def distribution(
-    label: str, settings: Settings, writer: Writer, ids: list[int], logits_V: Tensor, candidates: list[Token]
+    label: str, settings: Settings, writer: TextGenerator, ids: list[int], logits_V: Tensor, candidates: list[Token]
 ) -> Distribution:
     """What the next token is drawn from by `settings`; see `Distribution`."""
-    is_unknown = None if writer.is_unknown is None else writer.is_unknown.cpu()
+    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
     rules = Rules(**settings.some(*SAMPLING, *HISTORY))
-    logits_1V = apply_history(logits_V[None], rules, torch.tensor([ids]), None, is_unknown)
-    shaped_V = shape_distribution(logits_1V, **settings.some(*SAMPLING))[0].double()
+    logits_1V = apply_history(logits_V[None], rules, torch.tensor([ids]), None, suppress_mask)
+    shaped_V = process_logits(logits_1V, **settings.some(*SAMPLING))[0].double()
     probabilities_V = shaped_V.softmax(-1)
     candidate_ids = [token.token_id for token in candidates]
     is_other_V = torch.ones_like(probabilities_V, dtype=torch.bool)
@@ -243,7 +249,7 @@ def entropy_bits(probabilities_V: Tensor) -> float:
     return max(0.0, float(-torch.xlogy(probabilities_V, probabilities_V).sum()) / math.log(2))
 
 
-def likeliest(writer: Writer, probabilities_V: Tensor, count: int) -> list[Token]:
+def likeliest(writer: TextGenerator, probabilities_V: Tensor, count: int) -> list[Token]:
     """The `count` likeliest tokens, in their order."""
     best = probabilities_V.topk(min(count, len(probabilities_V)))
     return [
@@ -254,14 +260,14 @@ def likeliest(writer: Writer, probabilities_V: Tensor, count: int) -> list[Token
 
 
 def likeliest_path(
-    writer: Writer, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
-) -> list[Step]:
+    writer: TextGenerator, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
+) -> list[PathStep]:
     """Follow the likeliest token, `steps` times; `cache` holds `ids_1S`, `logits_V` is what comes after."""
-    path: list[Step] = []
+    path: list[PathStep] = []
     for _ in range(min(steps, writer.context - ids_1S.size(1))):
         probabilities_V = known_distribution(writer, logits_V)
         taken, *others = likeliest(writer, probabilities_V, 1 + alternatives)
-        path.append(Step(taken, others, entropy_bits(probabilities_V)))
+        path.append(PathStep(taken, others, entropy_bits(probabilities_V)))
         if taken.token_id == writer.tokenizer.eos_token_id or len(path) == steps:
             break
         next_11 = torch.tensor([[taken.token_id]], device=ids_1S.device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.data.tokenizer import encode_ids, load_tokenizer, require_end_of_text
+from hfgpt.data.tokenizer import check_end_of_text, encode_ids, load_tokenizer
 from hfgpt.generation.beam_search import beam_search
 from hfgpt.generation.decoding import check_length, stream
 from hfgpt.generation.params import HISTORY, SAMPLING, SEARCH, Settings
@@ -22,20 +22,20 @@ from hfgpt.weights import load
 
 
 @dataclass(frozen=True)
-class Writer:
+class TextGenerator:
     """A model and its tokenizer, on the device where they write.
 
     Attributes:
         source: folder or Hub id that they came from.
         model: an `HFGPTForCausalLM` in eval mode.
         tokenizer: the model's.
-        is_unknown: (V,), True for ids of the model that the tokenizer does not know; None if it knows all.
+        suppress_mask: (V,), True for ids of the model that the tokenizer does not know; None if it knows all.
     """
 
     source: str
     model: Any
     tokenizer: Any
-    is_unknown: Tensor | None
+    suppress_mask: Tensor | None
 
     @property
     def context(self) -> int:
@@ -50,7 +50,7 @@ class Writer:
         """
         (ids,) = encode_ids(self.tokenizer, [text])
         if not ids:
-            require_end_of_text(self.tokenizer, self.source)
+            check_end_of_text(self.tokenizer, self.source)
             ids = [self.tokenizer.eos_token_id]
         if max(ids) >= self.model.config.vocab_size:
             raise ValueError(
@@ -60,7 +60,7 @@ class Writer:
         return ids
 
 
-def load_writer(source: str) -> Writer:
+def load_generator(source: str) -> TextGenerator:
     """Load a model and its tokenizer, onto a GPU if there is one.
 
     Args:
@@ -71,23 +71,23 @@ def load_writer(source: str) -> Writer:
     """
     model, tokenizer = load(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    is_unknown = unknown_ids(tokenizer, model.config.vocab_size)
-    return Writer(source, model, tokenizer, None if is_unknown is None else is_unknown.to(model.device))
+    suppress_mask = suppressed_ids(tokenizer, model.config.vocab_size)
+    return TextGenerator(source, model, tokenizer, None if suppress_mask is None else suppress_mask.to(model.device))
 
 
-def unknown_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
+def suppressed_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
     """Which ids of a model no text has: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer does not know.
 
     Returns:
         (V,) booleans, or None if the tokenizer knows all.
     """
-    is_unknown_V = torch.ones(vocab_size, dtype=torch.bool)
-    is_unknown_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < vocab_size]] = False
-    return is_unknown_V if is_unknown_V.any() else None
+    suppress_V = torch.ones(vocab_size, dtype=torch.bool)
+    suppress_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < vocab_size]] = False
+    return suppress_V if suppress_V.any() else None
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """A text that was written.
 
     Attributes:
@@ -119,10 +119,10 @@ class Written:
         }
 
 
-class Row:
+class SequenceState:
     """One text while it is written: takes its ids, and knows when and why it ends."""
 
-    def __init__(self, writer: Writer, settings: Settings) -> None:
+    def __init__(self, writer: TextGenerator, settings: Settings) -> None:
         self.text = StoppingText(writer.tokenizer, settings.stop)
         self.eos_token_id = writer.tokenizer.eos_token_id
         self.max_new_tokens = settings.max_new_tokens
@@ -147,16 +147,16 @@ class Row:
         self.pieces.append(piece)
         return piece
 
-    def written(self, prompt: str, seed: int | None = None, score: float | None = None) -> Written:
+    def written(self, prompt: str, seed: int | None = None, score: float | None = None) -> GeneratedText:
         """What the text has become."""
-        return Written(prompt, "".join(self.pieces), self.new_tokens, self.ended, seed, score)
+        return GeneratedText(prompt, "".join(self.pieces), self.new_tokens, self.ended, seed, score)
 
 
-def continue_text(writer: Writer, prompt: str, settings: Settings) -> Iterator[str]:
+def continue_text(writer: TextGenerator, prompt: str, settings: Settings) -> Iterator[str]:
     """Write on from a prompt.
 
     Args:
-        writer: see `load_writer`.
+        writer: see `load_generator`.
         prompt: may be empty: then a document is begun.
         settings: with beam search the text comes in one piece, at the end.
 
@@ -170,17 +170,17 @@ def continue_text(writer: Writer, prompt: str, settings: Settings) -> Iterator[s
     check_length(len(ids), settings.max_new_tokens, writer.context)
     if settings.num_beams > 1:
         return (written.new_text for (written,) in search(writer, [(prompt, ids)], settings, samples=1))
-    row = Row(writer, settings)
+    row = SequenceState(writer, settings)
     return (piece for (piece,) in stream_rows(writer, [ids], [row], settings, draw_seeds(settings, 1)) if piece)
 
 
-def write_texts(
-    writer: Writer, prompts: Sequence[str], settings: Settings, *, samples: int = 1, batch_size: int = 8
-) -> Iterator[list[Written]]:
+def generate_texts(
+    writer: TextGenerator, prompts: Sequence[str], settings: Settings, *, samples: int = 1, batch_size: int = 8
+) -> Iterator[list[GeneratedText]]:
     """Write on from many prompts, several at a time; what stands beside a prompt does not change its texts.
 
     Args:
-        writer: see `load_writer`.
+        writer: see `load_generator`.
         prompts: each may be empty: then a document is begun.
         settings: for all. Sample n of every prompt has the seed `settings.seed` + n; without one, each has its own.
         samples: texts per prompt, at least 1; with beam search the best ones, at most `num_beams`.
@@ -209,11 +209,11 @@ def write_texts(
         return (beams for batch in batches for beams in search(writer, batch, settings, samples))
     seeded = [(prompt, ids, seed) for prompt, ids in jobs for seed in draw_seeds(settings, samples)]
 
-    def texts() -> Iterator[list[Written]]:
-        done: list[Written] = []
+    def texts() -> Iterator[list[GeneratedText]]:
+        done: list[GeneratedText] = []
         for start in range(0, len(seeded), batch_size):
             batch = seeded[start : start + batch_size]
-            rows = [Row(writer, settings) for _ in batch]
+            rows = [SequenceState(writer, settings) for _ in batch]
             for _ in stream_rows(writer, [ids for _, ids, _ in batch], rows, settings, [seed for _, _, seed in batch]):
                 pass
             for (prompt, _, seed), row in zip(batch, rows, strict=True):
@@ -233,7 +233,11 @@ def draw_seeds(settings: Settings, samples: int) -> list[int]:
 
 
 def stream_rows(
-    writer: Writer, prompts_ids: Sequence[list[int]], rows: Sequence[Row], settings: Settings, seeds: Sequence[int]
+    writer: TextGenerator,
+    prompts_ids: Sequence[list[int]],
+    rows: Sequence[SequenceState],
+    settings: Settings,
+    seeds: Sequence[int],
 ) -> Iterator[list[str]]:
     """Write several rows token by token; yields the pieces of text of each step, one per row."""
     input_ids, mask = pad_left(prompts_ids, writer.model.device)
@@ -250,7 +254,7 @@ def stream_rows(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=writer.tokenizer.eos_token_id,
         generator=[torch.Generator(writer.model.device).manual_seed(seed) for seed in seeds],
-        is_unknown=writer.is_unknown,
+        suppress_mask=writer.suppress_mask,
         is_stopped=take,
         **settings.some(*SAMPLING, *HISTORY),
     )
@@ -258,8 +262,8 @@ def stream_rows(
 
 
 def search(
-    writer: Writer, batch: Sequence[tuple[str, list[int]]], settings: Settings, samples: int
-) -> list[list[Written]]:
+    writer: TextGenerator, batch: Sequence[tuple[str, list[int]]], settings: Settings, samples: int
+) -> list[list[GeneratedText]]:
     """Write by beam search; returns the best `samples` texts of each prompt."""
     input_ids, mask = pad_left([ids for _, ids in batch], writer.model.device)
 
@@ -272,13 +276,13 @@ def search(
         input_ids,
         attention_mask=mask,
         eos_token_id=writer.tokenizer.eos_token_id,
-        is_unknown=writer.is_unknown,
+        suppress_mask=writer.suppress_mask,
         is_stopped=is_stopped if settings.stop else None,
         **settings.some("max_new_tokens", "num_beams", *SEARCH, *HISTORY),
     )
     texts = []
     for (prompt, _), beams in zip(batch, found, strict=True):
-        rows = [Row(writer, settings) for _ in beams[:samples]]
+        rows = [SequenceState(writer, settings) for _ in beams[:samples]]
         for row, beam in zip(rows, beams, strict=False):
             for token_id in beam.ids:
                 row.push(token_id)
@@ -321,7 +325,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return [parse_prompt(line, f"{path}, line {number}") for number, line in numbered]
 
 
-RESERVED = {"prompt", "text", "settings", *(field.name for field in fields(Written))}
+RESERVED = {"prompt", "text", "settings", *(field.name for field in fields(GeneratedText))}
 """Fields of the lines that are answered with."""
 
 

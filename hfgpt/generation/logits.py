@@ -130,7 +130,9 @@ def apply_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
     """
     check_rules(temperature=temperature)
     if temperature == 0:
-        raise ValueError("`temperature` is 0, which logits cannot be divided by. `choose_next` takes 0 as greedy.")
+        raise ValueError(
+            "`temperature` is 0, which logits cannot be divided by. `sample_next_token` takes 0 as greedy."
+        )
     return logits_BV / temperature
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from hfgpt.generation.generator import Writer, continue_text
+from hfgpt.generation.generator import TextGenerator, continue_text
 from hfgpt.generation.params import Settings, make_settings, parse_settings, without_effect
 from hfgpt.generation.render import open_console, stream_to
 from hfgpt.system.console import print_status, result_stream
@@ -25,13 +25,13 @@ Type a text and press Enter: the model writes on from it.
 A text that starts with / is typed with two of them."""
 
 
-def play(writer: Writer, given: Mapping[str, Any]) -> None:
+def play(writer: TextGenerator, given: Mapping[str, Any]) -> None:
     """Read lines and answer them until there are no more.
 
     Where nobody sits at the terminal, no marker is printed, and the first mistake ends the loop.
 
     Args:
-        writer: see `hfgpt.generation.generator.load_writer`.
+        writer: see `hfgpt.generation.generator.load_generator`.
         given: settings that differ from the defaults.
 
     Raises:
@@ -113,7 +113,7 @@ def as_typed(name: str, value: Any) -> list[str]:
     return [str(value).lower()]
 
 
-def write_on(writer: Writer, prompt: str, settings: Settings) -> None:
+def write_on(writer: TextGenerator, prompt: str, settings: Settings) -> None:
     """Print the prompt and what follows it, as it comes; Ctrl-C stops it."""
     pieces = continue_text(writer, prompt, settings)
     try:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfgpt.generation.explore import Exploration
-from hfgpt.generation.generator import Written
+from hfgpt.generation.generator import GeneratedText
 from hfgpt.system.console import result_stream
 
 LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
@@ -108,7 +108,7 @@ def stream_to(console: Console, prompt: str, pieces: Iterable[str]) -> None:
         console.file.flush()
 
 
-def print_texts(console: Console, prompt: str, written: Sequence[Written], number: int, prompts: int) -> None:
+def print_texts(console: Console, prompt: str, written: Sequence[GeneratedText], number: int, prompts: int) -> None:
     """Print the texts of one prompt below one another, each under a line that says which it is."""
     for sample, each in enumerate(written, start=1):
         which = [f"prompt {number}/{prompts}"] * (prompts > 1) + [f"sample {sample}/{len(written)}"] * (
@@ -122,7 +122,7 @@ def print_texts(console: Console, prompt: str, written: Sequence[Written], numbe
         console.print()
 
 
-def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence[Written]]) -> None:
+def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence[GeneratedText]]) -> None:
     """Print what was written after one prompt under several settings: side by side if there is room.
 
     Args:
@@ -154,7 +154,7 @@ def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence
     console.print(table, soft_wrap=False)
 
 
-def how(written: Written) -> list[str]:
+def how(written: GeneratedText) -> list[str]:
     """How a text came about, in a few words."""
     words = [f"{written.new_tokens} tokens,", f"ended by {written.ended}"]
     if written.seed is not None:

@@ -63,19 +63,19 @@ class Plan:
 
     Attributes:
         folder: that is pushed.
-        goes: path in the repository -> the file, or its content where it is not sent as it is.
-        stays: name in the folder -> why it is not sent.
+        files: path in the repository -> the file, or its content where it is not sent as it is.
+        skipped: name in the folder -> why it is not sent.
         notes: what a person should know.
     """
 
     folder: Path
-    goes: dict[str, Path | bytes]
-    stays: dict[str, str]
+    files: dict[str, Path | bytes]
+    skipped: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def size(self, name: str) -> int:
-        """Bytes of what goes, or of what stays, by name."""
-        source = self.goes.get(name, self.folder / name)
+        """Bytes of a file that is sent or skipped, by name."""
+        source = self.files.get(name, self.folder / name)
         if isinstance(source, bytes):
             return len(source)
         inside = source.rglob("*") if source.is_dir() else [source]
@@ -105,30 +105,30 @@ def plan_push(folder: str | Path, token: str | None = None, own_code: bool = Fal
     difference = None if own_code else describe_other_code(folder)
     if difference is not None:
         raise ValueError(f"{difference} Nothing was pushed. If it is meant to differ, `--own-code` sends it.")
-    goes: dict[str, Path | bytes] = {}
-    stays: dict[str, str] = {}
+    files: dict[str, Path | bytes] = {}
+    skipped: dict[str, str] = {}
     notes: list[str] = []
     for name, path in entries(folder):
         if path.is_file() and any(fnmatch(name, pattern) for pattern in allowed):
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{path} is a link to {path.resolve()}, outside of the folder. Put the file there.")
-            goes[name] = path
+            files[name] = path
         else:
-            stays[name] = next(reason for pattern, reason in REASONS if fnmatch(name, pattern))
-    if not any(fnmatch(name, pattern) for name in goes for pattern in WEIGHTS[:2]):
-        pickles = ", ".join(name for name in stays if name.endswith(".bin")) or "none"
+            skipped[name] = next(reason for pattern, reason in REASONS if fnmatch(name, pattern))
+    if not any(fnmatch(name, pattern) for name in files for pattern in WEIGHTS[:2]):
+        pickles = ", ".join(name for name in skipped if name.endswith(".bin")) or "none"
         raise ValueError(
             f"{folder} has no weights in .safetensors (pickles: {pickles}). `hfgpt convert` writes a folder that has."
         )
-    if RUN_FILE in goes:
+    if RUN_FILE in files:
         content, shortened = shareable_run(folder / RUN_FILE)
         if shortened:
-            goes[RUN_FILE] = content
+            files[RUN_FILE] = content
             notes.append(f"{RUN_FILE} goes without folders of this machine: {', '.join(shortened)}")
-    plan = Plan(folder, goes, stays, notes)
-    for name, source in goes.items():
-        refuse_secrets(name, source, folder, [token, get_token()])
-    refuse_damaged_model(folder)
+    plan = Plan(folder, files, skipped, notes)
+    for name, source in files.items():
+        check_secrets(name, source, folder, [token, get_token()])
+    check_model_files(folder)
     return plan
 
 
@@ -181,7 +181,7 @@ def last_name(value: Any) -> Any:
     return path.name if leads_elsewhere else value
 
 
-def refuse_secrets(name: str, source: Path | bytes, folder: Path, tokens: list[str | None]) -> None:
+def check_secrets(name: str, source: Path | bytes, folder: Path, tokens: list[str | None]) -> None:
     """Refuse a file that would go if it holds a token, or a path that tells whose machine this is.
 
     Raises:
@@ -214,7 +214,7 @@ def searchable(source: Path | bytes) -> bytes:
         return file.read(METADATA_BYTES if source.suffix == ".gguf" else -1)
 
 
-def refuse_damaged_model(folder: Path) -> None:
+def check_model_files(folder: Path) -> None:
     """Check that the weights are those of the config, all there and all numbers.
 
     Raises:

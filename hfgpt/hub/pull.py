@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
-from hfgpt.hub.repository import checksum, connect, has_checksum, look
-from hfgpt.hub.retry import TRIES, HubError, Say, one_line_errors, patiently, was_retried_by_the_client
+from hfgpt.hub.repository import checksum, connect, has_checksum, repo_info
+from hfgpt.hub.retry import TRIES, HubError, Say, one_line_errors, was_retried_by_the_client, with_retries
 from hfgpt.system.storage import make_readable, sync, write_atomically
 
 PULL_FILE = ".pulled.json"
@@ -67,7 +67,7 @@ def pull(
     kept = kept_files(folder, repo_id)
     with one_line_errors(repo_id):
         api = connect(token)
-        info = look(api, repo_id, revision, say)
+        info = repo_info(api, repo_id, revision, say)
         wanted = {sibling.rfilename: sibling for sibling in info.siblings or []}
         for name in wanted:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
@@ -82,7 +82,7 @@ def pull(
                 shutil.copyfile(path, staged / name)
         with ThreadPoolExecutor(max_workers=4) as threads:
             list(threads.map(lambda one: fetch(api, repo_id, str(info.sha), one, staged, say), wanted.values()))
-    settle(staged, folder, repo_id, str(info.sha), list(wanted))
+    install(staged, folder, repo_id, str(info.sha), list(wanted))
     return Pulled(repo_id, str(info.sha), len(wanted), is_new=True)
 
 
@@ -133,7 +133,7 @@ def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: P
             api.hf_hub_download(repo_id, sibling.rfilename, revision=commit, local_dir=folder, force_download=is_again)
 
         try:
-            patiently(download, say, is_final=was_retried_by_the_client)
+            with_retries(download, say, is_final=was_retried_by_the_client)
         except OSError as error:
             # Of another size than announced, huggingface_hub 2.4 raises a bare OSError.
             if type(error) is not OSError or error.errno is not None:
@@ -143,7 +143,7 @@ def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: P
         raise HubError(f"{sibling.rfilename} of {repo_id} came damaged {TRIES} times. Nothing was changed.")
 
 
-def settle(staged: Path, folder: Path, repo_id: str, commit: str, names: list[str]) -> None:
+def install(staged: Path, folder: Path, repo_id: str, commit: str, names: list[str]) -> None:
     """Leave only the files of the repository, bring them to the disk, and give the folder its name."""
     for path in sorted(staged.rglob("*"), reverse=True):
         name = path.relative_to(staged).as_posix()

@@ -10,8 +10,8 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
 from hfgpt.hub.allowlist import WEIGHTS, Plan, plan_push
-from hfgpt.hub.repository import connect, has_checksum, look
-from hfgpt.hub.retry import HubError, Say, one_line_errors, patiently, was_retried_by_the_client
+from hfgpt.hub.repository import connect, has_checksum, repo_info
+from hfgpt.hub.retry import HubError, Say, one_line_errors, was_retried_by_the_client, with_retries
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ def send(
             raise ValueError("there is no token for the Hub. Run `hf auth login`, or set HF_TOKEN.")
         target = Target(repo_id, revision, create_pr, connect(token), say)
         target.make(private)
-        head = target.look(revision)
+        head = target.repo_info(revision)
         if tag is not None:
-            target.refuse_other_tag(tag, plan)
+            target.check_tag(tag, plan)
         if holds(head, plan):
             commit, is_new, pull_request = str(head.sha), False, None
         else:
             commit, pull_request = target.commit(plan, head, message)
             is_new = True
         if tag is not None:
-            patiently(lambda: target.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), say)
+            with_retries(lambda: target.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), say)
     return Pushed(repo_id, commit, f"{target.api.endpoint}/{repo_id}/commit/{commit}", is_new, pull_request)
 
 
@@ -138,9 +138,9 @@ class Target:
     api: HfApi
     say: Say
 
-    def look(self, revision: str | None) -> ModelInfo:
+    def repo_info(self, revision: str | None) -> ModelInfo:
         """The repository as it is now, with every file's checksum."""
-        return look(self.api, self.repo_id, revision, self.say)
+        return repo_info(self.api, self.repo_id, revision, self.say)
 
     def make(self, private: bool | None) -> None:
         """Make the repository and the branch where there are none.
@@ -148,8 +148,8 @@ class Target:
         Raises:
             ValueError: the repository is there, and not as private as it should be.
         """
-        patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True), self.say)
-        is_private = self.look(None).private
+        with_retries(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True), self.say)
+        is_private = self.repo_info(None).private
         if private is not None and private != is_private:
             raise ValueError(
                 f"{self.repo_id} exists and is {'private' if is_private else 'public'}. Change that in its settings on "
@@ -157,21 +157,21 @@ class Target:
             )
         branch = self.revision
         if branch not in (None, "main") and not str(branch).startswith("refs/"):
-            patiently(lambda: self.api.create_branch(self.repo_id, branch=str(branch), exist_ok=True), self.say)
+            with_retries(lambda: self.api.create_branch(self.repo_id, branch=str(branch), exist_ok=True), self.say)
 
     def refs(self) -> dict[str, str]:
         """Ref -> commit, of branches, tags and pull requests."""
-        found = patiently(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True), self.say)
+        found = with_retries(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True), self.say)
         return {ref.ref: ref.target_commit for ref in [*found.branches, *found.tags, *(found.pull_requests or [])]}
 
-    def refuse_other_tag(self, tag: str, plan: Plan) -> None:
+    def check_tag(self, tag: str, plan: Plan) -> None:
         """Refuse a tag that names other files already.
 
         Raises:
             ValueError: it does.
         """
         commit = self.refs().get(f"refs/tags/{tag}")
-        if commit is not None and not holds(self.look(commit), plan):
+        if commit is not None and not holds(self.repo_info(commit), plan):
             raise ValueError(
                 f"the tag {tag!r} of {self.repo_id} names another commit, {commit[:8]}. Take another name."
             )
@@ -194,7 +194,7 @@ class Target:
                     return landed
             is_first = False
             # Made anew for each try: what the client notes in them of an earlier one would be out of date.
-            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=at) for name, at in plan.goes.items()]
+            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=at) for name, at in plan.files.items()]
             done = self.api.create_commit(
                 self.repo_id,
                 [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
@@ -208,29 +208,29 @@ class Target:
         for name in stale:
             self.say(f"{name} of an earlier model is removed")
         try:
-            commit, pull_request = patiently(attempt, self.say, is_final=was_retried_by_the_client)
+            commit, pull_request = with_retries(attempt, self.say, is_final=was_retried_by_the_client)
         except HfHubHTTPError as error:
             if error.response.status_code != 412:
                 raise
             landed = self.landed(plan, pulls_before)
             if landed is None:
-                newer = self.look(self.revision).sha
+                newer = self.repo_info(self.revision).sha
                 raise HubError(
                     f"{self.repo_id} has a newer commit, {str(newer)[:8]}, than when this push began, "
                     f"{str(head.sha)[:8]}. Nothing was overwritten. Look at it, then push again."
                 ) from error
             commit, pull_request = landed
-        if not holds(self.look(commit), plan):
+        if not holds(self.repo_info(commit), plan):
             raise HubError(f"{self.repo_id} does not hold what was sent, at {commit[:8]}. Push again.")
         return commit, pull_request
 
     def landed(self, plan: Plan, pulls_before: set[str]) -> tuple[str, str | None] | None:
         """The commit, and the pull request, that hold the files by now; None if there is none."""
         if not self.create_pr:
-            head = self.look(self.revision)
+            head = self.repo_info(self.revision)
             return (str(head.sha), None) if holds(head, plan) else None
         for ref, commit in self.refs().items():
-            if ref.startswith("refs/pr/") and ref not in pulls_before and holds(self.look(ref), plan):
+            if ref.startswith("refs/pr/") and ref not in pulls_before and holds(self.repo_info(ref), plan):
                 return commit, ref
         return None
 
@@ -238,11 +238,11 @@ class Target:
 def holds(info: ModelInfo, plan: Plan) -> bool:
     """Whether a repository has all that goes, to the last bit, and no weights besides."""
     there = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    is_there = all(name in there and has_checksum(source, there[name]) for name, source in plan.goes.items())
+    is_there = all(name in there and has_checksum(source, there[name]) for name, source in plan.files.items())
     return is_there and not outdated_weights(info, plan)
 
 
 def outdated_weights(info: ModelInfo, plan: Plan) -> list[str]:
     """Weights in a repository that this model does not have: transformers would load an old whole before new shards."""
     names = [sibling.rfilename for sibling in info.siblings or []]
-    return [name for name in names if name not in plan.goes and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    return [name for name in names if name not in plan.files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]

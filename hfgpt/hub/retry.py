@@ -36,7 +36,7 @@ class HubError(OSError):
     """The Hub does not do what it should, and waiting did not help."""
 
 
-def patiently(
+def with_retries(
     call: Callable[[], Any], say: Say, is_final: Callable[[BaseException], bool] = lambda error: False
 ) -> Any:
     """Call, and call again while what fails is likely to pass; at most `TRIES` times.
@@ -59,7 +59,7 @@ def patiently(
     return Retrying(
         stop=stop_after_attempt(TRIES),
         wait=wait,
-        retry=retry_if_exception(lambda error: may_pass(error) and not is_final(error)),
+        retry=retry_if_exception(lambda error: is_transient(error) and not is_final(error)),
         before_sleep=tell,
         reraise=True,
     )(call)
@@ -82,7 +82,7 @@ def origin_of(error: BaseException) -> BaseException:
     return error
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
     origin = origin_of(error)
     if isinstance(origin, HfHubHTTPError):

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from hfgpt.hub.push import Pushed, push
 from hfgpt.hub.repository import connect
-from hfgpt.hub.retry import one_line_errors, patiently
+from hfgpt.hub.retry import one_line_errors, with_retries
 
 
 class PushByList:
@@ -39,7 +39,7 @@ class PushByList:
         is_private = self.args.hub_private_repo if private is None else private
         with one_line_errors(name):
             api = connect(token or self.args.hub_token)
-            url = patiently(lambda: api.create_repo(name, private=is_private, exist_ok=True), lambda text: None)
+            url = with_retries(lambda: api.create_repo(name, private=is_private, exist_ok=True), lambda text: None)
         self.hub_model_id = url.repo_id
         self.push_in_progress = None
 

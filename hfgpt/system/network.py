@@ -27,11 +27,11 @@ def limit_waiting() -> None:
 def make_client() -> httpx2.Client:
     client = default_client_factory()
     client.timeout = httpx2.Timeout(ANSWER_SECONDS, connect=10.0)
-    client.event_hooks["request"].insert(0, refuse_without_names)
+    client.event_hooks["request"].insert(0, check_name_service)
     return client
 
 
-def refuse_without_names(request: httpx2.Request) -> None:
+def check_name_service(request: httpx2.Request) -> None:
     """Take a machine without name service for offline: huggingface_hub (2.4) would try for 23 s, file by file.
 
     Raises:

@@ -56,7 +56,7 @@ def new_path(dest: Path) -> Iterator[Path]:
         FileExistsError: it exists.
         FileNotFoundError: its folder does not exist.
     """
-    refuse_existing(dest)
+    check_absent(dest)
     parent = dest.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} is no folder. Make it first.")
@@ -66,12 +66,12 @@ def new_path(dest: Path) -> Iterator[Path]:
         make_readable(staged)
         for path in [staged, *staged.rglob("*")]:
             sync(path)
-        refuse_existing(dest)  # once more: writing took its time
+        check_absent(dest)  # once more: writing took its time
         os.rename(staged, dest)
     sync(parent)
 
 
-def refuse_existing(path: Path) -> None:
+def check_absent(path: Path) -> None:
     """Refuse a place that is taken, if only by a link that leads nowhere.
 
     Raises:

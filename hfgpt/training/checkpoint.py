@@ -36,7 +36,7 @@ SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainState:
     """Where in a run a checkpoint stands.
 
     Attributes:
@@ -62,7 +62,7 @@ class Manifest:
         val_loss: nats per token, if the validation rows were scored at this step.
     """
 
-    position: Position
+    position: TrainState
     identity: dict[str, Any]
     val_loss: float | None = None
 
@@ -96,7 +96,7 @@ def save_checkpoint(
     final = folder / f"checkpoint-{manifest.position.step}"
     if process.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
-        require_space(folder)
+        check_disk_space(folder)
         staging.mkdir(parents=True)
     process.wait_for_everyone()
     try:
@@ -121,7 +121,7 @@ def save_checkpoint(
     return final
 
 
-def require_space(folder: Path) -> None:
+def check_disk_space(folder: Path) -> None:
     """Refuse to begin a checkpoint that the disk has no room for, by the size of the newest one.
 
     Raises:
@@ -165,7 +165,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
     content = read_manifest(folder)
     try:
-        manifest = Manifest(Position(**content["position"]), content["identity"], content["val_loss"])
+        manifest = Manifest(TrainState(**content["position"]), content["identity"], content["val_loss"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
     check_files(folder)

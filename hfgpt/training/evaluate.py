@@ -11,15 +11,15 @@ from hfgpt.config.schema import RunConfig
 from hfgpt.data.loaders import eval_loader
 from hfgpt.data.prepare import Rows
 from hfgpt.data.rows import TokenRows
-from hfgpt.distributed.sharding import count_parameters, is_split, split_again
+from hfgpt.distributed.sharding import count_parameters, is_sharded, reshard
 from hfgpt.evaluation.loss import Score, score_batches
 from hfgpt.generation.decoding import generate
-from hfgpt.generation.generator import unknown_ids
+from hfgpt.generation.generator import suppressed_ids
 from hfgpt.generation.streamer import stream_text
 from hfgpt.system.machine import matmul_peak, training_flops_per_token
 from hfgpt.training import checkpoint
-from hfgpt.training.checkpoint import Position
-from hfgpt.training.recorder import Recorder, refuse_divergence
+from hfgpt.training.checkpoint import TrainState
+from hfgpt.training.recorder import Recorder, check_finite_loss
 from hfgpt.training.run import Run, prompt_ids
 from hfgpt.training.signals import Stopped, StopRequest
 from hfgpt.training.trackers import Trackers
@@ -47,7 +47,7 @@ def seed_training(config: RunConfig) -> None:
     set_seed(config.seed + PartialState().process_index)
 
 
-def stopped(run: Run, position: Position) -> Stopped:
+def stopped(run: Run, position: TrainState) -> Stopped:
     """What to raise when a run stops because it was asked to."""
     newest = next(iter(checkpoint.checkpoints(run.folder)), None)
     where = "It has no checkpoint and starts again" if newest is None else f"It goes on from {newest.name}"
@@ -139,7 +139,9 @@ def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Sco
         return score_batches(run.model, until_stopped())
 
 
-def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop: StopRequest) -> dict[str, Any] | None:
+def evaluate(
+    run: Run, recorder: Recorder, position: TrainState, limit: int, stop: StopRequest
+) -> dict[str, Any] | None:
     """Score both splits, write the line and a sample text; every process calls it.
 
     The training rows are as many as the validation rows, always the same ones, scored in the same way.
@@ -151,7 +153,7 @@ def evaluate(run: Run, recorder: Recorder, position: Position, limit: int, stop:
     try:
         line = score(run, position, limit, stop)
     except Stopped:
-        split_again(run.model)
+        reshard(run.model)
         return None
     record_evaluation(run, recorder, line)
     recorder.resume()
@@ -163,14 +165,14 @@ def record_evaluation(
 ) -> None:
     """Write an evaluation and a sample text; every process calls it. See `Recorder.evaluation`."""
     is_main = PartialState().is_main_process
-    sample = write_sample(run) if is_main or is_split(run.model) else ""
-    split_again(run.model)
+    sample = write_sample(run) if is_main or is_sharded(run.model) else ""
+    reshard(run.model)
     if is_main:
         recorder.evaluation(line, sample, comparable)
     PartialState().wait_for_everyone()
 
 
-def score(run: Run, position: Position, limit: int, stop: StopRequest) -> dict[str, Any]:
+def score(run: Run, position: TrainState, limit: int, stop: StopRequest) -> dict[str, Any]:
     """Score both splits, as `evaluate` does, and write nothing.
 
     Raises:
@@ -180,7 +182,7 @@ def score(run: Run, position: Position, limit: int, stop: StopRequest) -> dict[s
     train, validation = (
         score_split(run, rows, min(limit, len(rows)), stop) for rows in (run.rows.train, run.rows.validation)
     )
-    refuse_divergence("val_loss", validation.loss, position.step)
+    check_finite_loss("val_loss", validation.loss, position.step)
     return {
         "step": position.step,
         "tokens": position.tokens,
@@ -196,7 +198,7 @@ def write_sample(run: Run) -> str:
     if sample.max_new_tokens == 0:
         return ""
     device = run.model.device
-    is_unknown = unknown_ids(run.tokenizer, run.model.config.vocab_size)
+    suppress_mask = suppressed_ids(run.tokenizer, run.model.config.vocab_size)
     ids = generate(
         run.model,
         prompt_ids(run.config, run.tokenizer).to(device),
@@ -204,7 +206,7 @@ def write_sample(run: Run) -> str:
         temperature=sample.temperature,
         top_k=sample.top_k,
         eos_token_id=run.tokenizer.eos_token_id,
-        is_unknown=None if is_unknown is None else is_unknown.to(device),
+        suppress_mask=None if suppress_mask is None else suppress_mask.to(device),
         generator=torch.Generator(device).manual_seed(run.config.seed),
     )
     return "".join(stream_text(run.tokenizer, ids[0]))

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
-from hfgpt.distributed.sharding import count_parameters, engine, load_weights, split_again
+from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
 from hfgpt.evaluation.ngram import ngram_perplexities
 from hfgpt.results.card import CARD_FILE, leave_card
 from hfgpt.results.plots import plot_losses
@@ -27,9 +27,9 @@ from hfgpt.results.records import (
 from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
 from hfgpt.system.storage import write_json
 from hfgpt.training import checkpoint
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.evaluate import record_evaluation, score, stopped
-from hfgpt.training.nonfinite import refuse_spoilt_weights
+from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import METRICS_FILE, Recorder
 from hfgpt.training.run import Run
 from hfgpt.training.saving import save_model
@@ -50,7 +50,7 @@ def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
     return {"unigram": baselines.unigram, "bigram": baselines.bigram}
 
 
-def finish_run(run: Run, recorder: Recorder, position: Position, stop: StopRequest) -> dict[str, Any]:
+def finish_run(run: Run, recorder: Recorder, position: TrainState, stop: StopRequest) -> dict[str, Any]:
     """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
 
     Args:
@@ -77,9 +77,9 @@ def finish_run(run: Run, recorder: Recorder, position: Position, stop: StopReque
         comparable = line if is_same else score(run, position, limit, stop)
     except Stopped:
         raise stopped(run, trained) from None
-    refuse_spoilt_weights(run.model, position.step)
+    check_finite_weights(run.model, position.step)
     if is_best_wanted:
-        split_again(run.model)
+        reshard(run.model)
     else:  # with the best weights the lines would go back to an earlier step
         record_evaluation(run, recorder, line, comparable)
     results: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def finish_run(run: Run, recorder: Recorder, position: Position, stop: StopReque
     return results
 
 
-def restore_best(run: Run, recorder: Recorder) -> Position:
+def restore_best(run: Run, recorder: Recorder) -> TrainState:
     """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
 
     Raises:
@@ -169,7 +169,7 @@ def say_what_is_kept(recorder: Recorder, best: dict[str, Any], comparable: dict[
         recorder.say(f"no evaluation was better than the one before training ({start:.3f})")
 
 
-def describe_run(run: Run, position: Position) -> dict[str, Any]:
+def describe_run(run: Run, position: TrainState) -> dict[str, Any]:
     """What was trained, on what and how, as results.json says it: no path of this machine, nothing that was measured.
 
     It is the same in both loops, and for a run that was interrupted.

@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 
 from hfgpt.data.loaders import start_at
-from hfgpt.distributed.deepspeed import deepspeed_plugin, let_schedule_count
-from hfgpt.distributed.launch import PRECISIONS, settle_engine
-from hfgpt.distributed.sharding import exchange_gradients, optimizer_state, prepare, whole
+from hfgpt.distributed.deepspeed import clear_overflow, deepspeed_plugin
+from hfgpt.distributed.launch import PRECISIONS, configure_engine
+from hfgpt.distributed.sharding import exchange_gradients, full_tensor, optimizer_state, prepare
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.training.checkpoint import Position, load_states, restore_random_states
+from hfgpt.training.checkpoint import TrainState, load_states, restore_random_states
 from hfgpt.training.early_stopping import Verdict, judge
 from hfgpt.training.evaluate import evaluate, is_due, is_evaluation_due, seed_training, stopped
-from hfgpt.training.nonfinite import StepGuard
+from hfgpt.training.nonfinite import NonFiniteGuard
 from hfgpt.training.optim import make_optimizer, make_schedule
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
@@ -27,11 +27,11 @@ from hfgpt.training.signals import StopRequest
 from hfgpt.training.startup_checks import check_compiled
 
 
-def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
+def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> TrainState:
     """Train.
 
     Args:
-        run: from `prepare_run`; its model is trained in place.
+        run: from `open_run`; its model is trained in place.
         recorder: hears of every step.
         stop: looked at in every step.
 
@@ -50,7 +50,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
         # Accumulation is done here; a launcher's variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    settle_engine(accelerator)
+    configure_engine(accelerator)
     loader = run.train_loader()
     model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
@@ -61,7 +61,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     if run.resume_from is not None:
         load_states(run.resume_from, states, run.rows.stream)
 
-    guard = StepGuard(run.model, config.train, recorder)
+    guard = NonFiniteGuard(run.model, config.train, recorder)
     model.train()
     is_over = position.step == run.total_steps or judge(run, recorder).is_enough
     while not is_over:
@@ -97,12 +97,12 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
 
             # A limit of infinity measures the norm and leaves the gradients as they are.
             limit = config.optim.max_grad_norm or float("inf")
-            grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), limit))
+            grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), limit))
             learning_rate = schedule.get_last_lr()[0]
             position = run.next_position(position, len(micro_batches), int(targets))
-            is_finite = guard.allows(position, grad_norm, micro_batches, targets)
+            is_finite = guard.should_step(position, grad_norm, micro_batches, targets)
             if not is_finite:
-                let_schedule_count(optimizer)
+                clear_overflow(optimizer)
                 optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed

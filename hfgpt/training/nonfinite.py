@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfgpt.config.schema import TrainConfig
-from hfgpt.distributed.sharding import is_finite, is_split
-from hfgpt.training.checkpoint import Position
+from hfgpt.distributed.sharding import is_finite, is_sharded
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.recorder import DIVERGED, Recorder
 
 MOST_SKIPPED_IN_A_ROW = 10
@@ -26,7 +26,7 @@ MOST_ZEROS_IN_A_ROW = 3
 """Steps whose gradient norm is exactly 0, one after the other: the last of them stops the run."""
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Looks at the gradient norm of every step before the optimizer does.
 
     A loss that is not finite makes the norm so too, and on several processes all see the same norm, so all decide
@@ -45,8 +45,8 @@ class StepGuard:
         counts = [recorder.skipped_in_a_row(), recorder.zeros_in_a_row()]
         self.in_a_row, self.zeros_in_a_row = broadcast_object_list(counts)
 
-    def allows(
-        self, position: Position, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
+    def should_step(
+        self, position: TrainState, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
     ) -> bool:
         """Whether the optimizer may take a step; if not, its gradients must be dropped.
 
@@ -63,13 +63,13 @@ class StepGuard:
         norm = float(grad_norm)
         if math.isfinite(norm):
             self.in_a_row = 0
-            self.refuse_zeros(position, norm, targets)
+            self.check_zero_gradients(position, norm, targets)
             return True
         if self.is_scaled:  # the scaler leaves the step out
             return True
         spoilt = first_nonfinite_weight(self.model)
         found = gather_object([spoilt or repeat_step(self.model, batches, targets)])
-        unknown = "a split model is not searched" if is_split(self.model) else "the same step done again is finite"
+        unknown = "a split model is not searched" if is_sharded(self.model) else "the same step done again is finite"
         origin = next((each for each in found if each), unknown)
         self.in_a_row += 1
         where = f"the gradient norm is {norm} at step {position.step} ({origin})"
@@ -82,7 +82,7 @@ class StepGuard:
         self.recorder.skipped(position.step, position.tokens, norm, origin)
         return False
 
-    def refuse_zeros(self, position: Position, norm: float, targets: Any) -> None:
+    def check_zero_gradients(self, position: TrainState, norm: float, targets: Any) -> None:
         """Stop a run that learns nothing. A step without targets says neither that it does nor that it does not.
 
         Raises:
@@ -119,7 +119,7 @@ def repeat_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], target
     Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where the
     model is split over processes only its weights are looked at, not this.
     """
-    if is_split(model) or AcceleratorState().distributed_type == DistributedType.FSDP:
+    if is_sharded(model) or AcceleratorState().distributed_type == DistributedType.FSDP:
         return None
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
@@ -166,7 +166,7 @@ def tensors_in(output: Any) -> Iterable[Tensor]:
     return []
 
 
-def refuse_spoilt_weights(model: nn.Module, step: int) -> None:
+def check_finite_weights(model: nn.Module, step: int) -> None:
     """Keep weights that are no numbers from being saved.
 
     Raises:

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hfgpt.config.schema import OptimConfig
-from hfgpt.config.validation import choose
+from hfgpt.config.validation import check_choice
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,8 +46,8 @@ def check_optim(config: OptimConfig) -> None:
     Raises:
         ValueError: with the names there are.
     """
-    choose("optim.name", config.name, sorted(OPTIMIZERS))
-    choose("optim.schedule", config.schedule, sorted(SCHEDULES))
+    check_choice("optim.name", config.name, sorted(OPTIMIZERS))
+    check_choice("optim.schedule", config.schedule, sorted(SCHEDULES))
 
 
 def check_warmup(config: OptimConfig, total_steps: int) -> None:

@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from hfgpt.results.records import MetricsLog, SamplesFile, best_evaluation
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
@@ -31,7 +31,7 @@ PLAIN_LINES = 40
 DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
 
 
-def refuse_divergence(name: str, loss: float, step: int) -> None:
+def check_finite_loss(name: str, loss: float, step: int) -> None:
     """Stop a run whose loss is no number any more; its last checkpoint stays as it is.
 
     Raises:
@@ -72,7 +72,7 @@ class Recorder:
         total_steps: int,
         prompt: str,
         settings: Mapping[str, Any],
-        start: Position,
+        start: TrainState,
         started_at: float | None = None,
         peak_tokens_per_second: float | None = None,
         trackers: Trackers | None = None,
@@ -131,7 +131,7 @@ class Recorder:
             learning_rate: of this step.
             tokens: targets trained on so far, over all processes.
         """
-        refuse_divergence("loss", loss, step)
+        check_finite_loss("loss", loss, step)
         if not self.speaks:
             return
         now = time.perf_counter()

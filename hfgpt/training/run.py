@@ -25,13 +25,13 @@ from hfgpt.data.rows import TokenRows
 from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
 from hfgpt.distributed.deepspeed import check_deepspeed
 from hfgpt.distributed.launch import check_launcher, join_processes
-from hfgpt.distributed.sharding import split_over_processes
+from hfgpt.distributed.sharding import shard_model
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.optim import check_optim, check_warmup
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
@@ -67,7 +67,7 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
     model: HFGPTForCausalLM
-    position: Position
+    position: TrainState
     resume_from: Path | None
     identity: dict[str, Any]
     global_batch: int
@@ -89,11 +89,11 @@ class Run:
             self.config.data.num_workers,
         )
 
-    def next_position(self, position: Position, micro_batches: int, targets: int) -> Position:
+    def next_position(self, position: TrainState, micro_batches: int, targets: int) -> TrainState:
         """The position after one more step of so many micro-batches and, over all processes, targets."""
         rows = position.rows + micro_batches * self.global_batch
         is_epoch_done = self.rows.stream is None and rows >= len(self.rows.train)
-        return Position(
+        return TrainState(
             step=position.step + 1,
             epoch=position.epoch + is_epoch_done,
             rows=0 if is_epoch_done else rows,
@@ -101,7 +101,7 @@ class Run:
         )
 
 
-def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
+def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     """Make a run ready: folder, text, tokenizer, rows, model.
 
     Args:
@@ -155,7 +155,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     }
     if rows.stream is not None:
         identity["number of processes"] = PartialState().num_processes  # each reads a share of its own
-    position = Position()
+    position = TrainState()
     if resume_from is not None:
         manifest = checkpoint.verify_checkpoint(resume_from)
         for name, value in identity.items():
@@ -167,7 +167,7 @@ def prepare_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         position = manifest.position
         model.load_state_dict(load(resume_from).state_dict())
     if config.train.shard and PartialState().num_processes > 1:
-        model = split_over_processes(model)
+        model = shard_model(model)
     else:
         model.to(PartialState().device)
         if config.train.shard:

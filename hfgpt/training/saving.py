@@ -5,14 +5,14 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hfgpt.distributed.sharding import is_split, whole_weights
+from hfgpt.distributed.sharding import gather_full_state_dict, is_sharded
 from hfgpt.system.storage import make_readable, write_json
 from hfgpt.training import checkpoint
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.evaluate import (
     is_due,
 )
-from hfgpt.training.nonfinite import refuse_spoilt_weights
+from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
 
@@ -24,14 +24,14 @@ def is_checkpoint_due(step: int, run: Run) -> bool:
 
 
 def save_checkpoint(
-    run: Run, recorder: Recorder, position: Position, states: dict[str, Any], val_loss: float | None
+    run: Run, recorder: Recorder, position: TrainState, states: dict[str, Any], val_loss: float | None
 ) -> None:
     """Write a checkpoint that is also a model folder; every process calls it.
 
     Raises:
         FloatingPointError: a weight is no number; the checkpoints before this one stay.
     """
-    refuse_spoilt_weights(run.model, position.step)
+    check_finite_weights(run.model, position.step)
 
     def write(folder: Path) -> None:
         save_model(run, folder)
@@ -49,9 +49,9 @@ def save_checkpoint(
 def save_model(run: Run, folder: Path) -> None:
     """Save weights, config, code and tokenizer: what AutoModel and AutoTokenizer load; every process calls it."""
     is_main = PartialState().is_main_process
-    weights = whole_weights(run.model)
+    weights = gather_full_state_dict(run.model)
     # Where transformers has split it, all put it together, and the first one writes.
-    if is_main or (weights is None and is_split(run.model)):
+    if is_main or (weights is None and is_sharded(run.model)):
         run.model.save_pretrained(folder, state_dict=weights)
     if is_main:
         run.tokenizer.save_pretrained(folder)

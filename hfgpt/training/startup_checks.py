@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
-from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.distributed import deepspeed
-from hfgpt.distributed.sharding import is_split, split_again
+from hfgpt.distributed.sharding import is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.training.recorder import Recorder
@@ -58,9 +58,9 @@ def check_start(run: Run, recorder: Recorder) -> None:
     """
     recorder.pause()
     rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
-    if recorder.speaks or is_split(run.model):  # a model that is split runs on all processes together
+    if recorder.speaks or is_sharded(run.model):  # a model that is split runs on all processes together
         next_token = check_next_token(run.model, rows)
-        split_again(run.model)
+        reshard(run.model)
     if not recorder.speaks:
         return
     (start,) = (line for line in recorder.evaluations if line["step"] == 0)
@@ -153,7 +153,7 @@ def check_padding(padding: int, targets: int) -> Check:
     return Check(share, share < 0.5, text if share < 0.5 else f"{text}: lower `data.block_size`, or pack documents.")
 
 
-def check_duplicates(train: TokenStream, validation: TokenStream) -> Check:
+def check_duplicates(train: TokenArray, validation: TokenArray) -> Check:
     """Text of the validation split that is in the training split too makes the validation loss too good."""
     share = duplicated_share(train, validation)
     text = f"{share:.1%} of the validation text is in the training text"
@@ -165,13 +165,13 @@ def check_duplicates(train: TokenStream, validation: TokenStream) -> Check:
     )
 
 
-def duplicated_share(train: TokenStream, validation: TokenStream) -> float:
+def duplicated_share(train: TokenArray, validation: TokenArray) -> float:
     """Share of the windows of `WINDOW` tokens of one stream, wherever they begin, that are in the other one too."""
     wanted = chosen_windows(validation)
     return float(np.isin(wanted, chosen_windows(train)).mean()) if len(wanted) else 0.0
 
 
-def chosen_windows(stream: TokenStream) -> np.ndarray:
+def chosen_windows(stream: TokenArray) -> np.ndarray:
     """Hashes (uint64) of the windows that are looked up: those divisible by `KEPT_OF`, wherever they stand."""
     pieces = -(-len(stream) // PIECE)
     taken = range(0, pieces, -(-pieces // (MOST_POSITIONS // PIECE)))

@@ -7,7 +7,7 @@ from hfgpt.config.schema import RunConfig
 from hfgpt.distributed.launch import hint_to_scale_out
 from hfgpt.training.evaluate import catch_up, make_recorder
 from hfgpt.training.finish import finish_run
-from hfgpt.training.run import prepare_run
+from hfgpt.training.run import open_run
 from hfgpt.training.signals import StopRequest
 from hfgpt.training.startup_checks import check_start
 
@@ -17,18 +17,18 @@ def train(config: RunConfig, resume: bool | str = False) -> dict[str, Any] | Non
 
     Args:
         config: from `hfgpt.config.loading.load_config`.
-        resume: see `prepare_run`.
+        resume: see `open_run`.
 
     Returns:
         What results.json holds, on the main process; an empty dict on others; None if the run was finished before.
 
     Raises:
-        ValueError: the run cannot be made ready, see `prepare_run`.
+        ValueError: the run cannot be made ready, see `open_run`.
         FloatingPointError: training diverged.
         Stopped: it was asked to stop by a signal, and can go on.
     """
     started_at = time.perf_counter()
-    run = prepare_run(config, resume)
+    run = open_run(config, resume)
     if run is None:
         return None
     if config.loop == "trainer":

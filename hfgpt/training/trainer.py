@@ -19,13 +19,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.data.loaders import start_at
 from hfgpt.distributed import deepspeed
-from hfgpt.distributed.launch import PRECISIONS, settle_engine
+from hfgpt.distributed.launch import PRECISIONS, configure_engine
 from hfgpt.distributed.sharding import optimizer_state
 from hfgpt.hub.trainer_mixin import PushByList
-from hfgpt.training.checkpoint import Position, load_states, restore_random_states
+from hfgpt.training.checkpoint import TrainState, load_states, restore_random_states
 from hfgpt.training.early_stopping import Verdict, judge
 from hfgpt.training.evaluate import evaluate, is_due, is_evaluation_due, seed_training, stopped
-from hfgpt.training.nonfinite import StepGuard
+from hfgpt.training.nonfinite import NonFiniteGuard
 from hfgpt.training.optim import make_optimizer, make_schedule
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
@@ -34,11 +34,11 @@ from hfgpt.training.signals import StopRequest
 from hfgpt.training.startup_checks import check_compiled
 
 
-def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
+def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> TrainState:
     """Train.
 
     Args:
-        run: from `prepare_run`; its model is trained in place.
+        run: from `open_run`; its model is trained in place.
         recorder: hears of every step.
         stop: looked at in every step.
 
@@ -52,7 +52,7 @@ def run_trainer(run: Run, recorder: Recorder, stop: StopRequest) -> Position:
     precision = "no" if deepspeed.is_asked_for() else PRECISIONS[run.config.train.precision]
     with patch_environment(ACCELERATE_MIXED_PRECISION=precision):
         trainer = HFGPTTrainer(run, recorder, stop)
-    settle_engine(trainer.accelerator)
+    configure_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     seed_training(run.config)
     is_over = run.position.step == run.total_steps or judge(run, recorder).is_enough
@@ -132,7 +132,7 @@ class HFGPTTrainer(PushByList, Trainer):
         self.run, self.recorder, self.stop, self.position = run, recorder, stop, run.position
         self.evaluation: dict[str, Any] | None = None
         self.is_finite, self.is_enough = True, False
-        self.guard = StepGuard(run.model, run.config.train, recorder)
+        self.guard = NonFiniteGuard(run.model, run.config.train, recorder)
         super().__init__(
             model=run.model,
             args=training_arguments(run),
@@ -169,10 +169,10 @@ class HFGPTTrainer(PushByList, Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Measure the norm, and drop gradients that must not be used: the step that follows then changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.is_finite = self.guard.allows(self.position, norm, self.batches, self.targets)
+        self.is_finite = self.guard.should_step(self.position, norm, self.batches, self.targets)
         if not self.is_finite:
             model.zero_grad()
-            deepspeed.let_schedule_count(self.optimizer)
+            deepspeed.clear_overflow(self.optimizer)
         return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -216,7 +216,7 @@ class HFGPTTrainer(PushByList, Trainer):
         save_checkpoint(self.run, self.recorder, self.position, self.states(), line["val_loss"] if line else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing: `prepare_run` has loaded and verified the weights."""
+        """Do nothing: `open_run` has loaded and verified the weights."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would load files of its own

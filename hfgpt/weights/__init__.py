@@ -12,12 +12,12 @@ from hfgpt.system.storage import new_path
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gpt2, hf_folder, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.formats.gpt2 import to_gpt2
-from hfgpt.weights.model_parts import Parts, build_from, refuse_several_types, take_apart
-from hfgpt.weights.table import Step
+from hfgpt.weights.model_parts import ModelParts, build_from, check_single_dtype, split_model
+from hfgpt.weights.table import Change
 
 __all__ = ["WRITERS", "load", "save", "to_gpt2"]
 
-WRITERS: dict[str, Callable[[Parts, Path], list[Step]]] = {
+WRITERS: dict[str, Callable[[ModelParts, Path], list[Change]]] = {
     "hfgpt": hf_folder.write,
     "gpt2": gpt2.write,
     "nanogpt": nanogpt.write,
@@ -58,7 +58,7 @@ def load(
     checkpoint.config.validate_architecture()
     model, _ = build_from(source, checkpoint)
     if dtype is None:
-        refuse_several_types(model)
+        check_single_dtype(model)
         return model
     return model.to(dtype)
 
@@ -79,4 +79,4 @@ def save(model: HFGPTForCausalLM, dest: str | Path, format: str = "hfgpt") -> No
     if format not in WRITERS:
         raise ValueError(f"`format` must be one of {sorted(WRITERS)}, got {format!r}.")
     with new_path(Path(dest)) as staged:
-        WRITERS[format](take_apart(model), staged)
+        WRITERS[format](split_model(model), staged)

@@ -19,8 +19,8 @@ from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion, table
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gguf, llmc, nanogpt, onnx, openai
-from hfgpt.weights.model_parts import Checkpoint, build_from, refuse_several_types, take_apart
-from hfgpt.weights.table import SAME_AS, Step
+from hfgpt.weights.model_parts import SourceModel, build_from, check_single_dtype, split_model
+from hfgpt.weights.table import SAME_AS, Change
 
 FORMATS = tuple(WRITERS)
 """What can be read, and written too."""
@@ -55,15 +55,15 @@ class Conversion:
     """
 
     source_format: str
-    steps_in: list[Step]
-    steps_between: list[Step]
-    steps_out: list[Step]
+    steps_in: list[Change]
+    steps_between: list[Change]
+    steps_out: list[Change]
     notes: list[str]
     parameters: int
     comparison: check_conversion.Comparison | None
 
     @property
-    def lossy(self) -> list[Step]:
+    def lossy(self) -> list[Change]:
         """The steps that filled, cut, dropped, rounded or exchanged something."""
         return [step for step in [*self.steps_in, *self.steps_between, *self.steps_out] if not step.is_exact]
 
@@ -104,7 +104,7 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
-    refuse_settings(to, verify, dtype, tokenizer)
+    check_unused_options(to, verify, dtype, tokenizer)
     with new_path(dest) as staged:  # first of all, so that a destination that exists costs nobody a wait
         found, checkpoint = open_source(source, source_format, heads, activation)
         model, steps_in = build_from(source, checkpoint)
@@ -114,11 +114,11 @@ def convert(
         goes_along = tokenizer_for(source, found, tokenizer) if to in WITH_TOKENIZER else None
         steps_between = exchange_activation(model.config, to) if nearest else []
         steps_between += cut_vocabulary(model, vocab_size)
-        refuse_ids_beyond(model.config, goes_along)
+        check_token_ids(model.config, goes_along)
         if to != "gguf":
             steps_between += change_dtype(model, dtype)
         parameters, config = model.num_parameters(), model.config
-        parts = take_apart(model)
+        parts = split_model(model)
         del model  # so that the writers can let each tensor go
         if to == "gguf":
             if goes_along is None:
@@ -158,7 +158,7 @@ def give_freed_tensors_back() -> None:
             mallopt(m_mmap_threshold, 2**20)
 
 
-def refuse_settings(to: str, verify: bool, dtype: str | None, tokenizer: str | None) -> None:
+def check_unused_options(to: str, verify: bool, dtype: str | None, tokenizer: str | None) -> None:
     """Refuse what cannot be asked for.
 
     Raises:
@@ -176,7 +176,7 @@ def refuse_settings(to: str, verify: bool, dtype: str | None, tokenizer: str | N
 
 def open_source(
     source: str | Path, source_format: str = "auto", heads: int | None = None, activation: str | None = None
-) -> tuple[str, Checkpoint]:
+) -> tuple[str, SourceModel]:
     """Find out what a source is, and read it; see `convert`.
 
     Raises:
@@ -190,7 +190,7 @@ def open_source(
     return found, checkpoint
 
 
-def exchange_activation(config: HFGPTConfig, to: str) -> list[Step]:
+def exchange_activation(config: HFGPTConfig, to: str) -> list[Change]:
     """Take the GELU that the destination knows, in place, if the model's is the other one.
 
     They differ by at most 4.7e-4 per unit, which the layers above make more of or less.
@@ -199,10 +199,10 @@ def exchange_activation(config: HFGPTConfig, to: str) -> list[Step]:
     if needed is None or {SAME_AS.get(has, has), needed} != {"gelu", "gelu_new"}:
         return []
     config.activation_function = needed
-    return [Step("activation_function", (), f"exchanged: {has} for {needed}", is_exact=False)]
+    return [Change("activation_function", (), f"exchanged: {has} for {needed}", is_exact=False)]
 
 
-def refuse_ids_beyond(config: HFGPTConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
+def check_token_ids(config: HFGPTConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for.
 
     Raises:
@@ -213,7 +213,7 @@ def refuse_ids_beyond(config: HFGPTConfig, tokenizer: PreTrainedTokenizerFast | 
         raise ValueError(f"the tokenizer has id {largest}, the model `vocab_size` ({config.vocab_size}).")
 
 
-def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Step]:
+def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Change]:
     """Keep the first `vocab_size` tokens, in place.
 
     Raises:
@@ -232,19 +232,19 @@ def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Step
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         matrices.append(("lm_head.weight", model.lm_head.weight))
     action = f"cut: {config.vocab_size - vocab_size} rows after the first {vocab_size}"
-    steps = [Step(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
+    steps = [Change(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return steps
 
 
-def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Step]:
+def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
     """Store every parameter as `dtype`, one at a time; only those whose numbers change are listed.
 
     Raises:
         ValueError: a number is beyond the dtype, or the file has several and none is chosen.
     """
     if dtype is None:
-        refuse_several_types(model)
+        check_single_dtype(model)
         return []
     steps = []
     for name, parameter in model.named_parameters():
@@ -253,7 +253,7 @@ def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Step]:
             largest = float(parameter.detach().abs().max())
             raise ValueError(f"{name}: holds {largest:.3g}, and {dtype} ends at {torch.finfo(DTYPES[dtype]).max:.3g}.")
         if not torch.equal(changed.to(parameter.dtype), parameter.detach()):
-            steps.append(Step(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
+            steps.append(Change(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
         parameter.data = changed
     model.config.dtype = DTYPES[dtype]
     return steps

@@ -9,13 +9,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from hfgpt.weights.formats import hf_folder, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.lazy_tensors import in_pickle, in_safetensors
-from hfgpt.weights.model_parts import Checkpoint, named
+from hfgpt.weights.model_parts import SourceModel, named
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
 """Of files; what is called so and is not there is not looked for on the Hub."""
 
 
-def read_any(source: str | Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
+def read_any(source: str | Path, heads: int | None, activation: str | None) -> tuple[str, SourceModel]:
     """Find out which format a source has, and read it.
 
     Args:
@@ -31,16 +31,16 @@ def read_any(source: str | Path, heads: int | None, activation: str | None) -> t
         if path.is_file():
             return read_file(path, heads, activation)
         if openai.recognises(path):
-            refuse_settings("OpenAI's do", heads, activation)
+            check_unused_options("OpenAI's do", heads, activation)
             return "openai", openai.read(path)
-        refuse_what_is_not_there(source)
-        refuse_settings("a folder's config does", heads, activation)
+        check_source_exists(source)
+        check_unused_options("a folder's config does", heads, activation)
         return hf_folder.read_folder(source)
     except (ValueError, StrictDataclassError) as error:  # a config of strange values raises the latter
         raise named(source, error) from error
 
 
-def refuse_what_is_not_there(source: str | Path) -> None:
+def check_source_exists(source: str | Path) -> None:
     """Refuse what is no folder of a model here, and can be none on the Hub.
 
     Raises:
@@ -63,7 +63,7 @@ def refuse_what_is_not_there(source: str | Path) -> None:
         raise ValueError(f"{source}: no such file.")
 
 
-def refuse_settings(who_says: str, heads: int | None, activation: str | None) -> None:
+def check_unused_options(who_says: str, heads: int | None, activation: str | None) -> None:
     """Refuse to be told what a source says itself.
 
     Raises:
@@ -73,14 +73,14 @@ def refuse_settings(who_says: str, heads: int | None, activation: str | None) ->
         raise ValueError(f"`--heads` and `--activation` are for files that do not say them; {who_says}.")
 
 
-def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[str, Checkpoint]:
+def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[str, SourceModel]:
     """Find out what a file is, and read it.
 
     Raises:
         ValueError: it is damaged, or of no format that is known.
     """
     if llmc.recognises(file) or (file.suffix == ".bin" and not zipfile.is_zipfile(file)):
-        refuse_settings("llm.c's do", heads, activation)
+        check_unused_options("llm.c's do", heads, activation)
         return "llm.c", llmc.read(file)
     content: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, nanogpt.allowed_classes())
     if not isinstance(content, dict):

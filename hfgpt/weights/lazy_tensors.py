@@ -32,7 +32,7 @@ SAFETENSORS_TYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor in a file, little-endian.
 
     Attributes:
@@ -65,12 +65,12 @@ class Stored:
         return numbers.view(self.shape) if self.stride is None else numbers.as_strided(self.shape, self.stride)
 
 
-def read(tensor: Stored | Tensor) -> Tensor:
+def read(tensor: LazyTensor | Tensor) -> Tensor:
     """A tensor, wherever it is."""
-    return tensor.read() if isinstance(tensor, Stored) else tensor
+    return tensor.read() if isinstance(tensor, LazyTensor) else tensor
 
 
-def in_safetensors(file: Path) -> dict[str, Stored]:
+def in_safetensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file.
 
     Raises:
@@ -91,12 +91,12 @@ def in_safetensors(file: Path) -> dict[str, Stored]:
         if entry["dtype"] not in SAFETENSORS_TYPES:
             raise ValueError(f"{file}: {name} is {entry['dtype']}; weights are {', '.join(SAFETENSORS_TYPES)}.")
         begin = 8 + size + entry["data_offsets"][0]
-        result[name] = Stored(file, begin, tuple(entry["shape"]), SAFETENSORS_TYPES[entry["dtype"]])
+        result[name] = LazyTensor(file, begin, tuple(entry["shape"]), SAFETENSORS_TYPES[entry["dtype"]])
     return result
 
 
 def in_pickle(file: Path, allowed_classes: list[Any]) -> Any:
-    """What `torch.save` wrote, with nothing in it executed; tensors in dictionaries are `Stored`.
+    """What `torch.save` wrote, with nothing in it executed; tensors in dictionaries are `LazyTensor`.
 
     Files from before PyTorch 1.6 are no archives, and their tensors are read at once. So are those of an archive that
     another program has packed again: torch reckons where its own packing would have put them.
@@ -196,4 +196,4 @@ def place(content: Any, file: Path) -> Any:
     begin: Any = content.untyped_storage()._checkpoint_offset
     begin += content.storage_offset() * content.dtype.itemsize
     stride = None if content.is_contiguous() else tuple(content.stride())
-    return Stored(file, begin, tuple(content.shape), content.dtype, stride)
+    return LazyTensor(file, begin, tuple(content.shape), content.dtype, stride)

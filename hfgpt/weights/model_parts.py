@@ -11,17 +11,17 @@ from transformers import GenerationConfig
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.lazy_tensors import Stored
+from hfgpt.weights.lazy_tensors import LazyTensor
 from hfgpt.weights.table import (
     NONE,
-    Entry,
-    Step,
+    Change,
+    TensorMapping,
     walk_in,
 )
 
 
 @dataclass
-class Checkpoint:
+class SourceModel:
     """A checkpoint of another format, read and not yet walked.
 
     Attributes:
@@ -36,18 +36,18 @@ class Checkpoint:
         generation: how the model writes text, if the source says it.
     """
 
-    tensors: dict[str, Stored | Tensor]
+    tensors: dict[str, LazyTensor | Tensor]
     config: HFGPTConfig
-    table: list[Entry]
+    table: list[TensorMapping]
     logits: Callable[[Tensor, torch.dtype], Tensor]
     dropped: str = NONE
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generation: GenerationConfig | None = None
 
 
 @dataclass
-class Parts:
+class ModelParts:
     """A model taken apart, so that its tensors can be written, and let go, one after the other.
 
     Attributes:
@@ -71,7 +71,7 @@ class Parts:
         return next(iter(self.tensors.values())).dtype
 
 
-def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
+def build(checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
     """Make the hfgpt model of a checkpoint, in eval mode, and say what was done.
 
     Raises:
@@ -79,10 +79,10 @@ def build(checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
     """
     shapes = {name: tuple(each.shape) for name, each in empty_model(checkpoint.config).state_dict().items()}
     tensors, steps = walk_in(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
-    return put_together(Parts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
+    return join_model(ModelParts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
 
 
-def build_from(source: Any, checkpoint: Checkpoint) -> tuple[HFGPTForCausalLM, list[Step]]:
+def build_from(source: Any, checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
     """`build`, with the source named in what it refuses."""
     try:
         return build(checkpoint)
@@ -109,7 +109,7 @@ def empty_model(config: HFGPTConfig) -> HFGPTForCausalLM:
         raise ValueError(f"impossible sizes: {str(error).partition(chr(10))[0]}.") from error
 
 
-def put_together(parts: Parts) -> HFGPTForCausalLM:
+def join_model(parts: ModelParts) -> HFGPTForCausalLM:
     """The model of these parts, in eval mode; the tensors are not copied, and belong to it from now on."""
     parts.config.tie_word_embeddings = parts.is_tied
     model = empty_model(parts.config)
@@ -123,14 +123,14 @@ def put_together(parts: Parts) -> HFGPTForCausalLM:
     return model.eval()
 
 
-def take_apart(model: HFGPTForCausalLM) -> Parts:
+def split_model(model: HFGPTForCausalLM) -> ModelParts:
     """The parts of a model; the tensors are its own, the settings copies."""
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
     tensors = {name: each.detach() for name, each in model.state_dict().items() if not (is_tied and "lm_head" in name)}
-    return Parts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
+    return ModelParts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
 
 
-def refuse_several_types(model: HFGPTForCausalLM) -> None:
+def check_single_dtype(model: HFGPTForCausalLM) -> None:
     """Refuse a model whose tensors have not all the same type, in which no format and no forward pass is at home.
 
     Raises:

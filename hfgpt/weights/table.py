@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.weights.lazy_tensors import Stored, read
+from hfgpt.weights.lazy_tensors import LazyTensor, read
 
 NONE = r"(?!)"
 """A pattern that no name matches."""
@@ -31,7 +31,7 @@ SAME_AS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorMapping:
     """One tensor of a format and what it is in hfgpt.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Step:
+class Change:
     """What was done to one tensor.
 
     Attributes:
@@ -64,7 +64,9 @@ class Step:
     is_exact: bool = True
 
 
-def expand(whole: Sequence[Entry], each_block: Sequence[Entry], block: str, num_layers: int) -> list[Entry]:
+def expand(
+    whole: Sequence[TensorMapping], each_block: Sequence[TensorMapping], block: str, num_layers: int
+) -> list[TensorMapping]:
     """Write a table out for a whole model.
 
     Args:
@@ -73,30 +75,30 @@ def expand(whole: Sequence[Entry], each_block: Sequence[Entry], block: str, num_
         block: prefix of a block in the format, with `{layer}` in the number's place.
         num_layers: number of blocks.
     """
-    rows = [Entry(row.foreign, names("model.", row), row.transposed, row.is_optional) for row in whole]
+    rows = [TensorMapping(row.foreign, names("model.", row), row.transposed, row.is_optional) for row in whole]
     for layer in range(num_layers):
         for row in each_block:
             hfgpt = names(f"model.layers.{layer}.", row)
-            rows.append(Entry(block.format(layer=layer) + row.foreign, hfgpt, row.transposed, row.is_optional))
+            rows.append(TensorMapping(block.format(layer=layer) + row.foreign, hfgpt, row.transposed, row.is_optional))
     return rows
 
 
-def names(prefix: str, row: Entry) -> tuple[str, ...]:
+def names(prefix: str, row: TensorMapping) -> tuple[str, ...]:
     return tuple(prefix + name for name in row.hfgpt)
 
 
-def actions(row: Entry, for_several: str) -> str:
+def actions(row: TensorMapping, for_several: str) -> str:
     """What a table row does to a tensor, in words."""
     done = (["transposed"] if row.transposed else []) + ([for_several] if len(row.hfgpt) > 1 else [])
     return ", ".join(done) or "copied"
 
 
 def walk_in(
-    table: Sequence[Entry],
-    tensors: Mapping[str, Stored | Tensor],
+    table: Sequence[TensorMapping],
+    tensors: Mapping[str, LazyTensor | Tensor],
     shapes: dict[str, tuple[int, ...]],
     dropped: str = NONE,
-) -> tuple[dict[str, Tensor], list[Step]]:
+) -> tuple[dict[str, Tensor], list[Change]]:
     """Make hfgpt's tensors from a format's.
 
     Args:
@@ -112,14 +114,14 @@ def walk_in(
         ValueError: a tensor is missing, left over or of another shape than the config says.
     """
     result: dict[str, Tensor] = {}
-    steps: list[Step] = []
+    steps: list[Change] = []
     left_over = set(tensors) - {row.foreign for row in table}
     for name in sorted(left_over):
         if not re.search(dropped, name):
             raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
         if name.endswith(MASKS):
-            refuse_other_mask(name, read(tensors[name]))
-    filled: list[Entry] = []
+            check_causal_mask(name, read(tensors[name]))
+    filled: list[TensorMapping] = []
     for row in table:
         if row.foreign not in tensors:
             if not row.is_optional:
@@ -141,17 +143,17 @@ def walk_in(
             name: part.clone(memory_format=torch.contiguous_format) if len(parts) > 1 else part.contiguous()
             for name, part in zip(row.hfgpt, parts, strict=True)
         }
-        steps.append(Step(row.foreign, tuple(tensor.shape), actions(row, "split")))
+        steps.append(Change(row.foreign, tuple(tensor.shape), actions(row, "split")))
     dtype = next(iter(result.values())).dtype
     for row in filled:
         result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in row.hfgpt}
-        steps.append(Step(row.foreign, shape_there(row, shapes), "filled with zeros", is_exact=False))
+        steps.append(Change(row.foreign, shape_there(row, shapes), "filled with zeros", is_exact=False))
     for name in sorted(left_over):
-        steps.append(Step(name, tuple(tensors[name].shape), "dropped", is_exact=False))
+        steps.append(Change(name, tuple(tensors[name].shape), "dropped", is_exact=False))
     return result, steps
 
 
-def refuse_other_mask(name: str, mask: Tensor) -> None:
+def check_causal_mask(name: str, mask: Tensor) -> None:
     """Refuse a mask buffer that is not causal: dropped, it would be another attention.
 
     Args:
@@ -168,14 +170,14 @@ def refuse_other_mask(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name}: no causal mask; hfgpt's attention is causal and nothing else.")
 
 
-def shape_there(row: Entry, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape_there(row: TensorMapping, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that a tensor has in the format, by those it has in hfgpt."""
     parts = [shapes[name] for name in row.hfgpt]
     joined = (sum(shape[0] for shape in parts), *parts[0][1:])
     return joined[::-1] if row.transposed else joined
 
 
-def walk_out(table: Sequence[Entry], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Step]]:
+def walk_out(table: Sequence[TensorMapping], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Change]]:
     """Make a format's tensors from hfgpt's; they are copies.
 
     Args:
@@ -195,11 +197,11 @@ def walk_out(table: Sequence[Entry], tensors: dict[str, Tensor]) -> tuple[dict[s
     for row in table:
         joined = torch.cat([tensors.pop(name) for name in row.hfgpt])  # of one tensor, a copy of it
         result[row.foreign] = joined.T.contiguous() if row.transposed else joined
-        steps.append(Step(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
+        steps.append(Change(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
     return result, steps
 
 
-def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: str) -> tuple[bool, list[Step]]:
+def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding: str) -> tuple[bool, list[Change]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 
     Returns:
@@ -210,7 +212,7 @@ def drop_tied_head(tensors: dict[str, Stored | Tensor], head: str, embedding: st
     ours, theirs = tensors[head], tensors.get(embedding)
     if theirs is None or ours.dtype != theirs.dtype or not torch.equal(read(ours), read(theirs)):
         return False, []
-    return True, [Step(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
+    return True, [Change(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
 
 
 def names_in(content: dict[Any, Any], wrapped_as: str) -> list[str]:
@@ -219,7 +221,7 @@ def names_in(content: dict[Any, Any], wrapped_as: str) -> list[str]:
     return [name for name in tensors if isinstance(name, str)] if isinstance(tensors, dict) else []
 
 
-def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, Stored | Tensor]:
+def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, LazyTensor | Tensor]:
     """That dictionary itself, once it is known to be one.
 
     Raises:
@@ -227,12 +229,12 @@ def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, Stored | T
     """
     tensors = dict(content.get(wrapped_as, content))
     for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, Stored | Tensor)):
+        if not (isinstance(name, str) and isinstance(tensor, LazyTensor | Tensor)):
             raise ValueError(f"{name!r}: a {type(tensor).__name__}, where named tensors were to be expected.")
     return tensors
 
 
-def refuse_missing_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
+def check_num_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
     """Refuse a config with more blocks than there are tensors, before a table of them fills the memory.
 
     Raises:
@@ -251,7 +253,7 @@ def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
     return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
 
 
-def shape_of(tensors: dict[str, Stored | Tensor], name: str) -> tuple[int, int]:
+def shape_of(tensors: dict[str, LazyTensor | Tensor], name: str) -> tuple[int, int]:
     """The shape of a matrix that must be there.
 
     Raises:
@@ -265,7 +267,7 @@ def shape_of(tensors: dict[str, Stored | Tensor], name: str) -> tuple[int, int]:
     return shape
 
 
-def settings_of(config: HFGPTConfig, **needed: Any) -> None:
+def check_config_supported(config: HFGPTConfig, **needed: Any) -> None:
     """Refuse a model that a format cannot express.
 
     Raises:
@@ -278,7 +280,7 @@ def settings_of(config: HFGPTConfig, **needed: Any) -> None:
             raise ValueError(f"the format needs `{name}` = {value!r}, the model has {has!r}.{hint}")
 
 
-def refuse_other_inner_width(config: HFGPTConfig) -> None:
+def check_inner_width(config: HFGPTConfig) -> None:
     """Refuse a model whose MLP is not four times as wide as its residual stream, where a format knows no other.
 
     Raises:

@@ -317,7 +317,7 @@ def temperature(lecture: Lecture) -> dict[str, Any]:
     for value in TEMPERATURES:
         generator = torch.Generator().manual_seed(123)
         drawn = [
-            decoding.choose_next(WORD_LOGITS, temperature=value, top_k=0, top_p=1.0, generator=generator).item()
+            decoding.sample_next_token(WORD_LOGITS, temperature=value, top_k=0, top_p=1.0, generator=generator).item()
             for _ in range(1000)
         ]
         counts[value] = torch.tensor(drawn).bincount(minlength=len(WORDS)).tolist()

@@ -16,7 +16,7 @@ from hfgpt.data.text import Documents
 from hfgpt.data.tokenizer import load_tokenizer, train_tokenizer
 from hfgpt.system.extras import needs
 from hfgpt.system.storage import write_atomically
-from hfgpt.weights.formats.bpe import put_together
+from hfgpt.weights.formats.bpe import join_model
 
 URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
 """Edith Wharton, "The Verdict", 1908: in the public domain."""
@@ -77,7 +77,7 @@ def find_tokenizer(config: RunConfig, documents: Documents) -> PreTrainedTokeniz
     length = config.data.block_size
     vocabulary = gpt2_vocabulary()
     if vocabulary is not None:
-        return put_together(vocabulary / "encoder.json", vocabulary / "vocab.bpe", length)
+        return join_model(vocabulary / "encoder.json", vocabulary / "vocab.bpe", length)
     try:
         return load_tokenizer(GPT2)
     except ValueError:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.loaders import EpochBatches, collate, epoch_order, eval_loader, train_loader
 from hfgpt.data.prepare import check_ids, lay_rows, load_rows
-from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import encode_ids, train_tokenizer
 
@@ -42,7 +42,7 @@ def as_documents(train, validation):
 def as_stream(documents):
     """A stream of documents given as lists of ids, each with its end-of-text in front."""
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return TokenStream(datasets.Dataset.from_dict({"input_ids": documents}, features=features))
+    return TokenArray(datasets.Dataset.from_dict({"input_ids": documents}, features=features))
 
 
 def numbered_rows(count, block_size=4):

@@ -9,7 +9,7 @@ from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.loaders import stream_loader
 from hfgpt.data.prepare import stream_rows
-from hfgpt.data.streaming import RowStream, hashes, sample_documents
+from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.tokenizer import encode_ids
 
 TEXTS = [f"Document {i}: " + "the quick brown fox " * (i % 7) + "\r\nends." for i in range(60)]
@@ -60,7 +60,7 @@ def test_each_epoch_gives_every_training_document_once_and_no_validation_documen
     data = streamed()
     samples = sample_documents(data, seed=0)
     held_out = set(samples.validation["text"])
-    stream = RowStream(data, hashes(samples.validation), tokenizer, seed=0)
+    stream = StreamedRows(data, hashes(samples.validation), tokenizer, seed=0)
 
     first, second = documents_of(stream, tokenizer, 54), documents_of(stream, tokenizer, 54)
 
@@ -77,7 +77,7 @@ def test_processes_share_the_documents_and_no_document_comes_twice(streamed, tok
 
     shares = []
     for rank in range(world_size):
-        stream = RowStream(data, held_out, tokenizer, 0, rank, world_size)
+        stream = StreamedRows(data, held_out, tokenizer, 0, rank, world_size)
         share = []
         while stream.epoch == 0:
             share += documents_of(stream, tokenizer, 1)
@@ -90,7 +90,7 @@ def test_processes_share_the_documents_and_no_document_comes_twice(streamed, tok
 def test_without_shuffling_documents_come_in_the_order_of_the_source(streamed, tokenizer):
     data = streamed(shuffle_documents=False, shuffle_buffer=1000)
 
-    stream = RowStream(data, frozenset(), tokenizer, seed=0)
+    stream = StreamedRows(data, frozenset(), tokenizer, seed=0)
 
     assert documents_of(stream, tokenizer, 60) == [TEXTS[i] for shard in range(4) for i in range(shard, 60, 4)]
 
@@ -103,7 +103,7 @@ def test_rows_hold_every_token_of_the_documents_in_order(streamed, tokenizer, pa
     framed = [[end, *ids] for ids in encode_ids(tokenizer, ordered)]
     whole = [token for ids in framed for token in ids]
 
-    rows = as_lists(take(RowStream(data, frozenset(), tokenizer, seed=0), 60))
+    rows = as_lists(take(StreamedRows(data, frozenset(), tokenizer, seed=0), 60))
 
     if packing == "padded":
         expected = []
@@ -129,7 +129,7 @@ def test_a_stream_goes_on_where_it_stopped_to_the_last_id(streamed, tokenizer, t
     data = streamed(packing=packing)
 
     def begin():
-        return RowStream(data, hashes(sample_documents(data, seed=1).validation), tokenizer, seed=1)
+        return StreamedRows(data, hashes(sample_documents(data, seed=1).validation), tokenizer, seed=1)
 
     whole = as_lists(take(begin(), stopped_at + 300))  # some epochs
     stream = begin()
@@ -143,7 +143,7 @@ def test_a_stream_goes_on_where_it_stopped_to_the_last_id(streamed, tokenizer, t
 
 def test_another_seed_is_another_order_and_the_same_seed_the_same(streamed, tokenizer):
     one, same, other = (
-        as_lists(take(RowStream(streamed(), frozenset(), tokenizer, seed=seed), 20)) for seed in (0, 0, 1)
+        as_lists(take(StreamedRows(streamed(), frozenset(), tokenizer, seed=seed), 20)) for seed in (0, 0, 1)
     )
 
     assert one == same != other
@@ -165,7 +165,7 @@ def test_plain_text_files_are_documents_of_a_stream_too(tmp_path, tokenizer):
         (tmp_path / f"{i}.txt").write_bytes(text.encode())
     data = DataConfig(files=str(tmp_path), streaming=True, shuffle_documents=False)
 
-    stream = RowStream(data, frozenset(), tokenizer, seed=0)
+    stream = StreamedRows(data, frozenset(), tokenizer, seed=0)
 
     assert documents_of(stream, tokenizer, 9) == TEXTS[:9]
 
@@ -175,7 +175,7 @@ def test_a_validation_text_that_is_named_is_left_out_of_the_stream_as_well(strea
     data = streamed(validation_files=str(tmp_path / "validation.jsonl"), validation_documents=1000)
 
     samples = sample_documents(data, seed=0)
-    stream = RowStream(data, hashes(samples.validation), tokenizer, seed=0)
+    stream = StreamedRows(data, hashes(samples.validation), tokenizer, seed=0)
 
     assert samples.validation["text"][:] == TEXTS[10:13]
     assert sorted(documents_of(stream, tokenizer, 57)) == sorted(set(TEXTS) - set(TEXTS[10:13]))
@@ -199,7 +199,7 @@ def test_a_row_without_a_text_is_refused_and_shown(tmp_path, tokenizer):
     (tmp_path / "odd.jsonl").write_text('{"text": "fine"}\n{"text": null}\n')
 
     with pytest.raises(ValueError, match=r"every row of column 'text' must be a text, got None"):
-        take(RowStream(DataConfig(files=str(tmp_path), streaming=True), frozenset(), tokenizer, seed=0), 1)
+        take(StreamedRows(DataConfig(files=str(tmp_path), streaming=True), frozenset(), tokenizer, seed=0), 1)
 
 
 def test_files_of_two_kinds_make_no_stream(tmp_path):
@@ -234,7 +234,7 @@ def test_a_knob_that_fits_no_stream_is_refused(tmp_path, override, message):
 
 
 def test_rows_of_a_stream_do_not_change_when_the_next_ones_are_made(streamed, tokenizer):
-    rows = take(RowStream(streamed(), frozenset(), tokenizer, seed=0), 50)
+    rows = take(StreamedRows(streamed(), frozenset(), tokenizer, seed=0), 50)
     copies = [row["input_ids"].copy() for row in rows]
 
     assert all(np.array_equal(row["input_ids"], copy) for row, copy in zip(rows, copies, strict=True))

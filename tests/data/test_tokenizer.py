@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import hfgpt.data.tokenizer
-from hfgpt.data.tokenizer import encode_ids, load_tokenizer, require_end_of_text, tokenizer_hash, train_tokenizer
+from hfgpt.data.tokenizer import check_end_of_text, encode_ids, load_tokenizer, tokenizer_hash, train_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "def f(x):\n    return x + 1\n", "여우가 개를 넘는다."]
 ODD = "a\r\nb\rc\n\0\ufeff  e\u0301 \U0001f600 한국어 <|endoftext|> \u2028end "
@@ -177,7 +177,7 @@ def test_a_tokenizer_without_an_eos_token_is_refused_where_one_is_needed(tmp_pat
     tokenizer = load_tokenizer(str(tmp_path))
 
     with pytest.raises(ValueError, match="'mine' has no eos token, which goes between documents"):
-        require_end_of_text(tokenizer, "mine")
+        check_end_of_text(tokenizer, "mine")
 
 
 def test_a_tokenizer_without_tokenizer_json_is_refused(tmp_path):

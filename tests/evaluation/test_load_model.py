@@ -9,7 +9,7 @@ from small_models import make_model
 from transformers import BertConfig, BertLMHeadModel, T5Config
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.evaluation.load_model import choose_context, choose_device, context_of, load_causal_lm, refuse_looking_ahead
+from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, context_of, load_causal_lm
 from hfgpt.weights import save
 
 
@@ -33,7 +33,7 @@ def test_a_folder_of_any_model_comes_back_as_it_was_saved(kind, tiny_config, tok
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
     assert its_tokenizer("two words")["input_ids"] == tokenizer("two words")["input_ids"]
-    refuse_looking_ahead(loaded)  # it does not
+    check_causal(loaded)  # it does not
 
 
 def test_a_file_of_another_format_is_a_model_too(tiny_config, tokenizer, llama_folder, tmp_path):
@@ -100,12 +100,12 @@ def test_an_encoder_that_calls_itself_a_language_model_is_refused(dtype):
         torch.nn.init.normal_(parameter, std=0.3)
 
     with pytest.raises(ValueError, match="BertLMHeadModel lets tokens see those after them"):
-        refuse_looking_ahead(model)
+        check_causal(model)
 
     config.is_decoder = True
     decoder = BertLMHeadModel(config).to(dtype).eval()
     decoder.load_state_dict(model.state_dict())
-    refuse_looking_ahead(decoder)
+    check_causal(decoder)
 
 
 def test_the_context_is_the_config_s_or_has_to_be_said(tiny_config):

@@ -229,7 +229,7 @@ def test_losses_of_a_narrow_model_are_fp32_and_their_sums_fp64(dtype, tiny_confi
 
 
 def test_logits_of_all_tokens_of_an_hfgpt_model_never_exist(tiny_config):
-    from test_evaluation import LargestTensor
+    from test_loss_of_a_split import LargestTensor
 
     from hfgpt.loss import CHUNK_TOKENS
 

@@ -88,9 +88,9 @@ def test_ids_that_no_tokenizer_knows_are_in_no_beam(model, prompts):
     unknown = sorted(
         {token for row in beam_search(model, prompts, num_beams=3, max_new_tokens=15) for token in row[0].ids}
     )
-    is_unknown = torch.zeros(61, dtype=torch.bool).index_fill(0, torch.tensor(unknown), True)
+    suppress_mask = torch.zeros(61, dtype=torch.bool).index_fill(0, torch.tensor(unknown), True)
 
-    found = beam_search(model, prompts, num_beams=3, max_new_tokens=15, is_unknown=is_unknown)
+    found = beam_search(model, prompts, num_beams=3, max_new_tokens=15, suppress_mask=suppress_mask)
 
     expected = search_with_transformers(model, prompts, None, 3, max_new_tokens=15, suppress_tokens=unknown)
     assert_equal_beams(found, expected)
@@ -195,7 +195,7 @@ def test_a_text_ends_where_it_is_told_to(model, prompts):
 )
 def test_what_cannot_be_searched_is_refused(model, prompts, settings, message):
     if settings.pop("few", False):
-        settings["is_unknown"] = torch.arange(61) >= 12
+        settings["suppress_mask"] = torch.arange(61) >= 12
 
     with pytest.raises(ValueError, match=message):
         beam_search(model, prompts % 12, **{"num_beams": 2, "max_new_tokens": 5, **settings})

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from hfgpt.generation.decoding import choose_next, generate, shape_distribution, stream
+from hfgpt.generation.decoding import generate, process_logits, sample_next_token, stream
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
@@ -26,7 +26,7 @@ def generate_with_transformers(model, ids, mask=None, **keywords):
 def test_sampling_draws_what_the_lecture_drew():
     torch.manual_seed(123)
 
-    ids = [choose_next(NINE_WORDS, temperature=1.0, top_k=0, top_p=1.0, generator=None) for _ in range(1000)]
+    ids = [sample_next_token(NINE_WORDS, temperature=1.0, top_k=0, top_p=1.0, generator=None) for _ in range(1000)]
 
     assert torch.bincount(torch.cat(ids), minlength=9).tolist() == [73, 0, 0, 582, 2, 0, 0, 343, 0]
 
@@ -34,7 +34,7 @@ def test_sampling_draws_what_the_lecture_drew():
 def test_sampling_frequencies_match_the_filtered_probabilities():
     rows = NINE_WORDS.expand(40_000, -1)
 
-    ids = choose_next(rows, temperature=2.0, top_k=4, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    ids = sample_next_token(rows, temperature=2.0, top_k=4, top_p=0.9, generator=torch.Generator().manual_seed(0))
 
     # By hand: of the four likeliest, 6.75, 6.28, 4.51 and 1.79, the first three have 0.96 and the first two 0.81.
     weights = torch.tensor([4.51, 6.75, 6.28]).div(2).exp()
@@ -45,14 +45,14 @@ def test_sampling_frequencies_match_the_filtered_probabilities():
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
-    assert choose_next(NINE_WORDS, temperature=0, top_k=2, top_p=0.3, generator=None).tolist() == [3]
+    assert sample_next_token(NINE_WORDS, temperature=0, top_k=2, top_p=0.3, generator=None).tolist() == [3]
 
 
 def test_half_precision_logits_are_sampled_from_in_fp32():
     logits = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     half, full = (
-        choose_next(x, temperature=0.7, top_k=500, top_p=0.9, generator=torch.Generator().manual_seed(0))
+        sample_next_token(x, temperature=0.7, top_k=500, top_p=0.9, generator=torch.Generator().manual_seed(0))
         for x in (logits, logits.float())
     )
 
@@ -260,13 +260,13 @@ def test_all_rules_together_sample_what_transformers_generate_samples(model, rul
 def test_ids_that_no_tokenizer_knows_are_never_written(model):
     usual = greedy(model, PROMPTS)
     unknown = usual[:, 7:].unique()[:20]
-    is_unknown = torch.zeros(61, dtype=torch.bool).index_fill(0, unknown, True)
+    suppress_mask = torch.zeros(61, dtype=torch.bool).index_fill(0, unknown, True)
 
-    ours = greedy(model, PROMPTS, is_unknown=is_unknown)
+    ours = greedy(model, PROMPTS, suppress_mask=suppress_mask)
 
     theirs = generate_with_transformers(model, PROMPTS, do_sample=False, suppress_tokens=unknown.tolist())
     assert torch.equal(ours, theirs)
-    hot = generate(model, PROMPTS, max_new_tokens=40, temperature=50.0, is_unknown=is_unknown)[:, 7:]
+    hot = generate(model, PROMPTS, max_new_tokens=40, temperature=50.0, suppress_mask=suppress_mask)[:, 7:]
     assert not torch.isin(hot, unknown).any()
     assert len(hot.unique()) > 30  # of the 41 left
 
@@ -314,14 +314,14 @@ def test_a_model_whose_logits_are_no_numbers_is_refused(model):
 
 
 def test_a_text_that_cannot_go_on_without_repeating_says_so(model):
-    is_unknown = torch.arange(61) >= 12
+    suppress_mask = torch.arange(61) >= 12
 
     with pytest.raises(ValueError, match=r"`no_repeat_ngram_size` \(1\) leaves no token to go on with"):
-        generate(model, PROMPTS % 12, max_new_tokens=20, no_repeat_ngram_size=1, is_unknown=is_unknown)
+        generate(model, PROMPTS % 12, max_new_tokens=20, no_repeat_ngram_size=1, suppress_mask=suppress_mask)
 
 
 def test_at_temperature_zero_the_distribution_is_the_likeliest_token_alone():
-    shaped = shape_distribution(NINE_WORDS, temperature=0, top_k=4)
+    shaped = process_logits(NINE_WORDS, temperature=0, top_k=4)
 
     assert shaped.softmax(-1).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]]
 

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from hfgpt.generation.explore import entropy_bits, explore, token_label
 from hfgpt.generation.explore_plots import draw_distributions, drawable, render_page
-from hfgpt.generation.generator import Written, load_writer
+from hfgpt.generation.generator import GeneratedText, load_generator
 from hfgpt.generation.params import EXPLORED, explored_variants
 from hfgpt.generation.render import percent, print_comparison, print_exploration, printable, shortened, stream_to
 
@@ -41,7 +41,7 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def writer(folder):
-    return load_writer(folder)
+    return load_generator(folder)
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +293,8 @@ def test_numbers_and_texts_are_shortened():
 def test_comparisons_stand_side_by_side_where_there_is_room(width, side_by_side):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, markup=False)
     texts = {
-        "temperature=0.5": [Written("p", " 한국어 one", 2, "length", 3)],
-        "num_beams=2": [Written("p", " two", 1, "eos", score=-1.5)],
+        "temperature=0.5": [GeneratedText("p", " 한국어 one", 2, "length", 3)],
+        "num_beams=2": [GeneratedText("p", " two", 1, "eos", score=-1.5)],
     }
 
     print_comparison(console, "p", texts)

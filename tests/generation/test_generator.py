@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from hfgpt.data.tokenizer import train_tokenizer
-from hfgpt.generation.generator import continue_text, load_writer, read_prompts, write_texts
+from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
 from hfgpt.generation.params import Settings
 
 KOREAN = "한국어는 한글로 적는다. "
@@ -32,16 +32,16 @@ PROMPTS = ["The object", KOREAN, "", "x", "of the other"]
 
 @pytest.fixture
 def writer(folder):
-    return load_writer(folder)
+    return load_generator(folder)
 
 
 def write(folder, prompt, **settings):
-    return "".join(continue_text(load_writer(folder), prompt, Settings(**{"max_new_tokens": 30, **settings})))
+    return "".join(continue_text(load_generator(folder), prompt, Settings(**{"max_new_tokens": 30, **settings})))
 
 
 def write_all(writer, prompts, samples=1, batch_size=8, **settings):
     settings = Settings(**{"max_new_tokens": 20, **settings})
-    return list(write_texts(writer, prompts, settings, samples=samples, batch_size=batch_size))
+    return list(generate_texts(writer, prompts, settings, samples=samples, batch_size=batch_size))
 
 
 @pytest.mark.parametrize("prompt", ["The object", KOREAN, "x"])
@@ -115,7 +115,7 @@ def test_korean_comes_in_whole_characters(folder, tokenizer):
     ids = tokenizer(KOREAN)["input_ids"]
     teach(folder, ids)
 
-    pieces = list(continue_text(load_writer(folder), "A", Settings(max_new_tokens=len(ids), temperature=0)))
+    pieces = list(continue_text(load_generator(folder), "A", Settings(max_new_tokens=len(ids), temperature=0)))
 
     assert len(tokenizer("A")["input_ids"]) == 1
     assert any("\ufffd" in tokenizer.decode([token_id]) for token_id in ids)  # some tokens are parts of a syllable
@@ -137,13 +137,13 @@ def test_a_prompt_that_is_too_long_is_refused_at_once_and_not_at_the_first_piece
     with pytest.raises(ValueError, match=r"`max_new_tokens` \(64\) are together longer than the model's"):
         continue_text(writer, "The", Settings(max_new_tokens=64))
     with pytest.raises(ValueError, match=r"prompt 2: The prompt \(\d+ tokens\) and `max_new_tokens` \(60\)"):
-        write_texts(writer, ["x", "The object of the other"], Settings(max_new_tokens=60))
+        generate_texts(writer, ["x", "The object of the other"], Settings(max_new_tokens=60))
 
 
 def test_ids_that_the_model_does_not_know_are_refused(make_gpt2, tokenizer, tmp_path):
     make_gpt2(vocab_size=260).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    writer = load_writer(str(tmp_path / "model"))
+    writer = load_generator(str(tmp_path / "model"))
 
     with pytest.raises(ValueError, match=r"makes the id \d+, the model's `vocab_size` is 260\. They do not belong"):
         continue_text(writer, "in the object", Settings(max_new_tokens=5))
@@ -153,7 +153,7 @@ def test_a_folder_without_a_tokenizer_is_refused(make_gpt2, tmp_path):
     make_gpt2().save_pretrained(tmp_path / "model")
 
     with pytest.raises(ValueError, match="no tokenizer"):
-        load_writer(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))
 
 
 def test_ids_of_a_padded_vocabulary_are_never_written(make_gpt2, tokenizer, tmp_path):
@@ -162,11 +162,11 @@ def test_ids_of_a_padded_vocabulary_are_never_written(make_gpt2, tokenizer, tmp_
         gpt2.lm_head.weight[350].add_(100 * gpt2.transformer.ln_f.bias)  # tied: an id of no token is the likeliest
     gpt2.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    writer = load_writer(str(tmp_path / "model"))
+    writer = load_generator(str(tmp_path / "model"))
 
     with torch.no_grad():
         assert int(writer.model(torch.tensor([[5]])).logits[0, -1].argmax()) == 350
-    assert writer.is_unknown.nonzero()[:, 0].tolist() == list(range(320, 384))
+    assert writer.suppress_mask.nonzero()[:, 0].tolist() == list(range(320, 384))
     for settings in ({"temperature": 0}, {"temperature": 50.0, "top_k": 0, "seed": 0}, {"num_beams": 3}):
         ((written,),) = write_all(writer, ["The"], **settings)
         assert written.new_text
@@ -247,7 +247,7 @@ def test_a_stop_text_ends_a_row_where_it_ends_in_transformers_generate(writer, f
 def test_a_stop_text_is_not_shown_while_it_comes(folder, tokenizer):
     ids = tokenizer("to be or not", add_special_tokens=False)["input_ids"]
     teach(folder, ids)
-    writer = load_writer(folder)
+    writer = load_generator(folder)
 
     pieces = list(continue_text(writer, "A", Settings(max_new_tokens=len(ids), temperature=0, stop=("or n",))))
 

@@ -13,7 +13,7 @@ import time
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hfgpt.generation.generator import continue_text, load_writer
+from hfgpt.generation.generator import continue_text, load_generator
 from hfgpt.generation.params import Settings
 from hfgpt.generation.play import play
 
@@ -29,7 +29,7 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def writer(folder):
-    return load_writer(folder)
+    return load_generator(folder)
 
 
 @pytest.fixture

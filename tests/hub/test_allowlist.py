@@ -16,15 +16,15 @@ import hfgpt.modeling_hfgpt
 from hfgpt import HFGPTConfig
 from hfgpt.config.loading import load_config
 from hfgpt.hub.allowlist import plan_push
-from hfgpt.training.checkpoint import Manifest, Position, save_checkpoint
+from hfgpt.training.checkpoint import Manifest, TrainState, save_checkpoint
 from hfgpt.weights.remote_code import update_code
 
 
 def test_what_stays_is_named_with_its_reason(run):
     plan = plan_push(run)
 
-    assert {*plan.goes} == SENT
-    assert plan.stays == {
+    assert {*plan.files} == SENT
+    assert plan.skipped == {
         ".env": "secrets",
         ".lock": "lock",
         "checkpoint-2": "checkpoint",
@@ -33,7 +33,7 @@ def test_what_stays_is_named_with_its_reason(run):
         "secrets.py": "not on the list",
         "training_args.bin": "pickle that holds the Hub's token and paths of this machine",
     }
-    assert {*plan.stays} == KEPT
+    assert {*plan.skipped} == KEPT
     assert plan.size("checkpoint-2") == len(TOKEN)
     assert plan.size("model.safetensors") == (run / "model.safetensors").stat().st_size
 
@@ -45,8 +45,8 @@ def test_results_of_evaluations_go(run):
 
     plan = plan_push(run)
 
-    assert ".eval_results/own.yaml" in plan.goes
-    assert plan.stays[".eval_results/notes.txt"] == "not on the list"
+    assert ".eval_results/own.yaml" in plan.files
+    assert plan.skipped[".eval_results/notes.txt"] == "not on the list"
 
 
 def test_the_code_that_goes_is_what_config_names_and_imports(run):
@@ -54,7 +54,7 @@ def test_the_code_that_goes_is_what_config_names_and_imports(run):
     (run / "modeling_hfgpt.py").write_text("from .mine import x\n" + (run / "modeling_hfgpt.py").read_text())
     (run / "mine.py").write_text("x = 1\n")
 
-    assert "mine.py" in plan_push(run, own_code=True).goes
+    assert "mine.py" in plan_push(run, own_code=True).files
     (run / "mine.py").unlink()
     with pytest.raises(ValueError, match=r"mine\.py is missing: config\.json and its code name it"):
         plan_push(run)
@@ -68,8 +68,8 @@ def test_code_that_is_not_this_hfgpts_does_not_go_unasked(run):
     update_code(run)
 
     plan = plan_push(run)
-    assert plan.goes["gpt.py"].read_bytes() == Path(hfgpt.gpt.__file__).read_bytes()
-    assert plan.stays["replaced-code-1"] == "code from before `hfgpt update-code`"
+    assert plan.files["gpt.py"].read_bytes() == Path(hfgpt.gpt.__file__).read_bytes()
+    assert plan.skipped["replaced-code-1"] == "code from before `hfgpt update-code`"
 
 
 @pytest.mark.parametrize("auto_class", sorted(hfgpt.modeling_hfgpt.AUTO_CLASSES))
@@ -77,13 +77,13 @@ def test_every_class_of_model_may_go(tmp_path, auto_class):
     model_class = hfgpt.modeling_hfgpt.AUTO_CLASSES[auto_class]
     model_class(HFGPTConfig(vocab_size=11, n_embd=8, n_head=2, n_layer=1)).save_pretrained(tmp_path)
 
-    assert "model.safetensors" in plan_push(tmp_path).goes
+    assert "model.safetensors" in plan_push(tmp_path).files
 
 
 def test_a_gpt2_goes_without_code(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_head=2, n_layer=1)).save_pretrained(tmp_path)
 
-    assert {*plan_push(tmp_path).goes} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {*plan_push(tmp_path).files} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_run_yaml_goes_without_folders_of_this_machine_and_stays_as_it_is(run):
 
     (note,) = plan.notes
     assert note == ("run.yaml goes without folders of this machine: `output_dir`, `tokenizer.name`, `data.files`")
-    (run.parent / "sent.yaml").write_bytes(plan.goes["run.yaml"])
+    (run.parent / "sent.yaml").write_bytes(plan.files["run.yaml"])
     sent = load_config(run.parent / "sent.yaml")
     assert sent.output_dir == "demo"
     assert sent.tokenizer.name == "bpe"
@@ -229,7 +229,7 @@ def test_a_link_out_of_the_folder_is_refused(run, tmp_path):
 def test_shards_all_go(tmp_path):
     save_model(tmp_path, max_shard_size="20kB")
 
-    goes = plan_push(tmp_path).goes
+    goes = plan_push(tmp_path).files
 
     assert {path.name for path in tmp_path.glob("model*")} <= goes.keys()
     assert len([name for name in goes if "-of-" in name]) >= 2
@@ -240,9 +240,9 @@ def test_a_checkpoint_goes_as_a_model(tmp_path):
         save_model(folder)
         (folder / "trainer_state.json").write_text("{}")
 
-    folder = save_checkpoint(tmp_path, Manifest(Position(4), {}), write, {}, keep_last=2)
+    folder = save_checkpoint(tmp_path, Manifest(TrainState(4), {}), write, {}, keep_last=2)
 
-    assert plan_push(folder).stays == {
+    assert plan_push(folder).skipped == {
         "manifest.json": "not on the list",
         "random_states_0.pt": "pickle",
         "trainer_state.json": "not on the list",

@@ -24,7 +24,7 @@ import hfgpt.gpt
 from hfgpt.cli import main
 from hfgpt.hub.allowlist import plan_push
 from hfgpt.hub.push import push
-from hfgpt.training.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint, seal
+from hfgpt.training.checkpoint import Manifest, TrainState, newest_checkpoint, save_checkpoint, seal
 from hfgpt.weights import load
 
 
@@ -87,8 +87,8 @@ def test_a_dry_run_lists_what_would_go_with_sizes_and_asks_nothing(hub, run):
     size = (run / "model.safetensors").stat().st_size
     assert re.search(rf"^  model\.safetensors +{size / 1000:.1f} kB$", listed.out, re.MULTILINE)
     assert re.search(rf"^  \.env +{(run / '.env').stat().st_size} B  secrets$", listed.out, re.MULTILINE)
-    assert as_json["goes"] == {name: (run / name).stat().st_size for name in SENT}
-    assert {*as_json["stays"]} == KEPT
+    assert as_json["files"] == {name: (run / name).stat().st_size for name in SENT}
+    assert {*as_json["skipped"]} == KEPT
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
@@ -359,7 +359,7 @@ def test_any_manifest_is_taken_or_passed_over(tmp_path, content, key):
     folder = tmp_path / "run"
     if not folder.exists():
         folder.mkdir()
-        save_checkpoint(folder, Manifest(Position(1), {}), lambda place: (place / "a").write_text("a"), {}, 5)
+        save_checkpoint(folder, Manifest(TrainState(1), {}), lambda place: (place / "a").write_text("a"), {}, 5)
     path = folder / "checkpoint-1" / "manifest.json"
     if isinstance(content, bytes):
         path.write_bytes(content)

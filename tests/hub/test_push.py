@@ -201,7 +201,7 @@ def test_two_pushes_at_once_make_one_commit_each_or_say_so(hub, run, saved_run):
 
 def test_an_answer_that_never_comes_is_not_waited_for(hub, run, monkeypatch):
     """huggingface_hub itself would wait for ever."""
-    monkeypatch.setattr(hfgpt.hub.retry, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(hfgpt.system.network, "ANSWER_SECONDS", 0.3)
     hub.fail("commit", "stall", 1, value=2)
     said = []
 

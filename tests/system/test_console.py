@@ -25,7 +25,7 @@ sample: {prompt: "The", max_new_tokens: 2}
 
 NOISE = """\
 import atexit, ctypes, os, subprocess, sys, threading
-import hfgpt.config
+import hfgpt.config.loading
 load_config, libc, before = hfgpt.config.loading.load_config, ctypes.CDLL(None), sys.stdout
 
 def noisy(*words):

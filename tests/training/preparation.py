@@ -19,7 +19,7 @@ from hfgpt.config.schema import DataConfig
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import load_rows
 from hfgpt.data.python_docs import documents
-from hfgpt.data.rows import TokenRows, TokenStream
+from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.text import load_documents
 from hfgpt.data.tokenizer import train_tokenizer
 
@@ -90,7 +90,7 @@ def main() -> None:
             for _ in range(options.tokens // length // 1000):
                 writer.write_batch({"input_ids": list(rng.integers(0, 4096, (1000, length), dtype=np.int32))})
             writer.finalize()
-        stream, opening = timed(lambda: TokenStream(datasets.Dataset.from_file(str(place / "tokens.arrow"))))
+        stream, opening = timed(lambda: TokenArray(datasets.Dataset.from_file(str(place / "tokens.arrow"))))
         rows = TokenRows(stream, BLOCK, range(1, len(stream) - BLOCK, BLOCK))
         print(f"{4 * len(stream) / 1e9:.2f} GB of tokens opened in {opening:.3f} s, {len(rows):,} rows")
         chosen = rng.integers(0, len(rows), (200, 16)).tolist()

@@ -12,7 +12,7 @@ import torch
 
 from hfgpt.training.checkpoint import (
     Manifest,
-    Position,
+    TrainState,
     best_checkpoint,
     checkpoints,
     load_states,
@@ -36,7 +36,7 @@ def save(folder, step, optimizer, keep_last=5):
     def write_model(place):
         (place / "weights.bin").write_bytes(bytes(range(200)))
 
-    manifest = Manifest(Position(step=step, tokens=step * 10), {"tokenizer": "abc"})
+    manifest = Manifest(TrainState(step=step, tokens=step * 10), {"tokenizer": "abc"})
     return save_checkpoint(folder, manifest, write_model, {"optimizer": optimizer}, keep_last)
 
 
@@ -46,7 +46,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path, optimizer):
 
     load_states(checkpoint, {"optimizer": fresh})
 
-    assert verify_checkpoint(checkpoint) == Manifest(Position(step=3, tokens=30), {"tokenizer": "abc"})
+    assert verify_checkpoint(checkpoint) == Manifest(TrainState(step=3, tokens=30), {"tokenizer": "abc"})
     assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     assert fresh.param_groups[0]["lr"] == 0.1
 
@@ -135,7 +135,9 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, optimizer):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, Manifest(Position(step=2), {}), fill_the_disk, {"optimizer": optimizer}, keep_last=1)
+        save_checkpoint(
+            tmp_path, Manifest(TrainState(step=2), {}), fill_the_disk, {"optimizer": optimizer}, keep_last=1
+        )
 
     assert newest_checkpoint(tmp_path, warn=pytest.fail) == tmp_path / "checkpoint-1"
 
@@ -164,7 +166,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_nothing_half_done(tmp_p
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails instead of killing
-    manifest = Manifest(Position(step=2), {})
+    manifest = Manifest(TrainState(step=2), {})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(OSError, match=r"checkpoint-2 cannot be written.*File too large.*before it: checkpoint-1"):
@@ -179,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_nothing_half_done(tmp_p
 
 def test_the_best_checkpoint_is_kept_beside_the_last_ones(tmp_path, optimizer):
     for step, val_loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5), (5, 2.0)):
-        manifest = Manifest(Position(step=step), {}, val_loss)
+        manifest = Manifest(TrainState(step=step), {}, val_loss)
         save_checkpoint(tmp_path, manifest, lambda place: None, {"optimizer": optimizer}, keep_last=1)
 
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-2"]  # the first of two bests

@@ -49,7 +49,7 @@ def blind(monkeypatch):
     def blind():
         torch._dynamo.reset()
         for module in ("loop", "trainer"):
-            monkeypatch.setattr(f"hfgpt.{module}.check_compiled", lambda *_: None)
+            monkeypatch.setattr(f"hfgpt.training.{module}.check_compiled", lambda *_: None)
 
     return blind
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import LOOPS, metrics, run, run_to_step, training_lines
-from test_stopping import WITH_DROPOUT
+from test_signals import WITH_DROPOUT
 
 FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
 

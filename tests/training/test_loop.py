@@ -18,7 +18,7 @@ from hfgpt.evaluation.loss import score_batches
 from hfgpt.training.checkpoint import checkpoints
 from hfgpt.training.evaluate import score_split
 from hfgpt.training.recorder import Recorder
-from hfgpt.training.run import prepare_run
+from hfgpt.training.run import open_run
 from hfgpt.training.signals import StopRequest
 from hfgpt.training.train import train
 
@@ -45,7 +45,7 @@ def test_trainer_walks_the_same_path_to_the_last_bit(recipe, overrides):
 
 
 def test_micro_batches_of_the_tests_hold_unequal_numbers_of_targets(recipe):
-    prepared = prepare_run(load_config(recipe))
+    prepared = open_run(load_config(recipe))
 
     assert prepared is not None
     assert len(prepared.rows.train) % 4 > 0  # a short last micro-batch ...
@@ -387,14 +387,14 @@ def test_all_validation_rows_are_scored_at_the_end_even_if_training_has_fewer(re
     folder = run(recipe, "out", *files, "data.validation_fraction=0.1", "train.epochs=1", "optim.warmup_steps=1")
 
     results = json.loads((folder / "results.json").read_text())
-    rows = prepare_run(load_config(folder / "run.yaml", [f"output_dir={recipe.parent / 'new'}"])).rows
+    rows = open_run(load_config(folder / "run.yaml", [f"output_dir={recipe.parent / 'new'}"])).rows
     model = HFGPTForCausalLM.from_pretrained(folder)
     assert len(rows.validation) > len(rows.train)
     assert results["val_loss"] == score_batches(model, eval_loader(rows.validation, 4)).loss
 
 
 def test_an_evaluation_before_training_has_the_precision_of_the_run(recipe):
-    prepared = prepare_run(load_config(recipe, ["train.precision=bf16"]))
+    prepared = open_run(load_config(recipe, ["train.precision=bf16"]))
     with torch.autocast("cpu", torch.bfloat16):
         expected = score_batches(prepared.model, eval_loader(prepared.rows.validation, 4)).loss
 

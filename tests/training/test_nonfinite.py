@@ -21,8 +21,8 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import TrainConfig
 from hfgpt.training import run as run_module
-from hfgpt.training.checkpoint import Position, checkpoints
-from hfgpt.training.nonfinite import MOST_SKIPPED_IN_A_ROW, StepGuard, refuse_spoilt_weights
+from hfgpt.training.checkpoint import TrainState, checkpoints
+from hfgpt.training.nonfinite import MOST_SKIPPED_IN_A_ROW, NonFiniteGuard, check_finite_weights
 from hfgpt.training.recorder import Recorder
 
 SKIP = ["train.on_nonfinite=skip", "train.epochs=1", "train.save_every=1", "train.eval_every=1000"]
@@ -62,9 +62,9 @@ def third_step(recipe):
 
 def pick_step(recipe, number):
     from hfgpt.data.loaders import train_loader
-    from hfgpt.training.run import prepare_run
+    from hfgpt.training.run import open_run
 
-    prepared = prepare_run(load_config(recipe, [f"output_dir={recipe.parent / 'unused'}"]))
+    prepared = open_run(load_config(recipe, [f"output_dir={recipe.parent / 'unused'}"]))
     prepared.lock.release()
     ids = [batch["input_ids"] for batch in train_loader(prepared.rows.train, 4, seed=0)][number - 1]
     return lambda input_ids: torch.equal(input_ids, ids)
@@ -155,7 +155,7 @@ def test_too_many_in_a_row_stop_the_run_also_across_a_resume(recipe, poisoned, m
 
 def recorder_at(tmp_path, step):
     settings = {"max_new_tokens": 0, "temperature": 0.8, "top_k": 50}
-    return Recorder(tmp_path, 100, "The", settings, Position(step=step, tokens=step))
+    return Recorder(tmp_path, 100, "The", settings, TrainState(step=step, tokens=step))
 
 
 def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
@@ -203,11 +203,11 @@ def test_a_gradient_that_alone_is_not_finite_is_named(recipe, monkeypatch):
 
 def test_spoilt_weights_are_not_saved_as_the_model_either(tiny):
     model = HFGPTForCausalLM(HFGPTConfig(**{**tiny, **NO_DROPOUT}))
-    refuse_spoilt_weights(model, step=3)
+    check_finite_weights(model, step=3)
     model.model.norm.bias.data[3] = torch.inf
 
     with pytest.raises(FloatingPointError, match=r"the weights `model\.norm\.bias` are not finite at step 3"):
-        refuse_spoilt_weights(model, step=3)
+        check_finite_weights(model, step=3)
 
 
 def test_skipping_under_fp16_is_refused_because_its_scaler_does(recipe):
@@ -282,11 +282,11 @@ def test_a_model_of_which_one_weight_alone_is_trained_runs_on(recipe, change_mod
     ],
 )
 def test_steps_that_had_no_targets_or_were_skipped_by_a_scaler_count_for_nothing(tmp_path, precision, steps, stops):
-    guard = StepGuard(torch.nn.Linear(1, 1), TrainConfig(precision=precision), recorder_at(tmp_path, 0))
+    guard = NonFiniteGuard(torch.nn.Linear(1, 1), TrainConfig(precision=precision), recorder_at(tmp_path, 0))
 
     def walk():
         for number, (norm, targets) in enumerate(steps, start=1):
-            assert guard.allows(Position(step=number), torch.tensor(norm), [], torch.tensor(targets))
+            assert guard.should_step(TrainState(step=number), torch.tensor(norm), [], torch.tensor(targets))
 
     if not stops:
         walk()

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hfgpt.training import recorder as recorder_module
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.recorder import Recorder
 
 SETTINGS = {"max_new_tokens": 5, "temperature": 0.8, "top_k": 50}
@@ -14,7 +14,7 @@ SETTINGS = {"max_new_tokens": 5, "temperature": 0.8, "top_k": 50}
 
 @pytest.fixture
 def recorder(tmp_path):
-    made = Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=Position())
+    made = Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=TrainState())
     yield made
     made.close()
 
@@ -38,7 +38,7 @@ def test_the_time_of_a_run_is_that_of_all_its_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: now[0])
 
     def recorder(step, started_at):
-        return Recorder(tmp_path, 100, "The", SETTINGS, Position(step=step, tokens=step), started_at)
+        return Recorder(tmp_path, 100, "The", SETTINGS, TrainState(step=step, tokens=step), started_at)
 
     first = recorder(0, started_at=90.0)
     for second in (105.0, 110.0, 140.0):  # the last of them is killed before there is a checkpoint of it
@@ -90,7 +90,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(recorder, tmp_path):
         {"step": 5, "tokens": 50, "train_loss": 2.0, "val_loss": 2.0, "val_perplexity": 7.4}, "The end."
     )
 
-    Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=Position(step=3, tokens=30)).close()
+    Recorder(tmp_path, total_steps=100, prompt="The", settings=SETTINGS, start=TrainState(step=3, tokens=30)).close()
 
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert "The end." not in (tmp_path / "samples.md").read_text()
@@ -116,7 +116,7 @@ def test_on_a_terminal_of_any_width_the_bar_shows_the_step_and_the_time_left(tmp
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr("sys.stderr", terminal)
-    recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings=SETTINGS, start=Position())
+    recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings=SETTINGS, start=TrainState())
     for step in range(1, 4):
         recorder.training(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
     recorder.bar.refresh()

@@ -12,7 +12,7 @@ from hfgpt.cli import app
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.training.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
-from hfgpt.training.run import prepare_run
+from hfgpt.training.run import open_run
 from hfgpt.training.signals import RESUMABLE, SIGNALS, Stopped, StopRequest
 from hfgpt.training.train import train
 
@@ -117,7 +117,7 @@ def test_the_command_line_says_where_to_go_on_and_exits_with_75(recipe, monkeypa
 
 def test_a_second_run_in_the_same_folder_is_refused(recipe, cache):
     config = load_config(recipe)
-    held = prepare_run(config)
+    held = open_run(config)
     before = {path.name: path.read_bytes() for path in held.folder.iterdir()}
 
     with pytest.raises(ValueError, match=r"another process is writing into `output_dir`"):
@@ -130,8 +130,8 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, cache):
 
 def test_a_lock_does_not_outlive_its_process(recipe, cache):
     program = (
-        "import os, sys; from hfgpt.config.loading import load_config; from hfgpt.training.run import prepare_run\n"
-        "held = prepare_run(load_config(sys.argv[1])); os.kill(os.getpid(), 9)"
+        "import os, sys; from hfgpt.config.loading import load_config; from hfgpt.training.run import open_run\n"
+        "held = open_run(load_config(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
 

@@ -21,7 +21,7 @@ from hfgpt.training.startup_checks import (
 
 
 class Stream:
-    """Ids in memory, sliced as `TokenStream` slices those on the disk."""
+    """Ids in memory, sliced as `TokenArray` slices those on the disk."""
 
     def __init__(self, ids):
         self.ids = np.asarray(ids, dtype=np.int32)

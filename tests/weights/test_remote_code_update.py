@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hfgpt
 import hfgpt.weights.remote_code
 from hfgpt.evaluation.load_model import load_causal_lm
-from hfgpt.generation.generator import load_writer
+from hfgpt.generation.generator import load_generator
 from hfgpt.modeling_hfgpt import AUTO_CLASSES, AUTO_MAP
-from hfgpt.training.checkpoint import Manifest, Position, newest_checkpoint, save_checkpoint
+from hfgpt.training.checkpoint import Manifest, TrainState, newest_checkpoint, save_checkpoint
 from hfgpt.weights import load
 from hfgpt.weights.convert import convert
 from hfgpt.weights.remote_code import CodeUpdate, update_code
@@ -31,7 +31,7 @@ SHAPE = {"vocab_size": 320, "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_hea
 DOORS = {
     "weights.load": load,
     "causal_lm.load_causal_lm": lambda folder: load_causal_lm(str(folder)),
-    "generation.load_writer": lambda folder: load_writer(str(folder)),
+    "generation.load_generator": lambda folder: load_generator(str(folder)),
     "convert": lambda folder: convert(folder, folder.with_name("converted"), "gpt2"),
     "convert --verify": lambda folder: convert(folder, folder.with_name("converted"), "hfgpt", verify=True),
 }
@@ -175,7 +175,7 @@ def checkpoint(folder):
         shutil.copytree(folder, place, dirs_exist_ok=True)
         make_stale(place, "gpt.py", "modeling_hfgpt.py")
 
-    manifest = Manifest(Position(step=4, tokens=40), {"tokenizer": "abc"}, val_loss=5.5)
+    manifest = Manifest(TrainState(step=4, tokens=40), {"tokenizer": "abc"}, val_loss=5.5)
     parameter = torch.nn.Parameter(torch.ones(3))
     states = {"optimizer": torch.optim.AdamW([parameter])}
     return save_checkpoint(folder.parent / "run", manifest, write_model, states, keep_last=1)

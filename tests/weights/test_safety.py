@@ -13,7 +13,7 @@ import torch
 from foreign import Canary, from_scratch, llmc_bytes, save_nanogpt
 from safetensors.torch import load_file, save_file
 
-from hfgpt.training.checkpoint import Manifest, Position, save_checkpoint
+from hfgpt.training.checkpoint import Manifest, TrainState, save_checkpoint
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
 from hfgpt.weights.formats import openai
@@ -131,7 +131,7 @@ def test_settings_that_are_no_json_object_are_refused(make_source, form, content
 
 def test_a_changed_file_of_a_checkpoint_is_seen_by_its_manifest(make_source, tmp_path):
     model = load(make_source("hfgpt"))
-    checkpoint = save_checkpoint(tmp_path / "run", Manifest(Position(step=1), {}), model.save_pretrained, {}, 1)
+    checkpoint = save_checkpoint(tmp_path / "run", Manifest(TrainState(step=1), {}), model.save_pretrained, {}, 1)
     convert(checkpoint, tmp_path / "out", "hfgpt")
     config, weights = checkpoint / "config.json", checkpoint / "model.safetensors"
     intact = config.read_bytes(), weights.read_bytes()
@@ -232,7 +232,7 @@ def test_an_archive_written_again_is_read(make_source):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({3: torch.ones(2)}, "3: a Stored, where named tensors were to be expected"),
+        ({3: torch.ones(2)}, "3: a LazyTensor, where named tensors were to be expected"),
         ({"step": 7}, "'step': a int, where named tensors were to be expected"),
         # torch 2.15 refuses it itself, in its own words.
         ({"transformer.wpe.weight": torch.eye(64, 32).to_sparse()}, "a tensor that is sparse|not allocated yet"),

@@ -11,7 +11,7 @@ PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 """How GPT-2 splits a text before it joins bytes."""
 
 
-def take_apart(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], list[str]]:
+def split_model(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], list[str]]:
     """The vocabulary, special tokens among it, and the merges ("a b"), which say all of such a tokenizer.
 
     Raises:
@@ -33,7 +33,7 @@ def take_apart(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], list
     return tokenizer.get_vocab(), [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
 
 
-def put_together(vocabulary: Path, merges: Path, longest: int) -> PreTrainedTokenizerFast:
+def join_model(vocabulary: Path, merges: Path, longest: int) -> PreTrainedTokenizerFast:
     """The tokenizer of OpenAI's files.
 
     Args:

@@ -12,21 +12,21 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe
-from hfgpt.weights.model_parts import Parts
-from hfgpt.weights.table import QKV, Entry, Step, expand, settings_of, walk_out
+from hfgpt.weights.model_parts import ModelParts
+from hfgpt.weights.table import QKV, Change, TensorMapping, check_config_supported, expand, walk_out
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 WHOLE_MODEL = (
-    Entry("token_embd.weight", ("embed_tokens.weight",)),
-    Entry("position_embd.weight", ("embed_positions.weight",)),
-    Entry("output_norm.weight", ("norm.weight",)),
-    Entry("output_norm.bias", ("norm.bias",)),
+    TensorMapping("token_embd.weight", ("embed_tokens.weight",)),
+    TensorMapping("position_embd.weight", ("embed_positions.weight",)),
+    TensorMapping("output_norm.weight", ("norm.weight",)),
+    TensorMapping("output_norm.bias", ("norm.bias",)),
 )
 
 EACH_BLOCK = tuple(
-    Entry(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours))
+    TensorMapping(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours))
     for theirs, ours in (
         ("attn_norm", ("input_layernorm",)),
         ("attn_qkv", QKV),
@@ -38,18 +38,18 @@ EACH_BLOCK = tuple(
     for kind in ("weight", "bias")
 )
 
-HEAD = Entry("output.weight", ("lm_head.weight",))
+HEAD = TensorMapping("output.weight", ("lm_head.weight",))
 
 QUANTIZATIONS = {"fp32": "F32", "fp16": "F16", "q8_0": "Q8_0"}
 """What the matrices may be stored as; vectors and positions stay in fp32, as llama.cpp itself keeps them."""
 
 
-def table(num_layers: int, tied: bool) -> list[Entry]:
+def table(num_layers: int, tied: bool) -> list[TensorMapping]:
     rows = expand(WHOLE_MODEL, EACH_BLOCK, "blk.{layer}.", num_layers)
     return rows if tied else [*rows, HEAD]
 
 
-def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantization: str) -> list[Step]:
+def write(parts: ModelParts, file: Path, tokenizer: PreTrainedTokenizerFast, quantization: str) -> list[Change]:
     """Write a model with its tokenizer for llama.cpp.
 
     Args:
@@ -66,7 +66,7 @@ def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantiza
     except ImportError as error:
         raise ValueError(needs("GGUF", "gguf")) from error
     config = parts.config
-    settings_of(config, activation_function="gelu_new")
+    check_config_supported(config, activation_function="gelu_new")
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`--dtype` must be one of {list(QUANTIZATIONS)} for gguf, got {quantization!r}.")
     kind = gguf.GGMLQuantizationType[QUANTIZATIONS[quantization]]
@@ -92,7 +92,7 @@ def write(parts: Parts, file: Path, tokenizer: PreTrainedTokenizerFast, quantiza
             is_exact = is_exact and array.dtype == np.float16 and np.array_equal(before, array)
         if not is_exact:
             stored_as = quantization if is_small else "fp32"
-            steps[place] = Step(step.name, step.shape, f"{step.action}, rounded to {stored_as}", is_exact=False)
+            steps[place] = Change(step.name, step.shape, f"{step.action}, rounded to {stored_as}", is_exact=False)
         writer.add_tensor(step.name, array, raw_dtype=kind if is_small else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -122,7 +122,7 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, voca
     """Write tokens, their kinds, and merges; rows of the embedding without a token get a name that no text has."""
     from gguf import TokenType
 
-    vocabulary, merges = bpe.take_apart(tokenizer)
+    vocabulary, merges = bpe.split_model(tokenizer)
     names = {token_id: token for token, token_id in vocabulary.items()}
     kinds = dict.fromkeys(names, TokenType.NORMAL)
     for token_id, token in tokenizer.added_tokens_decoder.items():  # what is kept whole

@@ -14,33 +14,33 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.weights.model_parts import Parts, take_apart
-from hfgpt.weights.table import QKV, Entry, Step, expand, walk_out
+from hfgpt.weights.model_parts import ModelParts, split_model
+from hfgpt.weights.table import QKV, Change, TensorMapping, expand, walk_out
 
 WHOLE_MODEL = (
-    Entry("wte.weight", ("embed_tokens.weight",)),
-    Entry("wpe.weight", ("embed_positions.weight",)),
-    Entry("ln_f.weight", ("norm.weight",)),
-    Entry("ln_f.bias", ("norm.bias",)),
+    TensorMapping("wte.weight", ("embed_tokens.weight",)),
+    TensorMapping("wpe.weight", ("embed_positions.weight",)),
+    TensorMapping("ln_f.weight", ("norm.weight",)),
+    TensorMapping("ln_f.bias", ("norm.bias",)),
 )
 
 EACH_BLOCK = (
-    Entry("ln_1.weight", ("input_layernorm.weight",)),
-    Entry("ln_1.bias", ("input_layernorm.bias",)),
-    Entry("attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV), transposed=True),
-    Entry("attn.c_attn.bias", tuple(f"{name}.bias" for name in QKV)),
-    Entry("attn.c_proj.weight", ("self_attn.o_proj.weight",), transposed=True),
-    Entry("attn.c_proj.bias", ("self_attn.o_proj.bias",)),
-    Entry("ln_2.weight", ("post_attention_layernorm.weight",)),
-    Entry("ln_2.bias", ("post_attention_layernorm.bias",)),
-    Entry("mlp.c_fc.weight", ("mlp.up_proj.weight",), transposed=True),
-    Entry("mlp.c_fc.bias", ("mlp.up_proj.bias",)),
-    Entry("mlp.c_proj.weight", ("mlp.down_proj.weight",), transposed=True),
-    Entry("mlp.c_proj.bias", ("mlp.down_proj.bias",)),
+    TensorMapping("ln_1.weight", ("input_layernorm.weight",)),
+    TensorMapping("ln_1.bias", ("input_layernorm.bias",)),
+    TensorMapping("attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV), transposed=True),
+    TensorMapping("attn.c_attn.bias", tuple(f"{name}.bias" for name in QKV)),
+    TensorMapping("attn.c_proj.weight", ("self_attn.o_proj.weight",), transposed=True),
+    TensorMapping("attn.c_proj.bias", ("self_attn.o_proj.bias",)),
+    TensorMapping("ln_2.weight", ("post_attention_layernorm.weight",)),
+    TensorMapping("ln_2.bias", ("post_attention_layernorm.bias",)),
+    TensorMapping("mlp.c_fc.weight", ("mlp.up_proj.weight",), transposed=True),
+    TensorMapping("mlp.c_fc.bias", ("mlp.up_proj.bias",)),
+    TensorMapping("mlp.c_proj.weight", ("mlp.down_proj.weight",), transposed=True),
+    TensorMapping("mlp.c_proj.bias", ("mlp.down_proj.bias",)),
 )
 
 
-def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[Entry]:
+def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[TensorMapping]:
     """The table for a whole `ForCausalLM` model, with full names.
 
     Args:
@@ -48,9 +48,9 @@ def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[E
         tied: whether the output layer is the token embedding; if not, it is an entry of its own.
         prefix: of every name; files of a model without a head have none.
     """
-    whole = [Entry(prefix + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
+    whole = [TensorMapping(prefix + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
     rows = expand(whole, EACH_BLOCK, prefix + "h.{layer}.", num_layers)
-    return rows if tied else [*rows, Entry("lm_head.weight", ("lm_head.weight",))]
+    return rows if tied else [*rows, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
 def import_mapping() -> list[WeightRenaming | WeightConverter]:
@@ -120,12 +120,12 @@ def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
 
     The tensors are copies: training the one does not change the other.
     """
-    gpt2, _ = from_parts(take_apart(model))
+    gpt2, _ = from_parts(split_model(model))
     gpt2.config._attn_implementation = model.config._attn_implementation
     return gpt2.train(model.training)
 
 
-def from_parts(parts: Parts) -> tuple[GPT2LMHeadModel, list[Step]]:
+def from_parts(parts: ModelParts) -> tuple[GPT2LMHeadModel, list[Change]]:
     """Make transformers' GPT-2 of a model's parts, which are used up, and say what was done to each tensor."""
     config = to_gpt2_config(parts.config)
     # Who gave the model a head of its own without saying so in the config must not lose it.
@@ -141,7 +141,7 @@ def from_parts(parts: Parts) -> tuple[GPT2LMHeadModel, list[Step]]:
     return gpt2, steps
 
 
-def write(parts: Parts, folder: Path) -> list[Step]:
+def write(parts: ModelParts, folder: Path) -> list[Change]:
     """Save as a plain GPT-2 folder, for tools that know GPT-2 and run no code from elsewhere."""
     gpt2, steps = from_parts(parts)
     gpt2.save_pretrained(folder)

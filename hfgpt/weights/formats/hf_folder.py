@@ -24,10 +24,10 @@ from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
 from hfgpt.system.network import limit_waiting
 from hfgpt.system.storage import MANIFEST, check_files
 from hfgpt.weights.formats import gpt2
-from hfgpt.weights.lazy_tensors import Stored, in_pickle, in_safetensors
-from hfgpt.weights.model_parts import Checkpoint, Parts, empty_model, put_together
+from hfgpt.weights.lazy_tensors import LazyTensor, in_pickle, in_safetensors
+from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model, join_model
 from hfgpt.weights.remote_code import warn_of_other_code
-from hfgpt.weights.table import Entry, Step, drop_tied_head, refuse_missing_blocks, tensors_in
+from hfgpt.weights.table import Change, TensorMapping, check_num_blocks, drop_tied_head, tensors_in
 
 OTHER_HEADS = HEADS - {"lm_head"} | {
     "classifier",
@@ -35,7 +35,7 @@ OTHER_HEADS = HEADS - {"lm_head"} | {
 }  # of models that classify, hfgpt's and GPT-2's
 
 
-def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
+def read_folder(source: str | Path) -> tuple[str, SourceModel]:
     """Read a folder or Hub repository: "hfgpt" or "gpt2", and its tensors, which stay on the disk until they are used.
 
     Raises:
@@ -55,13 +55,13 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
     if Path(source).is_dir():  # of a repository on the Hub only the weights are fetched here, not its code
         warn_of_other_code(Path(source))
     tensors = read_files(files)
-    refuse_missing_blocks(config, tensors)
+    check_num_blocks(config, tensors)
     is_gpt2 = config.model_type == GPT2_SOURCE
     config.__dict__.pop("model_type", None)
     prefix = "transformer." if is_gpt2 else "model."
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""  # saved without a head, as GPT-2's own files on the Hub are
-    steps: list[Step] = []
+    steps: list[Change] = []
     if config.tie_word_embeddings:
         embedding = prefix + ("wte.weight" if is_gpt2 else "embed_tokens.weight")
         is_tied, steps = drop_tied_head(tensors, "lm_head.weight", embedding)
@@ -79,7 +79,7 @@ def read_folder(source: str | Path) -> tuple[str, Checkpoint]:
     def logits(ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return logits_of_transformers(source, ids_BT, dtype) if is_gpt2 else logits_of_hfgpt(source, ids_BT, dtype)
 
-    return "gpt2" if is_gpt2 else "hfgpt", Checkpoint(
+    return "gpt2" if is_gpt2 else "hfgpt", SourceModel(
         tensors, config, table, logits, dropped=dropped, steps=steps, notes=ignored, generation=generation_of(source)
     )
 
@@ -88,7 +88,7 @@ def holds(content: Mapping[Any, Any]) -> bool:
     """Whether a file of these tensors is one of such a folder, and says nothing of their config."""
     matrices = [content[name] for name in content if str(name).endswith("h.0.attn.c_attn.weight")]
     is_gpt2 = any(
-        tuple(each.shape[1:]) == (3 * each.shape[0],) for each in matrices if isinstance(each, Stored | Tensor)
+        tuple(each.shape[1:]) == (3 * each.shape[0],) for each in matrices if isinstance(each, LazyTensor | Tensor)
     )
     return is_gpt2 or any(str(name).endswith("embed_tokens.weight") for name in content)
 
@@ -113,13 +113,13 @@ def check_manifest(source: str | Path) -> None:
         check_files(folder, [*others, *(file.name for file in weight_files(source))])
 
 
-def read_files(files: list[Path]) -> dict[str, Stored | Tensor]:
+def read_files(files: list[Path]) -> dict[str, LazyTensor | Tensor]:
     """The tensors of all files together.
 
     Raises:
         ValueError: a file is damaged, or two of them have the same tensor: which one is meant, nobody knows.
     """
-    tensors: dict[str, Stored | Tensor] = {}
+    tensors: dict[str, LazyTensor | Tensor] = {}
     for file in files:
         found: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, [])
         if not isinstance(found, dict):
@@ -196,11 +196,11 @@ def generation_of(source: str | Path) -> GenerationConfig | None:
         raise ValueError(f"{source}/{GENERATION_CONFIG_NAME}: no settings of generation: {reason}") from error
 
 
-def own_names(config: HFGPTConfig, prefix: str) -> list[Entry]:
+def own_names(config: HFGPTConfig, prefix: str) -> list[TensorMapping]:
     """The table of hfgpt's own files, which changes nothing."""
     names = empty_model(config).state_dict()
-    table = [Entry(prefix + name.removeprefix("model."), (name,)) for name in names if name != "lm_head.weight"]
-    return table if config.tie_word_embeddings else [*table, Entry("lm_head.weight", ("lm_head.weight",))]
+    table = [TensorMapping(prefix + name.removeprefix("model."), (name,)) for name in names if name != "lm_head.weight"]
+    return table if config.tie_word_embeddings else [*table, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
 @torch.no_grad()
@@ -215,8 +215,8 @@ def logits_of_hfgpt(source: str | Path, ids_BT: Tensor, dtype: torch.dtype) -> T
     return HFGPTForCausalLM.from_pretrained(source, dtype=dtype).eval()(ids_BT).logits
 
 
-def write(parts: Parts, folder: Path) -> list[Step]:
+def write(parts: ModelParts, folder: Path) -> list[Change]:
     """Save in hfgpt's own layout, with the code that runs it."""
-    steps = [Step(name, tuple(tensor.shape), "copied") for name, tensor in parts.tensors.items()]
-    put_together(parts).save_pretrained(folder)
+    steps = [Change(name, tuple(tensor.shape), "copied") for name, tensor in parts.tensors.items()]
+    join_model(parts).save_pretrained(folder)
     return steps

@@ -19,9 +19,18 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.formats import reference_forward
-from hfgpt.weights.lazy_tensors import Stored
-from hfgpt.weights.model_parts import Checkpoint, Parts, empty_model
-from hfgpt.weights.table import QKV, Entry, Step, expand, refuse_other_inner_width, settings_of, walk_in, walk_out
+from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model
+from hfgpt.weights.table import (
+    QKV,
+    Change,
+    TensorMapping,
+    check_config_supported,
+    check_inner_width,
+    expand,
+    walk_in,
+    walk_out,
+)
 
 MAGIC = 20240326
 DEBUG_MAGIC, DEBUG_VERSION = 20240327, 2
@@ -30,29 +39,29 @@ HEADER_BYTES = 256 * 4
 PADDED_TO = 128  # the vocabulary, for the sake of llm.c's kernels
 
 WHOLE_MODEL = (
-    Entry("wte", ("embed_tokens.weight",)),
-    Entry("wpe", ("embed_positions.weight",)),
-    Entry("lnfw", ("norm.weight",)),
-    Entry("lnfb", ("norm.bias",)),
+    TensorMapping("wte", ("embed_tokens.weight",)),
+    TensorMapping("wpe", ("embed_positions.weight",)),
+    TensorMapping("lnfw", ("norm.weight",)),
+    TensorMapping("lnfb", ("norm.bias",)),
 )
 
 EACH_BLOCK = (
-    Entry("ln1w", ("input_layernorm.weight",)),
-    Entry("ln1b", ("input_layernorm.bias",)),
-    Entry("qkvw", tuple(f"{name}.weight" for name in QKV)),
-    Entry("qkvb", tuple(f"{name}.bias" for name in QKV)),
-    Entry("attprojw", ("self_attn.o_proj.weight",)),
-    Entry("attprojb", ("self_attn.o_proj.bias",)),
-    Entry("ln2w", ("post_attention_layernorm.weight",)),
-    Entry("ln2b", ("post_attention_layernorm.bias",)),
-    Entry("fcw", ("mlp.up_proj.weight",)),
-    Entry("fcb", ("mlp.up_proj.bias",)),
-    Entry("fcprojw", ("mlp.down_proj.weight",)),
-    Entry("fcprojb", ("mlp.down_proj.bias",)),
+    TensorMapping("ln1w", ("input_layernorm.weight",)),
+    TensorMapping("ln1b", ("input_layernorm.bias",)),
+    TensorMapping("qkvw", tuple(f"{name}.weight" for name in QKV)),
+    TensorMapping("qkvb", tuple(f"{name}.bias" for name in QKV)),
+    TensorMapping("attprojw", ("self_attn.o_proj.weight",)),
+    TensorMapping("attprojb", ("self_attn.o_proj.bias",)),
+    TensorMapping("ln2w", ("post_attention_layernorm.weight",)),
+    TensorMapping("ln2b", ("post_attention_layernorm.bias",)),
+    TensorMapping("fcw", ("mlp.up_proj.weight",)),
+    TensorMapping("fcb", ("mlp.up_proj.bias",)),
+    TensorMapping("fcprojw", ("mlp.down_proj.weight",)),
+    TensorMapping("fcprojb", ("mlp.down_proj.bias",)),
 )
 
 
-def table(num_layers: int) -> list[Entry]:
+def table(num_layers: int) -> list[TensorMapping]:
     return expand(WHOLE_MODEL, EACH_BLOCK, "{layer}.", num_layers)
 
 
@@ -85,7 +94,7 @@ def recognises(file: Path) -> bool:
         return stream.read(4) in (MAGIC.to_bytes(4, "little"), MAGIC.to_bytes(4, "big"))
 
 
-def read(file: Path) -> Checkpoint:
+def read(file: Path) -> SourceModel:
     """Read a model file; the tensors stay on the disk until they are used.
 
     Raises:
@@ -102,11 +111,13 @@ def read(file: Path) -> Checkpoint:
     tensors = places(file, HEADER_BYTES, shapes, dtype)
     steps = []
     if padded > vocab_size:
-        padding = Stored(file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype)
+        padding = LazyTensor(
+            file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype
+        )
         if padding.read().any():
             raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
-        steps.append(Step("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
-        tensors["wte"] = Stored(file, tensors["wte"].offset, (vocab_size, width), dtype)
+        steps.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
+        tensors["wte"] = LazyTensor(file, tensors["wte"].offset, (vocab_size, width), dtype)
     config = HFGPTConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -115,7 +126,7 @@ def read(file: Path) -> Checkpoint:
         num_attention_heads=heads,
         dtype=dtype,
     )
-    return Checkpoint(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), steps=steps)
+    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), steps=steps)
 
 
 def header_of(file: Path, magic: int, what: str) -> list[int]:
@@ -134,7 +145,7 @@ def header_of(file: Path, magic: int, what: str) -> list[int]:
     return header
 
 
-def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Stored]:
+def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Where every tensor lies from byte `start` to the end of the file, those of blocks one by one.
 
     Raises:
@@ -145,16 +156,16 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
     if size != expected:  # first of all: a header may speak of billions of blocks
         raise ValueError(f"{file}: {size} bytes, by its header it should have {expected}.")
     in_blocks = {row.foreign for row in EACH_BLOCK}
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, shape in shapes.items():
         parts = [(f"{layer}.{name}", shape[1:]) for layer in range(shape[0])] if name in in_blocks else [(name, shape)]
         for key, part in parts:
-            tensors[key] = Stored(file, start, part, dtype)
+            tensors[key] = LazyTensor(file, start, part, dtype)
             start += prod(part) * dtype.itemsize
     return tensors
 
 
-def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+def logits(tensors: dict[str, LazyTensor], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """The own forward pass of llm.c: (B, T) to (B, T, V)."""
     weight = reference_forward.reader(tensors, dtype)
 
@@ -173,13 +184,13 @@ def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, 
     return norm(x, "lnf") @ wte.T
 
 
-def write(parts: Parts, file: Path) -> list[Step]:
+def write(parts: ModelParts, file: Path) -> list[Change]:
     """Write a model file: version 5 of a bf16 model, version 3 of one in fp32.
 
     Raises:
         ValueError: another dtype, activation or inner width than llm.c has, or an untied output layer.
     """
-    refuse_other_models(parts.config)
+    check_model_kind(parts.config)
     versions = {dtype: version for version, dtype in DTYPES.items()}
     if parts.dtype not in versions:
         raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
@@ -188,7 +199,7 @@ def write(parts: Parts, file: Path) -> list[Step]:
     tensors, steps = walk_out(table(layers), parts.tensors)
     if padding:
         shape = (config.vocab_size + padding, config.hidden_size)
-        steps.append(Step("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
+        steps.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
     header = (
         MAGIC,
         version,
@@ -205,16 +216,16 @@ def write(parts: Parts, file: Path) -> list[Step]:
     return steps
 
 
-def refuse_other_models(config: HFGPTConfig) -> None:
+def check_model_kind(config: HFGPTConfig) -> None:
     """Refuse what llm.c's GPT-2 is not.
 
     Raises:
         ValueError: naming the setting.
     """
-    settings_of(
+    check_config_supported(
         config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
     )
-    refuse_other_inner_width(config)
+    check_inner_width(config)
 
 
 def header_bytes(*values: int) -> bytes:
@@ -274,7 +285,7 @@ def write_debug_state(model: HFGPTForCausalLM, file: Path, ids_BT: Tensor, targe
     Raises:
         ValueError: another activation or inner width than llm.c has, or an untied output layer.
     """
-    refuse_other_models(model.config)
+    check_model_kind(model.config)
     state = make_debug_state(model, ids_BT, targets_BT)
     gradients, _ = walk_out(table(model.config.num_hidden_layers), dict(state.gradients))
     with file.open("wb") as stream:
@@ -299,13 +310,13 @@ def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
     start = HEADER_BYTES
     batches = []
     for part, dtype in ((shape, torch.int32), (shape, torch.int32), ((*shape, vocab_size), torch.float32)):
-        batches.append(Stored(file, start, part, dtype))
+        batches.append(LazyTensor(file, start, part, dtype))
         start += prod(part) * dtype.itemsize
-    loss = Stored(file, start, (), torch.float32)
+    loss = LazyTensor(file, start, (), torch.float32)
     padded = vocab_size + -vocab_size % PADDED_TO
     shapes = shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers)
     gradients = places(file, start + 4, shapes, torch.float32)
-    gradients["wte"] = Stored(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
+    gradients["wte"] = LazyTensor(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
     shapes_here = {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
     named, _ = walk_in(table(layers), gradients, shapes_here)
     ids, targets, expected = (each.read() for each in batches)

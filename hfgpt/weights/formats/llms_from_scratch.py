@@ -16,53 +16,53 @@ from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.formats import reference_forward
-from hfgpt.weights.lazy_tensors import Stored
-from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.model_parts import ModelParts, SourceModel
 from hfgpt.weights.table import (
     QKV,
-    Entry,
-    Step,
+    Change,
+    TensorMapping,
+    check_config_supported,
+    check_inner_width,
     drop_tied_head,
     expand,
     heads_of,
     names_in,
-    refuse_other_inner_width,
-    settings_of,
     shape_of,
     tensors_in,
     walk_out,
 )
 
 EMBEDDINGS = (
-    Entry("tok_emb.weight", ("embed_tokens.weight",)),
-    Entry("pos_emb.weight", ("embed_positions.weight",)),
+    TensorMapping("tok_emb.weight", ("embed_tokens.weight",)),
+    TensorMapping("pos_emb.weight", ("embed_positions.weight",)),
 )
 
 MLP = (
-    Entry("ff.layers.0.weight", ("mlp.up_proj.weight",)),
-    Entry("ff.layers.0.bias", ("mlp.up_proj.bias",)),
-    Entry("ff.layers.2.weight", ("mlp.down_proj.weight",)),
-    Entry("ff.layers.2.bias", ("mlp.down_proj.bias",)),
+    TensorMapping("ff.layers.0.weight", ("mlp.up_proj.weight",)),
+    TensorMapping("ff.layers.0.bias", ("mlp.up_proj.bias",)),
+    TensorMapping("ff.layers.2.weight", ("mlp.down_proj.weight",)),
+    TensorMapping("ff.layers.2.bias", ("mlp.down_proj.bias",)),
 )
 
-HEAD = Entry("out_head.weight", ("lm_head.weight",))
+HEAD = TensorMapping("out_head.weight", ("lm_head.weight",))
 
 
-def norm(name: str, hfgpt: str, gain: str, shift: str) -> tuple[Entry, Entry]:
-    return Entry(f"{name}.{gain}", (f"{hfgpt}.weight",)), Entry(f"{name}.{shift}", (f"{hfgpt}.bias",))
+def norm(name: str, hfgpt: str, gain: str, shift: str) -> tuple[TensorMapping, TensorMapping]:
+    return TensorMapping(f"{name}.{gain}", (f"{hfgpt}.weight",)), TensorMapping(f"{name}.{shift}", (f"{hfgpt}.bias",))
 
 
-def table(num_layers: int, tied: bool, fast: bool) -> list[Entry]:
+def table(num_layers: int, tied: bool, fast: bool) -> list[TensorMapping]:
     """The table of `GPTModel`, or of `GPTModelFast`, which joins q, k and v and has torch's own LayerNorm."""
     gain, shift = ("weight", "bias") if fast else ("scale", "shift")
     if fast:
         attention = [
-            Entry("att.qkv.weight", tuple(f"{name}.weight" for name in QKV)),
-            Entry("att.qkv.bias", tuple(f"{name}.bias" for name in QKV), is_optional=True),
+            TensorMapping("att.qkv.weight", tuple(f"{name}.weight" for name in QKV)),
+            TensorMapping("att.qkv.bias", tuple(f"{name}.bias" for name in QKV), is_optional=True),
         ]
     else:
         attention = [
-            Entry(f"att.{theirs}.{kind}", (f"{ours}.{kind}",), is_optional=kind == "bias")
+            TensorMapping(f"att.{theirs}.{kind}", (f"{ours}.{kind}",), is_optional=kind == "bias")
             for theirs, ours in zip(("W_query", "W_key", "W_value"), QKV, strict=True)
             for kind in ("weight", "bias")
         ]
@@ -70,8 +70,8 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[Entry]:
     block = [
         *norm("norm1", "input_layernorm", gain, shift),
         *attention,
-        Entry(f"{out}.weight", ("self_attn.o_proj.weight",)),
-        Entry(f"{out}.bias", ("self_attn.o_proj.bias",)),
+        TensorMapping(f"{out}.weight", ("self_attn.o_proj.weight",)),
+        TensorMapping(f"{out}.bias", ("self_attn.o_proj.bias",)),
         *norm("norm2", "post_attention_layernorm", gain, shift),
         *MLP,
     ]
@@ -85,7 +85,7 @@ def recognises(content: dict[Any, Any]) -> bool:
     return "tok_emb.weight" in names_in(content, "model_state_dict")
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> Checkpoint:
+def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
     """Understand a file's content.
 
     Args:
@@ -112,7 +112,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         activation_function=activation or "gelu_new",
         tie_word_embeddings=is_tied,
     )
-    return Checkpoint(
+    return SourceModel(
         tensors,
         config,
         table(num_layers, is_tied, is_fast),
@@ -124,7 +124,12 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
 
 
 def logits(
-    tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
+    tensors: dict[str, LazyTensor | Tensor],
+    layers: int,
+    heads: int,
+    activation: str,
+    ids_BT: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The own forward pass of `GPTModel` and `GPTModelFast`: (B, T) to (B, T, V)."""
     weight = reference_forward.reader(tensors, dtype)
@@ -153,24 +158,24 @@ def logits(
     return norm(x, "final_norm") @ head.T
 
 
-def write(parts: Parts, file: Path) -> list[Step]:
+def write(parts: ModelParts, file: Path) -> list[Change]:
     """Write the state dict of a `GPTModel` with `qkv_bias=True`, as .safetensors if the file is called so.
 
     Raises:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
-    settings_of(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
-    refuse_other_inner_width(config)
+    check_config_supported(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
+    check_inner_width(config)
     converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
-        steps.append(Step("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))
+        steps.append(Change("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))
     positions = config.max_position_embeddings
     for layer in range(config.num_hidden_layers):
         name = f"trf_blocks.{layer}.att.mask"
         converted[name] = torch.ones(positions, positions).triu(diagonal=1)
-        steps.append(Step(name, (positions, positions), "made: the causal mask, a buffer there"))
+        steps.append(Change(name, (positions, positions), "made: the causal mask, a buffer there"))
     if file.suffix == ".safetensors":
         save_file(converted, file, metadata={"format": "pt"})
     else:

@@ -19,46 +19,46 @@ from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.formats import reference_forward
-from hfgpt.weights.lazy_tensors import Stored
-from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.model_parts import ModelParts, SourceModel
 from hfgpt.weights.table import (
     QKV,
-    Entry,
-    Step,
+    Change,
+    TensorMapping,
+    check_config_supported,
+    check_inner_width,
     drop_tied_head,
     expand,
     heads_of,
     names_in,
-    refuse_other_inner_width,
-    settings_of,
     shape_of,
     tensors_in,
     walk_out,
 )
 
 WHOLE_MODEL = (
-    Entry("transformer.wte.weight", ("embed_tokens.weight",)),
-    Entry("transformer.wpe.weight", ("embed_positions.weight",)),
-    Entry("transformer.ln_f.weight", ("norm.weight",)),
-    Entry("transformer.ln_f.bias", ("norm.bias",), is_optional=True),
+    TensorMapping("transformer.wte.weight", ("embed_tokens.weight",)),
+    TensorMapping("transformer.wpe.weight", ("embed_positions.weight",)),
+    TensorMapping("transformer.ln_f.weight", ("norm.weight",)),
+    TensorMapping("transformer.ln_f.bias", ("norm.bias",), is_optional=True),
 )
 
 EACH_BLOCK = (
-    Entry("ln_1.weight", ("input_layernorm.weight",)),
-    Entry("ln_1.bias", ("input_layernorm.bias",), is_optional=True),
-    Entry("attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV)),
-    Entry("attn.c_attn.bias", tuple(f"{name}.bias" for name in QKV), is_optional=True),
-    Entry("attn.c_proj.weight", ("self_attn.o_proj.weight",)),
-    Entry("attn.c_proj.bias", ("self_attn.o_proj.bias",), is_optional=True),
-    Entry("ln_2.weight", ("post_attention_layernorm.weight",)),
-    Entry("ln_2.bias", ("post_attention_layernorm.bias",), is_optional=True),
-    Entry("mlp.c_fc.weight", ("mlp.up_proj.weight",)),
-    Entry("mlp.c_fc.bias", ("mlp.up_proj.bias",), is_optional=True),
-    Entry("mlp.c_proj.weight", ("mlp.down_proj.weight",)),
-    Entry("mlp.c_proj.bias", ("mlp.down_proj.bias",), is_optional=True),
+    TensorMapping("ln_1.weight", ("input_layernorm.weight",)),
+    TensorMapping("ln_1.bias", ("input_layernorm.bias",), is_optional=True),
+    TensorMapping("attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV)),
+    TensorMapping("attn.c_attn.bias", tuple(f"{name}.bias" for name in QKV), is_optional=True),
+    TensorMapping("attn.c_proj.weight", ("self_attn.o_proj.weight",)),
+    TensorMapping("attn.c_proj.bias", ("self_attn.o_proj.bias",), is_optional=True),
+    TensorMapping("ln_2.weight", ("post_attention_layernorm.weight",)),
+    TensorMapping("ln_2.bias", ("post_attention_layernorm.bias",), is_optional=True),
+    TensorMapping("mlp.c_fc.weight", ("mlp.up_proj.weight",)),
+    TensorMapping("mlp.c_fc.bias", ("mlp.up_proj.bias",), is_optional=True),
+    TensorMapping("mlp.c_proj.weight", ("mlp.down_proj.weight",)),
+    TensorMapping("mlp.c_proj.bias", ("mlp.down_proj.bias",), is_optional=True),
 )
 
-HEAD = Entry("lm_head.weight", ("lm_head.weight",))
+HEAD = TensorMapping("lm_head.weight", ("lm_head.weight",))
 
 META = "meta.pkl"
 """Where nanoGPT's character-level data sets keep their vocabulary."""
@@ -69,7 +69,7 @@ SETTINGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "
 PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
 
 
-def table(num_layers: int, tied: bool) -> list[Entry]:
+def table(num_layers: int, tied: bool) -> list[TensorMapping]:
     rows = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
     return rows if tied else [*rows, HEAD]
 
@@ -79,7 +79,7 @@ def recognises(content: dict[Any, Any]) -> bool:
     return any(name.endswith("transformer.wte.weight") for name in names_in(content, "model"))
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> Checkpoint:
+def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
     """Understand what `torch.load` gave.
 
     Args:
@@ -122,7 +122,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         resid_pdrop=dropout,
         tie_word_embeddings=is_tied,
     )
-    return Checkpoint(
+    return SourceModel(
         tensors,
         config,
         table(num_layers, is_tied),
@@ -175,7 +175,12 @@ def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | Non
 
 
 def logits(
-    tensors: dict[str, Stored | Tensor], layers: int, heads: int, activation: str, ids_BT: Tensor, dtype: torch.dtype
+    tensors: dict[str, LazyTensor | Tensor],
+    layers: int,
+    heads: int,
+    activation: str,
+    ids_BT: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The own forward pass of nanoGPT and minGPT: (B, T) to (B, T, V)."""
     weight = reference_forward.reader(tensors, dtype)
@@ -235,7 +240,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
-def write(parts: Parts, file: Path) -> list[Step]:
+def write(parts: ModelParts, file: Path) -> list[Change]:
     """Write a nanoGPT `ckpt.pt`, to sample from or, with a fresh optimizer, to go on training with `init_from=resume`.
 
     Raises:
@@ -243,11 +248,11 @@ def write(parts: Parts, file: Path) -> list[Step]:
             activation than nanoGPT's, or several dropouts.
     """
     config = parts.config
-    settings_of(
+    check_config_supported(
         config, activation_function="gelu", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
     )
-    refuse_other_inner_width(config)
-    settings_of(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
+    check_inner_width(config)
+    check_config_supported(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
     tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), parts.tensors)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
@@ -261,7 +266,7 @@ def write(parts: Parts, file: Path) -> list[Step]:
     }
     content: dict[str, Any] = {"model": tensors, "model_args": arguments, "iter_num": 0, "config": {}}
     torch.save({**content, "best_val_loss": torch.tensor(1e9)}, file)
-    return [*steps, Step("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
+    return [*steps, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
 
 
 class GPTConfig(SimpleNamespace):

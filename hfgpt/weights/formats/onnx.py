@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.extras import needs
-from hfgpt.weights.model_parts import Parts, put_together
-from hfgpt.weights.table import Step
+from hfgpt.weights.model_parts import ModelParts, join_model
+from hfgpt.weights.table import Change
 
 LARGEST_FILE = 2**31
 """Bytes that a protocol buffer, which an .onnx file is, can have."""
@@ -32,7 +32,7 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-def write(parts: Parts, file: Path) -> list[Step]:
+def write(parts: ModelParts, file: Path) -> list[Change]:
     """Export a model.
 
     Raises:
@@ -51,8 +51,8 @@ def write(parts: Parts, file: Path) -> list[Step]:
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
     )  # torchvision is not needed
-    steps = [Step(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
-    model = put_together(parts)
+    steps = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
+    model = join_model(parts)
     ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with warnings.catch_warnings():

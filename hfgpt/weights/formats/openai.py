@@ -22,16 +22,16 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
 from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe, reference_forward
-from hfgpt.weights.lazy_tensors import Stored
-from hfgpt.weights.model_parts import Checkpoint, Parts
+from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.model_parts import ModelParts, SourceModel
 from hfgpt.weights.table import (
     QKV,
-    Entry,
-    Step,
+    Change,
+    TensorMapping,
+    check_config_supported,
+    check_inner_width,
+    check_num_blocks,
     expand,
-    refuse_missing_blocks,
-    refuse_other_inner_width,
-    settings_of,
     walk_out,
 )
 
@@ -43,29 +43,29 @@ FLOAT32 = 1  # TensorFlow's number for it
 PARTS = 7  # the field of a variable that is stored in several
 
 WHOLE_MODEL = (
-    Entry("model/wte", ("embed_tokens.weight",)),
-    Entry("model/wpe", ("embed_positions.weight",)),
-    Entry("model/ln_f/g", ("norm.weight",)),
-    Entry("model/ln_f/b", ("norm.bias",)),
+    TensorMapping("model/wte", ("embed_tokens.weight",)),
+    TensorMapping("model/wpe", ("embed_positions.weight",)),
+    TensorMapping("model/ln_f/g", ("norm.weight",)),
+    TensorMapping("model/ln_f/b", ("norm.bias",)),
 )
 
 EACH_BLOCK = (
-    Entry("ln_1/g", ("input_layernorm.weight",)),
-    Entry("ln_1/b", ("input_layernorm.bias",)),
-    Entry("attn/c_attn/w", tuple(f"{name}.weight" for name in QKV), transposed=True),
-    Entry("attn/c_attn/b", tuple(f"{name}.bias" for name in QKV)),
-    Entry("attn/c_proj/w", ("self_attn.o_proj.weight",), transposed=True),
-    Entry("attn/c_proj/b", ("self_attn.o_proj.bias",)),
-    Entry("ln_2/g", ("post_attention_layernorm.weight",)),
-    Entry("ln_2/b", ("post_attention_layernorm.bias",)),
-    Entry("mlp/c_fc/w", ("mlp.up_proj.weight",), transposed=True),
-    Entry("mlp/c_fc/b", ("mlp.up_proj.bias",)),
-    Entry("mlp/c_proj/w", ("mlp.down_proj.weight",), transposed=True),
-    Entry("mlp/c_proj/b", ("mlp.down_proj.bias",)),
+    TensorMapping("ln_1/g", ("input_layernorm.weight",)),
+    TensorMapping("ln_1/b", ("input_layernorm.bias",)),
+    TensorMapping("attn/c_attn/w", tuple(f"{name}.weight" for name in QKV), transposed=True),
+    TensorMapping("attn/c_attn/b", tuple(f"{name}.bias" for name in QKV)),
+    TensorMapping("attn/c_proj/w", ("self_attn.o_proj.weight",), transposed=True),
+    TensorMapping("attn/c_proj/b", ("self_attn.o_proj.bias",)),
+    TensorMapping("ln_2/g", ("post_attention_layernorm.weight",)),
+    TensorMapping("ln_2/b", ("post_attention_layernorm.bias",)),
+    TensorMapping("mlp/c_fc/w", ("mlp.up_proj.weight",), transposed=True),
+    TensorMapping("mlp/c_fc/b", ("mlp.up_proj.bias",)),
+    TensorMapping("mlp/c_proj/w", ("mlp.down_proj.weight",), transposed=True),
+    TensorMapping("mlp/c_proj/b", ("mlp.down_proj.bias",)),
 )
 
 
-def table(num_layers: int) -> list[Entry]:
+def table(num_layers: int) -> list[TensorMapping]:
     return expand(WHOLE_MODEL, EACH_BLOCK, "model/h{layer}/", num_layers)
 
 
@@ -88,7 +88,7 @@ def checksum(content: bytes | memoryview) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path) -> SourceModel:
     """Read a checkpoint folder; the data stays on the disk until it is used.
 
     Raises:
@@ -114,7 +114,7 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder / HPARAMS}: not OpenAI's shape of a GPT-2: {error!r}.") from error
 
     file = folder / DATA
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     for key, value in table_entries(folder / INDEX):
         name, place = key.decode(), parse(value)
         if not key:  # the header of the whole: the number of data files, the byte order
@@ -130,13 +130,13 @@ def read(folder: Path) -> Checkpoint:
         # Matrices are kernels of a convolution of width 1.
         shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
         check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
-        tensors[name] = Stored(file, start, tuple(shape), torch.float32, check=check)
+        tensors[name] = LazyTensor(file, start, tuple(shape), torch.float32, check=check)
     expected = 4 * sum(prod(each.shape) for each in tensors.values())
     if file.stat().st_size != expected:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, by the index it should have {expected}.")
-    refuse_missing_blocks(config, tensors)
+    check_num_blocks(config, tensors)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    return Checkpoint(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads))
+    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads))
 
 
 def matches(stored: int | None, fault: str) -> Callable[[np.ndarray], None]:
@@ -149,7 +149,7 @@ def matches(stored: int | None, fault: str) -> Callable[[np.ndarray], None]:
     return check
 
 
-def logits(tensors: dict[str, Stored], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+def logits(tensors: dict[str, LazyTensor], layers: int, heads: int, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """The own forward pass of OpenAI's model.py: (B, T) to (B, T, V)."""
     weight = reference_forward.reader(tensors, dtype)
 
@@ -174,7 +174,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     vocabulary, merges = folder / VOCABULARY, folder / MERGES
     if not (vocabulary.is_file() and merges.is_file()):
         return None
-    return bpe.put_together(vocabulary, merges, json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"])
+    return bpe.join_model(vocabulary, merges, json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"])
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -183,7 +183,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     Raises:
         ValueError: the tokenizer is not of their kind.
     """
-    vocabulary, merges = bpe.take_apart(tokenizer)
+    vocabulary, merges = bpe.split_model(tokenizer)
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
     if added:
         raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
@@ -295,19 +295,19 @@ def repeated(message: bytes, number: int) -> list[bytes]:
     return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
 
 
-def write(parts: Parts, folder: Path) -> list[Step]:
+def write(parts: ModelParts, folder: Path) -> list[Change]:
     """Write a checkpoint folder that TensorFlow and OpenAI's code read.
 
     Raises:
         ValueError: another activation, inner width or dtype than OpenAI's, or an untied output layer.
     """
     config = parts.config
-    settings_of(
+    check_config_supported(
         config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
     )
     if parts.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")
-    refuse_other_inner_width(config)
+    check_inner_width(config)
     tensors, steps = walk_out(table(config.num_hidden_layers), parts.tensors)
     folder.mkdir()
     hparams = {

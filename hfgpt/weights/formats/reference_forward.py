@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfgpt.weights.lazy_tensors import Stored, read
+from hfgpt.weights.lazy_tensors import LazyTensor, read
 
 EPSILON = 1e-5  # in every LayerNorm of every format here
 
 
-def reader(tensors: Mapping[str, Stored | Tensor], dtype: torch.dtype) -> Callable[[str], Tensor]:
+def reader(tensors: Mapping[str, LazyTensor | Tensor], dtype: torch.dtype) -> Callable[[str], Tensor]:
     """A function that reads a tensor by its name, as `dtype`."""
     return lambda name: read(tensors[name]).to(dtype)
 
