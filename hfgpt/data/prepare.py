@@ -9,6 +9,7 @@ Shape letters: T `block_size`.
 import hashlib
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -155,15 +156,15 @@ def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
         )
 
 
-def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
-    """The tokenizer of a run, and its text as rows."""
+def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTokenizerFast, Rows]:
+    """The tokenizer of a run, or of the checkpoint that it goes on from, and its text as rows."""
     process = PartialState()
     if config.data.streaming:
-        tokenizer = existing_tokenizer(config)
+        tokenizer = existing_tokenizer(config, resume_from)
         assert tokenizer is not None  # config.check_streaming
         return tokenizer, stream_rows(config.data, tokenizer, config.seed, process.process_index, process.num_processes)
     documents = load_documents(config.data, config.seed)
-    tokenizer = make_tokenizer(config, documents.train)
+    tokenizer = make_tokenizer(config, documents.train, resume_from)
     return tokenizer, load_rows(documents, tokenizer, config.data)
 
 
@@ -233,9 +234,9 @@ def prepare_text(config: RunConfig) -> PreparedText:
     )
 
 
-def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the recipe names, or that of the model to go on from; None if it is to be trained."""
-    name = config.tokenizer.name or config.init_from
+def existing_tokenizer(config: RunConfig, resume_from: Path | None = None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a checkpoint, that which the recipe names, or that of its model; None if it is to be trained."""
+    name = str(resume_from) if resume_from is not None else config.tokenizer.name or config.init_from
     if name is None:
         return None
     tokenizer = load_tokenizer(name)
@@ -243,9 +244,11 @@ def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
     return tokenizer
 
 
-def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    config: RunConfig, train_documents: Dataset, resume_from: Path | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer that there is, or one trained on the training split."""
-    tokenizer = existing_tokenizer(config)
+    tokenizer = existing_tokenizer(config, resume_from)
     if tokenizer is not None:
         return tokenizer
     longest = HFGPTConfig(**config.model).max_position_embeddings

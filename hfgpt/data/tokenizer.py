@@ -82,6 +82,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer {name_or_folder!r} is a {type(tokenizer).__name__}, without a tokenizer.json.")
     if tokenizer.vocab_size == 0:  # transformers 5.23 makes an empty one for a config.json of a known model alone.
         raise ValueError(f"no tokenizer {name_or_folder!r}: there is a model's config.json, but no tokenizer.json.")
+    for name in ("is_local", "local_files_only"):  # how it was loaded here; transformers (5.23) would save that with it
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 

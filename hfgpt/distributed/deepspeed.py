@@ -95,15 +95,6 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
     return plugin
 
 
-def check_deepspeed(config: RunConfig) -> None:
-    """Refuse what `deepspeed_plugin` would, before anything is written.
-
-    Raises:
-        ValueError: as there.
-    """
-    deepspeed_plugin(config, accumulation_steps=1)
-
-
 def check_settings(settings: dict[str, Any]) -> None:
     """Refuse what would change a run behind its recipe.
 
@@ -152,7 +143,7 @@ def check_combination(config: RunConfig, stage: int) -> None:
     """Refuse recipes that DeepSpeed, or this stage of it, is not driven with.
 
     Raises:
-        ValueError: naming the knob.
+        ValueError: naming the option.
     """
     train = config.train
     if stage not in (1, 2, 3):

@@ -1,12 +1,14 @@
 """A launch of several processes: how they find one another, and what the launcher may say beside the recipe."""
 
 import os
+from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hfgpt.config.schema import RunConfig
@@ -57,6 +59,66 @@ def leave_processes() -> None:
     if torch.distributed.is_initialized():
         PartialState().wait_for_everyone()
         torch.distributed.destroy_process_group()
+
+
+def join_launch(config: RunConfig) -> None:
+    """`join_processes` for a run: refuse what the launcher asks and the recipe, or the engine, denies.
+
+    Raises:
+        ValueError: see `check_launcher`, `join_processes` and `hfgpt.distributed.deepspeed.deepspeed_plugin`.
+    """
+    check_launcher(config)
+    join_processes()
+    deepspeed.deepspeed_plugin(config, accumulation_steps=1)  # refuses by itself, before anything is written
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """An Accelerator that computes as the recipe says, with the engine that the launcher asks for.
+
+    Raises:
+        ValueError: see `configure_engine`.
+    """
+    plugin = deepspeed.deepspeed_plugin(config, accumulation_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.train.precision] if plugin is None else "no",
+        deepspeed_plugin=plugin,
+        dynamo_backend="inductor" if config.train.compile else "no",
+        # Accumulation is the loop's; a launcher's variable must not divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    configure_engine(accelerator)
+    return accelerator
+
+
+@dataclass(frozen=True)
+class TrainerEngine:
+    """The same for transformers' Trainer, which makes an Accelerator of its own.
+
+    Attributes:
+        arguments: of `TrainingArguments`.
+        plugin: to set as its `deepspeed_plugin`; None leaves Trainer's, which is made of the launcher's words alone.
+        environment: variables to make arguments and Trainer under; they hold against a launcher's.
+    """
+
+    arguments: dict[str, Any]
+    plugin: Any
+    environment: dict[str, str]
+
+
+def trainer_engine(config: RunConfig) -> TrainerEngine:
+    """Device, precision and engine of a recipe, for Trainer."""
+    precision = config.train.precision
+    plugin = deepspeed.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
+    arguments = {
+        # Trainer asks to be told before it takes bf16 on a CPU; being told turns DeepSpeed off.
+        "use_cpu": PartialState().device.type == "cpu" and plugin is None,
+        "ddp_backend": deepspeed.backend(),
+        "bf16": precision == "bf16" and plugin is None,
+        "fp16": precision == "fp16",
+    }
+    # Trainer would take the precision from a launcher; DeepSpeed has it in its plugin.
+    environment = {"ACCELERATE_MIXED_PRECISION": PRECISIONS[precision] if plugin is None else "no"}
+    return TrainerEngine(arguments, plugin, environment)
 
 
 def configure_engine(accelerator: Accelerator) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
 from hfgpt.data.rows import TokenArray, TokenRows
-from hfgpt.distributed import deepspeed
-from hfgpt.distributed.sharding import is_sharded, reshard
+from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.training.recorder import Recorder
@@ -58,10 +57,10 @@ def check_start(run: Run, recorder: Recorder) -> None:
     """
     recorder.pause()
     rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
-    if recorder.speaks or is_sharded(run.model):  # a model that is split runs on all processes together
+    if recorder.is_main or is_sharded(run.model):  # a model that is split runs on all processes together
         next_token = check_next_token(run.model, rows)
         reshard(run.model)
-    if not recorder.speaks:
+    if not recorder.is_main:
         return
     (start,) = (line for line in recorder.evaluations if line["step"] == 0)
     is_new = run.config.init_from is None
@@ -75,10 +74,10 @@ def check_start(run: Run, recorder: Recorder) -> None:
         "duplicates": check_duplicates(run.rows.train.stream, run.rows.validation.stream),
     }
     recorder.write({"step": 0, "tokens": 0, "checks": {name: asdict(check) for name, check in checks.items()}}, "check")
-    recorder.say("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))
+    recorder.print_status("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))
     for check in checks.values():
         if not check.is_normal:
-            recorder.say(f"warning: {check.text}")
+            recorder.print_status(f"warning: {check.text}")
     recorder.resume()
 
 
@@ -230,12 +229,7 @@ def check_compiled(
     set_all(run.model.config, dict.fromkeys(DROPOUT_FIELDS, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
-    context = accelerator.no_sync(model)
-    if (
-        deepspeed.is_running()
-    ):  # its engine, which casts, would take a backward pass from its output for one of training
-        model, is_half = run.model, run.config.train.precision == "bf16"
-        context = torch.autocast(device.type, torch.bfloat16, enabled=is_half)
+    model, context = for_own_gradients(accelerator, model, run.model, run.config.train.precision)
     try:
         with context, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             loss, gradients = differentiate(model, parameters, batch, targets)
@@ -270,7 +264,7 @@ def check_compiled(
     first = next((each for each in gather_object([problem]) if each), None)
     if first is not None:
         raise ValueError(first)
-    recorder.say(
+    recorder.print_status(
         f"the compiled step is the eager one: gradient norm {norm:.4g} and {eager_norm:.4g}, {apart:.1e} apart "
         f"({seconds:.0f} s)"
     )

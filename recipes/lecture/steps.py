@@ -389,7 +389,7 @@ def resume(lecture: Lecture) -> dict[str, Any]:
         lecture.loaders,
         config.train,
         lambda: lecture.write_on(model, config.sample.max_new_tokens),
-        manifest.position,
+        manifest.state,
         epochs=1,
     )
     return {"records": records}

@@ -7,12 +7,11 @@ import sqlite3
 import sys
 
 import pytest
-from runs import LOOPS, metrics, run, training_lines
+from runs import LOOPS, metrics, run, run_until_killed, training_lines
 
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig, RunConfig, TrainConfig
 from hfgpt.system.extras import needs
-from hfgpt.training.recorder import Recorder
 from hfgpt.training.trackers import public_knobs
 
 TRACKED = ["train.trackers=[tensorboard,trackio]", "train.epochs=1", "sample.max_new_tokens=0"]
@@ -88,19 +87,9 @@ def test_trackers_hold_every_number_of_the_metrics(recipe, monkeypatch, capsys, 
     assert b"data.files: text.txt" in knobs
 
 
-def test_a_tracked_run_is_the_run_it_would_be_and_goes_on_where_it_stopped(recipe, monkeypatch, trackio_folder):
+def test_a_tracked_run_is_the_run_it_would_be_and_goes_on_where_it_stopped(recipe, trackio_folder):
     plain = run(recipe, "plain", *TRACKED, "train.trackers=[]")
-    training = Recorder.training
-
-    def stop(recorder, step, *rest):
-        training(recorder, step, *rest)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "training", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "tracked", *TRACKED)
+    run_until_killed(recipe, "tracked", 6, *TRACKED)
     tracked = run(recipe, "tracked", *TRACKED, resume=True)
 
     assert metrics(tracked) == metrics(plain)
