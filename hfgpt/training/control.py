@@ -74,7 +74,7 @@ class TrainingControl:
         _, should_stop = self.early_stopping.update()
         self.is_over = step == run.total_steps or should_stop
 
-    def prepared(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: LRScheduler) -> None:
+    def set_up(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: LRScheduler) -> None:
         """Take what accelerate has prepared, seed the process, and load the checkpoint's states if the run goes on.
 
         Args:

@@ -29,7 +29,7 @@ def run_loop(run: Run, control: TrainingControl) -> None:
     loader = run.train_loader()
     model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
     schedule = make_schedule(optimizer, config.optim, run.total_steps)
-    control.prepared(accelerator, model, optimizer, schedule)
+    control.set_up(accelerator, model, optimizer, schedule)
 
     model.train()
     for micro_batches in control.steps(loader):

@@ -118,7 +118,7 @@ class HFGPTTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would load files of its own
-        self.training_control.prepared(self.accelerator, self.model_wrapped, self.optimizer, self.lr_scheduler)
+        self.training_control.set_up(self.accelerator, self.model_wrapped, self.optimizer, self.lr_scheduler)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -33,17 +33,15 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names
+from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names, withhold_cache
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
 from .loss import IGNORE_INDEX, linear_cross_entropy, shift_left
 from .positions import check_positions_exist, count_positions, find_documents
-
-logger = logging.get_logger(__name__)
 
 
 class HFGPTBlock(GradientCheckpointingLayer, Block):
@@ -226,14 +224,8 @@ class HFGPTModel(HFGPTPreTrainedModel):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         check_arguments(kwargs, attend, HFGPTForCausalLM.forward)
         past_key_values = take_cache(past_key_values, cache, kwargs)
-        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # The backward pass computes each block once more, and would put the same keys into the cache again.
-            if past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "a cache that holds tokens cannot be read while activations are checkpointed. Give all tokens at "
-                    "once, or turn gradient checkpointing off."
-                )
-            logger.warning_once("The cache stays empty: it does not go together with gradient checkpointing.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            withhold_cache(past_key_values)
             past_key_values = None
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
