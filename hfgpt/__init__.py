@@ -83,7 +83,7 @@ def register_with_transformers() -> None:
 
 
 def warn_of_untried(version: str) -> None:
-    """Say that this transformers is newer than any that was tried; of many processes, one says it."""
+    """Warn, in the first process, if this transformers is newer than any that was tried."""
     major, minor = map(int, version.split(".")[:2])
     if (major, minor) > NEWEST_TRIED and os.environ.get("RANK", "0") == "0":
         from hfgpt.system.extras import install_command  # not above: `import hfgpt` is to cost next to nothing
@@ -96,5 +96,5 @@ def warn_of_untried(version: str) -> None:
         )
 
 
-# Of PEFT too, which is told of hfgpt and may be what imports the Auto classes.
+# PEFT too: its tables get entries for hfgpt, and it may be what imports the Auto classes.
 AfterImport(AUTO_CLASSES, ("transformers", "hfgpt", "peft"), register_with_transformers)

@@ -1,4 +1,4 @@
-"""A launch of several processes: how they find one another, and what the launcher may say beside the recipe."""
+"""A launch of several processes: how they find one another, and which options of the launcher a recipe allows."""
 
 import os
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End what the processes talk through, once there is nothing more to say; all of them call it.
+    """Destroy the process group at the end of a command; all processes call it.
 
     Left to the end of the interpreter, gloo may abort a process that has done its work (pytorch issue 190489).
     """
@@ -73,7 +73,7 @@ def join_launch(config: RunConfig) -> None:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """An Accelerator that computes as the recipe says, with the engine that the launcher asks for.
+    """An Accelerator with the precision of the recipe and the engine of the launcher.
 
     Raises:
         ValueError: see `configure_engine`.
@@ -110,7 +110,7 @@ def trainer_engine(config: RunConfig) -> TrainerEngine:
     precision = config.train.precision
     plugin = deepspeed.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
     arguments = {
-        # Trainer asks to be told before it takes bf16 on a CPU; being told turns DeepSpeed off.
+        # Trainer wants `use_cpu` before it takes bf16 on a CPU; that turns DeepSpeed off.
         "use_cpu": PartialState().device.type == "cpu" and plugin is None,
         "ddp_backend": deepspeed.backend(),
         "bf16": precision == "bf16" and plugin is None,
@@ -122,7 +122,7 @@ def trainer_engine(config: RunConfig) -> TrainerEngine:
 
 
 def configure_engine(accelerator: Accelerator) -> None:
-    """Refuse another engine than the launcher was asked for, and let it compute as the recipe says; before `prepare`.
+    """Check that the engine is the one asked for, and set its precision by the recipe; call it before `prepare`.
 
     Raises:
         ValueError: see `check_engine`.
@@ -173,14 +173,14 @@ WITHOUT_WORD = {
     "XLA_USE_BF16": ("mixed_precision", "0"),
 }
 """Variables that would change what a run computes or leaves, and that no recipe speaks of: what accelerate calls each,
-and what it says when nothing is asked for."""
+and its value when nothing is asked for."""
 
 ENGINES = {
     "--use_deepspeed": "ACCELERATE_USE_DEEPSPEED",
     "--use_fsdp": "ACCELERATE_USE_FSDP",
     "--use_megatron_lm": "ACCELERATE_USE_MEGATRON_LM",
 }
-"""Words that ask for an engine, and the variables that say so in its processes."""
+"""Options that ask for an engine, and the variables that its processes get."""
 
 PARTS = {
     "--use_deepspeed": ("zero_stage", "zero3_", "offload_", "deepspeed_"),
@@ -217,15 +217,15 @@ def check_launcher(config: RunConfig) -> None:
     if train.compile and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # A compiled model that accelerate (1.15) has split cannot be put together for a checkpoint: saving hangs.
         raise ValueError("`train.compile` does not go with FSDP2. Set `train.compile=false`, or launch without it.")
-    # DeepSpeed alone is told these two; without it accelerate (1.15) drops them.
-    for name, knob, value, ignored in [
+    # DeepSpeed alone gets these two; without it accelerate (1.15) drops them.
+    for name, option, value, ignored in [
         ("gradient_accumulation_steps", "train.gradient_accumulation_steps", train.gradient_accumulation_steps, "1"),
         ("gradient_clipping", "optim.max_grad_norm", config.optim.max_grad_norm, "none"),
     ]:
         said = words.get(name, os.environ.get(f"ACCELERATE_{name.upper()}", "auto")).lower()
         if said not in ("auto", ignored) and float(said) != value:
             raise ValueError(
-                f"the launcher asks for `{name}` {said}, the recipe for `{knob}` {value}. Set `{knob}={said}`, or "
+                f"the launcher asks for `{name}` {said}, the recipe for `{option}` {value}. Set `{option}={said}`, or "
                 f"launch with `--{name} {value}`."
             )
     for variable, (name, default) in WITHOUT_WORD.items():

@@ -54,7 +54,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The manifest of a checkpoint.
 
     Attributes:
         state: where the run stood.
@@ -157,20 +157,29 @@ def commit(staging: Path, final: Path, manifest: Manifest) -> None:
     sync(final.parent)
 
 
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; its files are not looked at.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    content = read_manifest(folder)
+    del content["files"]
+    try:
+        return Manifest(**{**content, "state": TrainState(**content["state"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
+
+
 def verify_checkpoint(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
         ValueError: naming the folder and the first fault.
     """
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
-    content = read_manifest(folder)
-    del content["files"]  # `check_files` looks at them
-    try:
-        manifest = Manifest(**{**content, "state": TrainState(**content["state"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
+    manifest = load_manifest(folder)
     check_files(folder)
     return manifest
 
@@ -188,7 +197,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None; `warn` hears why others were passed over."""
+    """The newest checkpoint that verifies, or None; `warn` is called with the reason for each that was skipped."""
     for path in checkpoints(folder):
         try:
             verify_checkpoint(path)
@@ -228,7 +237,7 @@ def best_checkpoint(folder: Path) -> Path | None:
         try:
             content = unseal((path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # damaged: it is nobody's best
+            continue  # damaged
         if content.get("val_loss") is not None:
             scored.append((content["val_loss"], content["state"]["step"], path))
     return min(scored)[2] if scored else None

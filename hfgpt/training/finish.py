@@ -1,4 +1,4 @@
-"""The end of a run: all rows scored, the model saved, and what results.json and the card say of it."""
+"""The end of a run: all rows scored, the model saved, and results.json and the card written."""
 
 import math
 from dataclasses import asdict
@@ -149,7 +149,7 @@ def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
 
 
 def restore_best(run: Run, recorder: Recorder) -> TrainState:
-    """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
+    """Give the model the weights of its best checkpoint, and return where it stood; every process calls it.
 
     Raises:
         ValueError: that checkpoint is damaged.
@@ -182,7 +182,7 @@ def print_kept_weights(recorder: Recorder, results: dict[str, Any]) -> None:
 
 
 def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
-    """What was trained, on what and how, as results.json says it: no path of this machine, nothing that was measured.
+    """What was trained, on what and how, for results.json: no path of this machine, nothing that was measured.
 
     It is the same in both loops, and for a run that was interrupted.
     """
@@ -217,7 +217,7 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 def describe_origin(kind: str, name: str | None, key: str) -> dict[str, str | None]:
-    """Where a model or a tokenizer came from; only a name of the Hub is told, no folder of this machine."""
+    """Where a model or a tokenizer came from; only a name of the Hub is given, no folder of this machine."""
     return {"starts_from": kind, key: name if kind == "hub" else None}
 
 
@@ -233,7 +233,7 @@ def bits_per_byte(loss: float, targets: np.ndarray, lengths: np.ndarray | None) 
     Args:
         loss: nats per token, the mean over `targets`.
         targets: (N,) token ids; those that stand for no text count with their loss.
-        lengths: bytes that each id stands for, or None if nobody knows.
+        lengths: bytes that each id stands for, or None if that is not known.
     """
     num_bytes = 0 if lengths is None else int(lengths[targets].sum())
     return loss * len(targets) / math.log(2) / num_bytes if num_bytes else None

@@ -19,7 +19,7 @@ from hfgpt.training.run import Run
 
 
 def run_loop(run: Run, control: TrainingControl) -> None:
-    """Train `run.model` in place, until `control` says that training is over.
+    """Train `run.model` in place, until training is over.
 
     Raises:
         Stopped: a stop was asked for; there is a checkpoint of the last step.

@@ -1,6 +1,6 @@
-"""What a run does about NaN and infinity: it stops or leaves the step out, and says where they came from first.
+"""NaN and infinity in training: the run stops or skips the step, and names where they first came from.
 
-And about gradients of exactly 0: it stops, for nothing is learnt.
+Gradients of exactly 0 stop it too: nothing is learnt.
 """
 
 import math
@@ -83,7 +83,7 @@ class NonFiniteGuard:
         return False
 
     def check_zero_gradients(self, state: TrainState, norm: float, targets: Any) -> None:
-        """Stop a run that learns nothing. A step without targets says neither that it does nor that it does not.
+        """Stop a run that learns nothing. A step without targets does not count.
 
         Raises:
             FloatingPointError: saying what it usually means.
@@ -114,7 +114,7 @@ def first_nonfinite_weight(model: nn.Module) -> str | None:
 
 
 def repeat_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], targets: Any) -> str | None:
-    """Do a step's forward and backward passes again and say where NaN or infinity comes up first; None if nowhere.
+    """Repeat a step's forward and backward passes and name where NaN or infinity comes up first; None if nowhere.
 
     Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where the
     model is split over processes only its weights are looked at, not this.

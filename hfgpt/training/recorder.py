@@ -218,7 +218,7 @@ class Recorder:
         return any(line["step"] == step for line in self.evaluations)
 
     def write(self, line: dict[str, Any], kind: str) -> None:
-        """Append a line to metrics.jsonl, and send it to the trackers; `kind` says of what it is, to them."""
+        """Append a line to metrics.jsonl, and send it to the trackers, under `kind`."""
         line = {**line, "elapsed_seconds": self.elapsed_seconds()}
         self.metrics.write(line)
         if self.trackers is not None:

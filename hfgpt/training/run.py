@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.config.loading import config_yaml, flatten, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
@@ -160,7 +160,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     )
     check_warmup(config.optim, run.total_steps)
     if resume_from is not None:
-        manifest = checkpoint.verify_checkpoint(resume_from)
+        manifest = checkpoint.load_manifest(resume_from)
         check_same_run(run, manifest)
         run = replace(run, start=manifest.state, origins=manifest.origins)
     return lock_run(place_model(run), resume)
@@ -270,30 +270,17 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
             there = replace(there, train=replace(there.train, **elastic))
     except ValueError as error:
         raise ValueError(f"`output_dir` ({folder}) holds another run, unreadable: {error}") from error
-    difference = first_difference(asdict(there), asdict(config))
-    if difference is not None:
-        name, old, new = difference
-        raise ValueError(
-            f"`output_dir` ({folder}) holds another run: its `{name}` is {old!r}, this one's {new!r}. "
-            "Name another folder."
-        )
+    old, new = flatten(asdict(there)), flatten(asdict(config))
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"`output_dir` ({folder}) holds another run: its `{name}` is {old.get(name)!r}, this one's "
+                f"{new.get(name)!r}. Name another folder."
+            )
     if not (folder / RESULTS_FILE).is_file() and not resume:
         raise ValueError(
             f"`output_dir` ({folder}) holds this run, unfinished. Add `--resume` to go on, or name another folder."
         )
-
-
-def first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first option in which two runs differ, and its two values."""
-    for name in dict.fromkeys([*there, *here]):
-        old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = first_difference(old, new)
-            if inner is not None:
-                return f"{name}.{inner[0]}", inner[1], inner[2]
-        elif old != new:
-            return name, old, new
-    return None
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:

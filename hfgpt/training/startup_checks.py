@@ -51,7 +51,7 @@ class Check:
 
 
 def check_start(run: Run, recorder: Recorder) -> None:
-    """Look at a run that has not begun, after its first evaluation; write and say what was found.
+    """Check a run that has not begun, after its first evaluation; log what was found.
 
     Every process calls it, the main one speaks. Nothing is drawn from the random number generators of training.
     """
@@ -211,7 +211,7 @@ def check_compiled(
 
     Args:
         run: whose step it is.
-        recorder: hears how far apart they are, and how long that took.
+        recorder: prints how far apart they are, and how long that took.
         accelerator: has prepared `model`.
         model: what is trained, around `run.model`.
         batch: the first micro-batch of this process.

@@ -23,7 +23,7 @@ from hfgpt.training.run import Run
 
 
 def run_trainer(run: Run, control: TrainingControl) -> None:
-    """Train `run.model` in place, until `control` says that training is over.
+    """Train `run.model` in place, until training is over.
 
     Raises:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
@@ -76,7 +76,7 @@ class ControlCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Trainer tells the epoch to the loaders of accelerate only.
+        # Trainer sets the epoch of loaders of accelerate only.
         start_at(kwargs["train_dataloader"], int(state.epoch or 0), 0)
 
     def on_step_end(
