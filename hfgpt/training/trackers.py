@@ -85,9 +85,7 @@ class Trackers:
         """Bring everything to where it belongs."""
         for tracker in self.started:
             with redirect_stdout(sys.stderr):
-                if (
-                    tracker.name == "trackio"
-                ):  # 0.43 ends a run again when the program does, unless it is finished itself
+                if tracker.name == "trackio":  # 0.43 would end the run again when the program ends
                     import trackio
 
                     trackio.finish()
