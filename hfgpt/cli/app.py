@@ -4,6 +4,7 @@ import ast
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hfgpt.config.recipes import run_recipes
+from hfgpt.config.schema import RunConfig
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
@@ -84,18 +86,19 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def recipe_keys() -> list[str]:
-    """The key path of every knob, read from the source: importing it takes seconds, and Tab is pressed often."""
-    fields: dict[str, dict[str, str]] = {}
-    for name in ("config/schema.py", "configuration_hfgpt.py"):
-        for node in ast.parse((Path(__file__).parents[1] / name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-                fields[node.name] = {ast.unparse(item.target): ast.unparse(item.annotation) for item in annotated}
+    """The key path of every option of a recipe."""
     keys: list[str] = []
-    for name, kind in fields["RunConfig"].items():
-        section = fields.get("HFGPTConfig" if name == "model" else kind)
-        keys += [name] if section is None else [f"{name}.{inner}" for inner in section]
+    for name, value in asdict(RunConfig()).items():
+        inner = model_fields() if name == "model" else value if isinstance(value, dict) else None
+        keys += [name] if inner is None else [f"{name}.{key}" for key in inner]
     return keys
+
+
+def model_fields() -> list[str]:
+    """The fields of `HFGPTConfig`, read from its source: importing it takes seconds, and Tab is pressed often."""
+    source = (Path(__file__).parents[1] / "configuration_hfgpt.py").read_text(encoding="utf-8")
+    classes = {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return [ast.unparse(item.target) for item in classes["HFGPTConfig"] if isinstance(item, ast.AnnAssign)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]

@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState
 import hfgpt as package
 from hfgpt.cli import describe, describe_missing, join_resume, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
-from hfgpt.config.loading import flatten, load_config
-from hfgpt.config.schema import MODEL_FIELDS, RunConfig
+from hfgpt.config.loading import MODEL_FIELDS, flatten, load_config
+from hfgpt.config.schema import RunConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.evaluation.report import measure, render
 from hfgpt.generation.params import Settings
@@ -656,12 +656,12 @@ BAD_INPUT = [
     (f"{TRAIN} output_dir=text.txt", "`output_dir` (text.txt) is a file. Name a folder."),
     ("train tiny.yaml output_dir=out/killed", "`output_dir` (out/killed) holds this run, unfinished. Add `--resume`"),
     # The recipe.
-    ("train typo.yaml", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
+    ("train typo.yaml", "Key 'learning_rat' not in 'optim'. Did you mean `learning_rate`?"),
     ("train list.yaml", "list.yaml is not a recipe: it must hold `key: value` lines."),
     ("train dmeo", "no recipe 'dmeo'"),
     ("config dmeo", "no recipe 'dmeo'"),
     ("config demo optim.name=adam", "`optim.name` must be one of ['adamw'], got 'adam'."),
-    (f"{TRAIN} trian.max_steps=3", "Key 'trian' not in 'the recipe'. Did you mean 'train'?"),
+    (f"{TRAIN} trian.max_steps=3", "Key 'trian' not in 'the recipe'. Did you mean `train`?"),
     (f"{TRAIN} seed", "'seed' is not an override. Write `key.path=value`"),
     (f"{TRAIN} optim.schedule=cosin", "`optim.schedule` must be one of ['constant', 'cosine', 'linear'], got 'cosin'."),
     (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7) is longer than `train.max_steps` (6)."),

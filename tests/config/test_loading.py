@@ -217,9 +217,9 @@ def test_interpolations_in_a_recipe_are_text(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rat=1", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
-        ("trian.max_steps=1", "Key 'trian' not in 'the recipe'. Did you mean 'train'?"),
-        ("train.epoch=1", "Key 'epoch' not in 'train'. Did you mean 'epochs'?"),
+        ("optim.learning_rat=1", "Key 'learning_rat' not in 'optim'. Did you mean `learning_rate`?"),
+        ("trian.max_steps=1", "Key 'trian' not in 'the recipe'. Did you mean `train`?"),
+        ("train.epoch=1", "Key 'epoch' not in 'train'. Did you mean `epochs`?"),
         ("model.n_layers=6", "`model`: unknown field `n_layers`. Did you mean `n_layer`?"),
         ("model.hiden_size=6", "`model`: unknown field `hiden_size`. Did you mean `hidden_size`?"),
         ("model.xyzzy=true", "`model`: unknown field `xyzzy`."),
@@ -240,7 +240,7 @@ def test_an_unknown_key_without_a_near_one_is_answered_with_all_there_are(recipe
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("optim: {learning_rat: 1}", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
+        ("optim: {learning_rat: 1}", "Key 'learning_rat' not in 'optim'. Did you mean `learning_rate`?"),
         ("optim: 3", "`optim` must hold `key: value` lines, got 3."),
         ("model: [n_layer]", "`model` must hold `field: value` lines"),
         ("model: {n_layers: 6}", "Did you mean `n_layer`?"),
