@@ -202,7 +202,7 @@ def compare(
     picture: Annotated[Path, typer.Option(help="PNG file to draw the curves in.")] = Path("compare.png"),
     as_json: Json = False,
 ) -> None:
-    """Put runs side by side: a table, their curves as a picture, and the knobs in which they differ."""
+    """Put runs side by side: a table, their curves as a picture, and the options in which they differ."""
     from hfgpt.results.compare import compare_runs, render
     from hfgpt.system.console import print_status
 

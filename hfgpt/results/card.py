@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
 
 from hfgpt.config.recipes import package_file
-from hfgpt.results.records import PLOT_FILE, RESULTS_FILE, fenced
+from hfgpt.results.records import PLOT_FILE, RESULTS_FILE, fenced, read_results
 from hfgpt.system.storage import write_atomically, write_json
 
 TEMPLATE = "cards/model_card.md"
@@ -201,16 +201,6 @@ def card_paths(source: str | Path) -> tuple[Path, Path, str]:
     if not results.is_file():
         raise ValueError(f"{source} holds no {RESULTS_FILE}: a card says what was measured. Train first.")
     return results, source / CARD_FILE, PLOT_FILE
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} is not what a run leaves: it must be a JSON object.")
-    return results
 
 
 def render_files(card: Path, results: Mapping[str, Any], picture: str) -> dict[Path, str]:

@@ -7,11 +7,12 @@ work, from C and from child processes, and as the program ends, which would spoi
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from rich.table import Table
 
 _reserved: TextIO | None = None
 
@@ -53,3 +54,21 @@ def print_status(text: str) -> None:
     accelerate = sys.modules.get("accelerate")  # importing it takes seconds, and a process without it is alone
     if accelerate is None or accelerate.PartialState().is_main_process:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Lines of text with the cells of each column below one another.
+
+    Args:
+        rows: all with as many cells.
+        numbers: whether all columns but the first stand to the right.
+    """
+    table = Table.grid(padding=(0, 2))
+    for column in range(len(rows[0])):
+        table.add_column(justify="right" if numbers and column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=1_000_000, color_system=None, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table, highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))

@@ -223,7 +223,7 @@ def test_files_of_two_kinds_make_no_stream(tmp_path):
         ("data.streaming=false", r"`data.shuffle_buffer` \(5\) has no effect: `data.streaming` is false"),
     ],
 )
-def test_a_knob_that_fits_no_stream_is_refused(tmp_path, override, message):
+def test_an_option_that_fits_no_stream_is_refused(tmp_path, override, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: {files: x.jsonl, streaming: true, shuffle_buffer: 5}\ntokenizer: {name: gpt2}\ntrain: {max_steps: 100}\n"
