@@ -45,11 +45,11 @@ class Rows:
     """The rows of a run."""
 
     train: TokenRows
-    """Those to train on; with `stream` only some of them, to be scored beside the validation rows."""
+    """Those to train on; with `streamed` only some of them, to be scored beside the validation rows."""
     validation: TokenRows
     train_counts: SplitCounts
     validation_counts: SplitCounts
-    stream: StreamedRows | None = None
+    streamed: StreamedRows | None = None
     """Where the rows to train on come from, if they are not stored; this process's share."""
 
 
@@ -61,7 +61,7 @@ def stream_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int,
     """
     samples = sample_documents(data, seed)
     stream = StreamedRows(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
-    return replace(load_rows(samples, tokenizer, data), stream=stream)
+    return replace(load_rows(samples, tokenizer, data), streamed=stream)
 
 
 def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> Rows:
@@ -147,7 +147,7 @@ def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
     Raises:
         ValueError: `rows` hold an id of `vocab_size` or more.
     """
-    largest = rows.stream.largest()
+    largest = rows.tokens.largest()
     if largest >= vocab_size:
         raise ValueError(
             f"the {name} rows hold the id {largest}, but the model's `vocab_size` is {vocab_size}. "
@@ -225,7 +225,7 @@ def prepare_text(config: RunConfig) -> PreparedText:
     rows = load_rows(documents, tokenizer, config.data)
     done_at = time.perf_counter()
     train, validation = (
-        PreparedSplit(documents=len(part.stream.document_starts), rows=len(part), **asdict(counts))
+        PreparedSplit(documents=len(part.tokens.document_starts), rows=len(part), **asdict(counts))
         for part, counts in ((rows.train, rows.train_counts), (rows.validation, rows.validation_counts))
     )
     return PreparedText(

@@ -67,7 +67,7 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     A filler lets every process run as many micro-batches as the others when the rows do not divide evenly.
 
     Args:
-        stream: that the rows are slices of.
+        tokens: that the rows are slices of.
         block_size: targets in a row, T.
         starts: where in the stream each row begins, (N,).
         stops: where it ends at the latest, (N,); shorter rows are filled up. None: all are whole.
@@ -76,13 +76,13 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        stream: TokenArray,
+        tokens: TokenArray,
         block_size: int,
         starts: Sequence[int] | np.ndarray,
         stops: np.ndarray | None = None,
         is_isolated: bool = False,
     ) -> None:
-        self.stream, self.block_size, self.starts, self.stops = stream, block_size, starts, stops
+        self.tokens, self.block_size, self.starts, self.stops = tokens, block_size, starts, stops
         self.is_isolated = is_isolated
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             raise IndexError(f"there are {len(self)} rows, got {index}.")
         else:
             start = int(self.starts[index])
-            ids = self.stream.slice(start, start + whole if self.stops is None else int(self.stops[index]))
+            ids = self.tokens.slice(start, start + whole if self.stops is None else int(self.stops[index]))
         if len(ids) < whole:
             ids = np.concatenate([ids, np.full(whole - len(ids), IGNORE_INDEX, dtype=np.int32)])
         row = {"input_ids": ids}
@@ -110,7 +110,7 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def positions(self, start: int) -> np.ndarray:
         """Positions (T,) of a row that begins at `start`: from 0 on, and again from 0 at each document's beginning."""
-        starts = self.stream.document_starts
+        starts = self.tokens.document_starts
         first, last = np.searchsorted(starts, [start + 1, start + self.block_size])
         begins = np.zeros(self.block_size, dtype=np.int64)
         begins[starts[first:last] - start] = starts[first:last] - start
@@ -119,7 +119,7 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     def first(self, count: int) -> "TokenRows":
         """The first `count` rows."""
         stops = None if self.stops is None else self.stops[:count]
-        return TokenRows(self.stream, self.block_size, self.starts[:count], stops, self.is_isolated)
+        return TokenRows(self.tokens, self.block_size, self.starts[:count], stops, self.is_isolated)
 
     def pairs(self) -> np.ndarray:
         """Every target behind the id before it, int32 (targets, 2)."""

@@ -113,7 +113,7 @@ def describe(rows: Rows) -> str:
             ("validation", rows.validation_counts, rows.validation),
         )
     )
-    return f"train from a stream; {validation}" if rows.stream is not None else f"{train}; {validation}"
+    return f"train from a stream; {validation}" if rows.streamed is not None else f"{train}; {validation}"
 
 
 def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Score:

@@ -44,7 +44,7 @@ SHAPE_FIELDS = (
 
 def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
     """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
-    if rows.stream is not None:
+    if rows.streamed is not None:
         return {}
     baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
     return {"unigram": baselines.unigram, "bigram": baselines.bigram}
@@ -102,7 +102,7 @@ def finish_run(run: Run, recorder: Recorder, position: TrainState, stop: StopReq
             "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
             **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
             "parameters": count_parameters(run.model),
-            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
+            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.streamed is None else {}),
             "validation_tokens": run.rows.validation_counts.tokens,
             "checks": next((each["checks"] for each in metrics if "checks" in each), None),
             "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),

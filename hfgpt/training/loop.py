@@ -59,7 +59,7 @@ def run_loop(run: Run, recorder: Recorder, stop: StopRequest) -> TrainState:
         states["scaler"] = accelerator.scaler
     seed_training(config)
     if run.resume_from is not None:
-        load_states(run.resume_from, states, run.rows.stream)
+        load_states(run.resume_from, states, run.rows.streamed)
 
     guard = NonFiniteGuard(run.model, config.train, recorder)
     model.train()

@@ -78,8 +78,8 @@ class Run:
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""
         train, process = self.config.train, PartialState()
-        if self.rows.stream is not None:
-            return stream_loader(self.rows.stream, train.batch_size)
+        if self.rows.streamed is not None:
+            return stream_loader(self.rows.streamed, train.batch_size)
         return train_loader(
             self.rows.train,
             train.batch_size,
@@ -92,7 +92,7 @@ class Run:
     def next_position(self, position: TrainState, micro_batches: int, targets: int) -> TrainState:
         """The position after one more step of so many micro-batches and, over all processes, targets."""
         rows = position.rows + micro_batches * self.global_batch
-        is_epoch_done = self.rows.stream is None and rows >= len(self.rows.train)
+        is_epoch_done = self.rows.streamed is None and rows >= len(self.rows.train)
         return TrainState(
             step=position.step + 1,
             epoch=position.epoch + is_epoch_done,
@@ -153,7 +153,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         "validation rows": rows_hash(rows.validation),
         "number of rows per step": rows_per_step,  # so that every step sees the same rows, on however many processes
     }
-    if rows.stream is not None:
+    if rows.streamed is not None:
         identity["number of processes"] = PartialState().num_processes  # each reads a share of its own
     position = TrainState()
     if resume_from is not None:

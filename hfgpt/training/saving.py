@@ -42,7 +42,7 @@ def save_checkpoint(
 
     recorder.pause()
     manifest = checkpoint.Manifest(position, run.identity, val_loss)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.streamed)
     recorder.resume()
 
 

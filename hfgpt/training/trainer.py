@@ -86,7 +86,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         torch_compile=config.train.compile,
         use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
         remove_unused_columns=False,  # or Trainer drops shift_labels
-        ignore_data_skip=run.rows.stream is not None,  # a stream goes on by itself where it stopped
+        ignore_data_skip=run.rows.streamed is not None,  # a stream goes on by itself where it stopped
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
@@ -221,7 +221,7 @@ class HFGPTTrainer(PushByList, Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would load files of its own
         if resume_from_checkpoint is not None:
-            load_states(Path(resume_from_checkpoint), self.states(), self.run.rows.stream)
+            load_states(Path(resume_from_checkpoint), self.states(), self.run.rows.streamed)
         return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -343,7 +343,7 @@ def test_rows_are_views_of_the_file_and_copy_nothing(tokenizer, tmp_path):
 
     rows = load_rows(load_documents(data, seed=0), tokenizer, data).train
 
-    [part] = rows.stream.parts
+    [part] = rows.tokens.parts
     assert not part.flags.writeable
     assert all(is_view_of(rows[index]["input_ids"], part) for index in range(len(rows)))
 

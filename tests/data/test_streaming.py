@@ -152,7 +152,7 @@ def test_another_seed_is_another_order_and_the_same_seed_the_same(streamed, toke
 def test_the_stored_sample_has_as_many_training_documents_as_validation_documents(streamed, tokenizer):
     rows = stream_rows(streamed(), tokenizer, seed=0, rank=0, world_size=1)
 
-    [batch] = take(stream_loader(rows.stream, 3), 1)
+    [batch] = take(stream_loader(rows.streamed, 3), 1)
 
     assert rows.train_counts.tokens > 0
     assert batch["input_ids"].shape == (3, 16)
