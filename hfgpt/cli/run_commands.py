@@ -112,23 +112,13 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
     from hfgpt.config.loading import load_config
-    from hfgpt.data.prepare import prepare_text
+    from hfgpt.data.prepare import prepare_text, render
 
     prepared = prepare_text(load_config(recipe, overrides or []))
     if as_json:
         print_json(asdict(prepared))
-        return
-    for name, split in (("train", prepared.train), ("validation", prepared.validation)):
-        print_result(
-            f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
-            f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
-        )
-    tokens = prepared.train.tokens + prepared.validation.tokens
-    print_result(
-        f"documents in {prepared.reading_seconds:.1f} s, tokenizer of {prepared.token_ids:,} ids in "
-        f"{prepared.tokenizer_seconds:.1f} s, tokens in {prepared.tokenizing_seconds:.1f} s "
-        f"({tokens / prepared.tokenizing_seconds:,.0f} tokens/s; what is in the cache already takes no time)"
-    )
+    else:
+        print_result(render(prepared))
 
 
 app.add_typer(data_app, name="data")
