@@ -1,7 +1,8 @@
-"""The terminal: results alone go to stdout, what is said to a person goes to stderr.
+"""The terminal: results alone go to stdout, messages for a person go to stderr.
 
-While a command runs, whatever else is written to stdout comes out on stderr: libraries print when they are imported, at
-work, from C and from child processes, and as the program ends, which would spoil a result that a program reads.
+While a command runs, whatever else is written to stdout comes out on stderr. Libraries print when they are imported,
+while they work, from C, from child processes and at the end of the program; a result that a program reads must not be
+mixed with that.
 """
 
 import io
@@ -18,16 +19,16 @@ _reserved: TextIO | None = None
 
 
 def result_stream() -> TextIO:
-    """Where results are written: stdout, also while it is kept from everybody else."""
+    """Where results are written: stdout, also while `reserve_stdout` keeps it from everything else."""
     return _reserved or sys.stdout
 
 
 @contextmanager
 def reserve_stdout() -> Iterator[None]:
-    """Keep everybody from stdout who does not ask for `result_stream`.
+    """Send what is written to stdout to stderr, except through `result_stream`.
 
-    Of a program of its own the file descriptor is taken, and not given back: the last to talk do so when Python ends.
-    Where a caller has put a stream of its own in the place of stdout, that one is taken, for as long as this lasts.
+    In a program, the file descriptor itself is taken, and is not given back, because libraries print until Python ends.
+    Where a caller has replaced `sys.stdout`, only that object is taken, and it is given back at the end.
     """
     global _reserved
     if _reserved is not None:  # a command that calls another
@@ -50,8 +51,8 @@ def reserve_stdout() -> Iterator[None]:
 
 
 def print_status(text: str) -> None:
-    """Tell the person at the terminal something, on stderr; of several processes the first one does."""
-    accelerate = sys.modules.get("accelerate")  # importing it takes seconds, and a process without it is alone
+    """Print a message to stderr; of several processes only the main one does."""
+    accelerate = sys.modules.get("accelerate")  # not imported: that takes seconds, and a process without it is alone
     if accelerate is None or accelerate.PartialState().is_main_process:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
 
