@@ -1,7 +1,7 @@
 """What hfgpt's extras bring, and the command that installs a missing package into the Python that runs hfgpt.
 
-The command names packages, not `hfgpt[extra]`, which pip would look up in a registry: hfgpt may have been installed from
-a clone, a wheel or a URL.
+The command names packages, not `hfgpt[extra]`, which pip would look up in a registry: hfgpt may have come from a clone,
+a wheel or a URL.
 """
 
 import importlib.metadata
