@@ -1,4 +1,4 @@
-"""The command line's frame: the app that the commands register with, and the words that several of them take."""
+"""The app that the commands register with, and the arguments and options that several of them take."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ class JobOrder(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER_OF_THE_JOB.index)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Say to which part of the job a command belongs."""
+        """Put a command under its part of the job in the help."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             command.rich_help_panel = next(  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ class Command(TyperCommand):
     """A command whose results are alone on stdout."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. What typer itself prints, help and completion, comes before."""
+        """Run it. Typer prints help and completion before this is called."""
         with reserve_stdout():
             return super().invoke(ctx)
 
@@ -72,7 +72,7 @@ app = Commands(
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Offer the recipes that come with hfgpt, YAML files, and folders to look further in."""
+    """Offer the recipes that come with hfgpt, YAML files and folders."""
     folder, slash, begin = incomplete.rpartition("/")
     there = [path for path in sorted(Path(folder + slash).glob("*")) if path.name.startswith(begin)]
     files = [f"{folder}{slash}{path.name}" for path in there if path.suffix in (".yaml", ".yml")]
@@ -133,16 +133,16 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Read what stands before the command."""
+    """Read the options before the command."""
 
 
 @contextmanager
 def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
-    """Show that something goes on whose end cannot be foreseen, where somebody watches.
+    """Show a spinner on a terminal while something of unknown length goes on.
 
     Args:
-        doing: what.
-        source: read for it; nothing is shown beside the bars of a download from the Hub.
+        doing: what goes on.
+        source: the model that is read. If it comes from the Hub nothing is shown, because the download has bars.
     """
     console = Console(stderr=True)
     if not console.is_terminal or (source is not None and not Path(source).exists()):
@@ -153,7 +153,7 @@ def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
 
 
 def print_result(text: object, end: str = "\n") -> None:
-    """Print a result to stdout, where nothing else may go."""
+    """Print a result to stdout, where nothing else goes."""
     print(text, end=end, file=result_stream())
 
 

@@ -1,6 +1,5 @@
 """Commands about a run: its recipe, its tokenizer, its training."""
 
-import json
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import groupby
@@ -11,13 +10,13 @@ import typer
 
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 from hfgpt.config.recipes import bundled_recipes
-from hfgpt.system.console import result_stream
+from hfgpt.system.console import print_status, result_stream
 
 LECTURE_STEPS = (
     *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
     *("training", "temperature", "top_k", "resume", "gpt2"),
 )
-"""Said here as well as in the lecture, whose import takes seconds."""
+"""The keys of the lecture's `STEPS`, repeated because importing the lecture takes seconds."""
 
 
 def complete_step(incomplete: str) -> list[str]:
@@ -80,7 +79,7 @@ def lecture(
     """Run the lecture on pretraining a GPT, whole or step by step."""
     from hfgpt.config.recipes.lecture.__main__ import run
 
-    with redirect_stdout(result_stream()):  # all that the steps print is their result
+    with redirect_stdout(result_stream()):  # what the steps print is their result
         run([word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word])
 
 
@@ -96,7 +95,6 @@ def tokenizer_train(
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config.loading import load_config
     from hfgpt.data.prepare import train_run_tokenizer
-    from hfgpt.system.console import print_status
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty. Name a new folder.")
@@ -140,11 +138,11 @@ def train(
     """Train a model by a recipe, through the loop that it names."""
     from hfgpt.config.loading import load_config
 
-    loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
+    loaded = load_config(recipe, overrides or [])  # before the slow imports, so that a typo is answered at once
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.system.console import print_status
+    from hfgpt.results.records import RESULTS_FILE, read_results
     from hfgpt.training.signals import RESUMABLE, Stopped
     from hfgpt.training.train import train
 
@@ -157,7 +155,7 @@ def train(
     leave_processes()
     if results is None:
         print_status(f"{loaded.output_dir} holds this run, finished.")
-        results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
+        results = read_results(Path(loaded.output_dir) / RESULTS_FILE)
     if not PartialState().is_main_process:
         return
     if as_json:
@@ -171,9 +169,7 @@ def train(
 
 
 @app.command()
-def doctor(
-    as_json: Json = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Look at this machine: versions, devices, memory, what is missing, and known traps."""
     from hfgpt.system.doctor import examine, render
 
@@ -194,7 +190,6 @@ def compare(
 ) -> None:
     """Put runs side by side: a table, their curves as a picture, and the options in which they differ."""
     from hfgpt.results.compare import compare_runs, render
-    from hfgpt.system.console import print_status
 
     comparison = compare_runs(runs, picture)
     for warning in comparison["warnings"]:
