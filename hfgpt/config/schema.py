@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hfgpt.config.ranges import at_least, must_be, one_of, steps_or_epoch
+from hfgpt.config.ranges import at_least, one_of, steps_or_epoch
 
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 LARGEST_SEED = 2**32 - 2**16
 """NumPy takes seeds below 2**32; each process adds its number to the run's."""
-BETAS = must_be("two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
+BETAS = {"two numbers in [0, 1)": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DataConfig:
     """Split of a Hub data set to train on."""
     validation_split: str | None = None
     """Split of a Hub data set to validate on; null takes `validation_fraction` of the training split."""
-    validation_fraction: float = field(default=0.1, metadata=must_be("between 0 and 1", lambda share: 0 < share < 1))
+    validation_fraction: float = field(default=0.1, metadata={"between 0 and 1": lambda share: 0 < share < 1})
     """Share of the documents (of the characters, if there is only one), taken from the end, in (0, 1)."""
     shuffle_documents: bool = True
     """Whether documents are shuffled by `seed` before they are split and joined."""
@@ -72,7 +72,7 @@ class OptimConfig:
 
     name: str = "adamw"
     """A key of `hfgpt.training.optim.OPTIMIZERS`."""
-    learning_rate: float = field(default=1.0e-3, metadata=must_be("finite and above 0", lambda lr: 0 < lr < math.inf))
+    learning_rate: float = field(default=1.0e-3, metadata={"finite and above 0": lambda rate: 0 < rate < math.inf})
     """Peak of the schedule."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=BETAS)
     """AdamW's averaging of gradients and of their squares, each in [0, 1)."""
