@@ -116,6 +116,12 @@ def bytes_of_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     return lengths
 
 
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each document behind its end-of-text, int32 (1 + tokens,): what rows are cut from."""
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]
+
+
 def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Turn each text into ids, with no special token: a literal `<|endoftext|>` is text like any other."""
     return [ids.tolist() for ids in encode_arrays(tokenizer, texts)]

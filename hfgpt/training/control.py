@@ -90,7 +90,7 @@ class TrainingControl:
             self.states["scaler"] = accelerator.scaler
         seed_training(run.config.seed)
         if run.resume_from is not None:
-            load_states(run.resume_from, self.states, run.rows.stream)
+            load_states(run.resume_from, self.states, run.rows.streamed)
         self.guard = NonFiniteGuard(run.model, run.config.train, self.recorder)
 
     def steps(self, loader: DataLoader) -> Iterator[MicroBatches]:

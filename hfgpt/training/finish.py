@@ -82,7 +82,7 @@ def finish_run(run: Run, recorder: Recorder, control: TrainingControl) -> dict[s
         plot_losses(
             comparable_lines(metrics, results),
             run.folder / PLOT_FILE,
-            baselines={name: results[f"{name}_perplexity"] for name in NGRAMS if run.rows.stream is None},
+            baselines={name: results[f"{name}_perplexity"] for name in NGRAMS if run.rows.streamed is None},
             best_step=results["best_step"],
             final_val_loss=None if is_same or keeps_best else line["val_loss"],
         )
@@ -125,7 +125,7 @@ def summarize(
         "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
         **score_ngrams(run.rows, run.model.config.vocab_size),
         "parameters": count_parameters(run.model),
-        **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
+        **({"train_tokens": run.rows.train_counts.tokens} if run.rows.streamed is None else {}),
         "validation_tokens": run.rows.validation_counts.tokens,
         "checks": next((each["checks"] for each in metrics if "checks" in each), None),
         "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
@@ -142,7 +142,7 @@ def summarize(
 
 def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
     """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
-    if rows.stream is not None:
+    if rows.streamed is not None:
         return {}
     baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
     return {f"{name}_perplexity": getattr(baselines, name) for name in NGRAMS}

@@ -280,4 +280,4 @@ def describe(rows: Rows) -> str:
             ("validation", rows.validation_counts, rows.validation),
         )
     )
-    return f"train from a stream; {validation}" if rows.stream is not None else f"{train}; {validation}"
+    return f"train from a stream; {validation}" if rows.streamed is not None else f"{train}; {validation}"

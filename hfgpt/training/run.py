@@ -85,8 +85,8 @@ class Run:
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""
         train, process = self.config.train, PartialState()
-        if self.rows.stream is not None:
-            return stream_loader(self.rows.stream, train.batch_size)
+        if self.rows.streamed is not None:
+            return stream_loader(self.rows.streamed, train.batch_size)
         return train_loader(
             self.rows.train,
             train.batch_size,
@@ -99,7 +99,7 @@ class Run:
     def next_state(self, state: TrainState, micro_batches: int, targets: int) -> TrainState:
         """Where training stands after one more step of so many micro-batches and, over all processes, targets."""
         rows = state.rows + micro_batches * self.global_batch
-        is_epoch_done = self.rows.stream is None and rows >= len(self.rows.train)
+        is_epoch_done = self.rows.streamed is None and rows >= len(self.rows.train)
         return TrainState(
             step=state.step + 1,
             epoch=state.epoch + is_epoch_done,
@@ -176,7 +176,7 @@ def identify(config: RunConfig, tokenizer: PreTrainedTokenizerFast, rows: Rows) 
         # So that every step sees the same rows, on however many processes.
         "number of rows per step": train.batch_size * process.num_processes * train.gradient_accumulation_steps,
     }
-    if rows.stream is not None:
+    if rows.streamed is not None:
         identity["number of processes"] = process.num_processes  # each reads a share of its own
     return identity
 

@@ -33,7 +33,7 @@ def save_checkpoint(
 
     recorder.pause()
     manifest = checkpoint.Manifest(state, run.identity, val_loss, run.origins)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.streamed)
     recorder.resume()
 
 

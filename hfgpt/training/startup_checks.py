@@ -71,7 +71,7 @@ def check_start(run: Run, recorder: Recorder) -> None:
         "next_token_loss": next_token,
         "ids_out_of_range": check_range(rows, vocab_size),
         "padding": check_padding(run.rows.train_counts.padding, run.rows.train_counts.targets),
-        "duplicates": check_duplicates(run.rows.train.stream, run.rows.validation.stream),
+        "duplicates": check_duplicates(run.rows.train.tokens, run.rows.validation.tokens),
     }
     recorder.write({"step": 0, "tokens": 0, "checks": {name: asdict(check) for name, check in checks.items()}}, "check")
     recorder.print_status("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))

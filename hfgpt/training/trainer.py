@@ -53,7 +53,7 @@ def training_arguments(run: Run, engine: TrainerEngine) -> TrainingArguments:
         torch_compile=config.train.compile,
         use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
         remove_unused_columns=False,  # or Trainer drops shift_labels
-        ignore_data_skip=run.rows.stream is not None,  # a stream goes on by itself where it stopped
+        ignore_data_skip=run.rows.streamed is not None,  # a stream goes on by itself where it stopped
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",

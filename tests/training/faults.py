@@ -373,8 +373,8 @@ def large_texts(place: Path) -> str:
 
 def decode(rows: TokenRows, tokenizer: PreTrainedTokenizerFast) -> str:
     """The text of a stream, a thousand ids at a time, without its end-of-text tokens."""
-    ids = np.concatenate(rows.stream.parts)
-    cuts = [0, *[start for start in rows.stream.document_starts.tolist() if start], len(ids)]
+    ids = np.concatenate(rows.tokens.parts)
+    cuts = [0, *[start for start in rows.tokens.document_starts.tolist() if start], len(ids)]
     if len(cuts) > 1000:  # short documents: each is a few ids
         return "".join(tokenizer.batch_decode([ids[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]))
     # Long ones are decoded in pieces: all text here is ASCII, so no character is cut.
@@ -401,7 +401,7 @@ TESTED = [
     (
         "12, 13",
         "odd texts and blocks (hypothesis)",
-        "tests/data/test_text.py tests/data/test_rows.py tests/data/test_streaming.py",
+        "tests/data",
     ),
     ("14", "a loss or weight that is no number", "tests/training -k 'diverge or nonfinite or finite'"),
     ("15", "malicious pickles, paths that lead elsewhere", "tests/weights -k 'malicious or elsewhere or hostile'"),
