@@ -1,6 +1,6 @@
 """How a recipe is read: defaults < recipe YAML < `key.path=value`.
 
-Whatever is misspelt, impossible or without effect is refused, before anything is loaded or written.
+What is misspelt, impossible or without effect is refused before anything is loaded or written.
 """
 
 import io
@@ -161,7 +161,7 @@ def field_type(names: list[str]) -> Any:
 
 
 def escape(text: str) -> str:
-    """Take the meaning that OmegaConf gives them from `${` and `???`: a recipe holds values, not expressions."""
+    """Hide `${` and `???` from OmegaConf, which would read expressions in them: a recipe holds values."""
     return re.sub(r"[$?]", r"\g<0>.", text)
 
 

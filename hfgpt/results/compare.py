@@ -1,6 +1,6 @@
-"""Runs beside one another: a table, a picture, and in which options they differ.
+"""Runs side by side: a table, a picture, and the options in which they differ.
 
-Nothing is computed that a run did not measure, and what cannot be compared is said.
+Only what the runs measured is shown, with a warning where it does not compare.
 """
 
 import json
@@ -22,7 +22,7 @@ from hfgpt.system.console import align_columns
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
 MADE_BY = "hfgpt compare"
-"""Stands in every picture as its `Software`, so that only such a one is ever replaced."""
+"""The `Software` of every picture; a file without it is never replaced."""
 LOSS_OPTIONS = (
     *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
@@ -67,11 +67,7 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names, with as many of those above as it takes to tell them apart.
-
-    Raises:
-        ValueError: the same folder is given twice.
-    """
+    """The folders' last names, with as many parent folders as it takes to tell them apart."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ValueError("the same run is given twice.")
@@ -82,11 +78,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-        ValueError: there is none, or none with an evaluation.
-    """
+    """The lines of a run's metrics.jsonl, at least one of them an evaluation."""
     path = folder / "metrics.jsonl"
     if not path.is_file() or not (folder / "run.yaml").is_file():
         raise ValueError(f"{folder} holds no run: it has no metrics.jsonl and run.yaml.")
@@ -128,36 +120,31 @@ def differing_options(options: Sequence[dict[str, Any]]) -> dict[str, list[Any]]
 def render(comparison: dict[str, Any]) -> str:
     """The comparison as a table to read: a column for each run."""
     runs = comparison["runs"]
-    rows = [["", *(run["name"] for run in runs)]]
-    for label, shown in [
-        ("state", lambda run: "finished" if run["is_finished"] else "unfinished"),
-        ("validation loss", lambda run: f"{run['val_loss']:.4f}"),
-        ("perplexity", lambda run: f"{run['val_perplexity']:,.2f}"),
-        ("training loss", lambda run: f"{run['train_loss']:.4f}"),
-        ("gap", lambda run: f"{run['val_loss'] - run['train_loss']:.4f}"),
-        ("best step", lambda run: written(run["best_step"])),
-        ("steps", lambda run: written(run["step"])),
-        ("tokens", lambda run: written(run["tokens"])),
-        ("parameters", lambda run: written(run["parameters"])),
-        ("tokens/s", lambda run: written(run["tokens_per_second"])),
-        ("seconds", lambda run: written(run["elapsed_seconds"])),
+    rows = [
+        ["", *(run["name"] for run in runs)],
+        ["state", *("finished" if run["is_finished"] else "unfinished" for run in runs)],
+    ]
+    for label, key, form in [
+        ("validation loss", "val_loss", ".4f"),
+        ("perplexity", "val_perplexity", ",.2f"),
+        ("training loss", "train_loss", ".4f"),
+        ("gap", "gap", ".4f"),
+        ("best step", "best_step", ",.0f"),
+        ("steps", "step", ",.0f"),
+        ("tokens", "tokens", ",.0f"),
+        ("parameters", "parameters", ",.0f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        ("seconds", "elapsed_seconds", ",.0f"),
     ]:
-        rows.append([label, *map(shown, runs)])
+        values = [{**run, "gap": run["val_loss"] - run["train_loss"]}[key] for run in runs]
+        rows.append([label, *("-" if value is None else format(value, form) for value in values)])
     for name, values in comparison["differing_options"].items():
         rows.append([name, *(json.dumps(value, ensure_ascii=False) for value in values)])
     return align_columns(rows, numbers=True)
 
 
-def written(number: float | None) -> str:
-    return "-" if number is None else f"{number:,.0f}"
-
-
 def check_picture(path: Path) -> None:
-    """Refuse to write over a file that this has not drawn.
-
-    Raises:
-        ValueError: it is there and something else.
-    """
+    """Refuse to write over a file that this has not drawn."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"the picture must be a .png, got {str(path)!r}.")
     if not path.exists():

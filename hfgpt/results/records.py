@@ -1,7 +1,7 @@
-"""What a run writes to be read: metrics.jsonl and samples.md.
+"""What a run writes as it goes, metrics.jsonl and samples.md; and its results.json, read.
 
-Only the main process writes. Files are appended to, a whole line or section at a time, so a killed run leaves at most
-one torn end, which `truncate_after` takes away when the run goes on.
+Only the main process writes. Files grow by a whole line or section at a time, so a killed run leaves at most one torn
+end, which `truncate_after` removes when the run is resumed.
 """
 
 import json
