@@ -28,7 +28,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe that hfgpt brings along (`demo`).
+        recipe: path of a YAML file, or the name of a recipe that comes with hfgpt (`demo`).
         overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is.
 
     Raises:

@@ -23,7 +23,7 @@ from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import check_end_of_text, encode_documents, load_tokenizer, tokenizer_hash, train_tokenizer
 
-ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
+ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text is to give other ids than before.
 
 
 @dataclass(frozen=True)
