@@ -1,6 +1,7 @@
-"""What a model expects: of each token of a text, of the one after it, and along the likeliest way on.
+"""What a model predicts: each token of a text, the one after it, and the most likely continuation.
 
-One forward pass over the text and one per token of the way. Nothing is drawn here: terminal.py and pictures.py do that.
+One forward pass over the text and one per token of the continuation. Nothing is printed or drawn here: that is done by
+render.py and explore_plots.py.
 
 Shape letters: T tokens of the text, V vocabulary.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hfgpt.generation.decoding import apply_history, check_finite_logits, next_logits, process_logits, take_cache
 from hfgpt.generation.generator import TextGenerator
-from hfgpt.generation.params import HISTORY, SAMPLING, Rules, Settings
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import REPLACEMENT_CHARACTER, TextStream
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -39,11 +40,11 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenLoss(Token):
-    """A token of the text, and how the model took it.
+    """A token of the text, and how well the model predicted it.
 
     Attributes:
         loss: -ln(probability), in nats.
-        rank: 1 for the token that the model held likeliest.
+        rank: 1 if no token was likelier.
     """
 
     loss: float
@@ -56,7 +57,7 @@ class Piece:
 
     Attributes:
         text: never empty; the pieces joined are the text.
-        tokens: what it consists of; empty for the first token, which nothing was expected of.
+        tokens: what it consists of; empty for the first token, which is not predicted.
     """
 
     text: str
@@ -64,20 +65,20 @@ class Piece:
 
     @property
     def loss(self) -> float:
-        """Of all its tokens together, in nats: -ln of the probability of the text."""
+        """Sum over its tokens, in nats: -ln of the probability of the piece."""
         return math.fsum(token.loss for token in self.tokens)
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the next token is drawn from, by some settings.
+    """The distribution of the next token under some params.
 
     Attributes:
-        label: the settings, as they were given.
+        label: the params, as they were given.
         probabilities: of `Exploration.candidates`, in their order.
         rest: probability of all other tokens together.
         entropy: in bits; 0 where one token is certain.
-        kept: number of tokens that can come at all.
+        kept: number of tokens that the rules leave.
     """
 
     label: str
@@ -89,12 +90,12 @@ class Distribution:
 
 @dataclass(frozen=True)
 class PathStep:
-    """A step of the likeliest way on.
+    """A step of the most likely continuation.
 
     Attributes:
         token: the likeliest one, which was taken.
         alternatives: the next ones, in the order of their probability.
-        entropy: of what the model expected, in bits.
+        entropy: of the distribution of this token, in bits.
     """
 
     token: Token
@@ -104,16 +105,16 @@ class PathStep:
 
 @dataclass(frozen=True)
 class Exploration:
-    """All of it.
+    """What `explore` found.
 
     Attributes:
-        source: of the model.
-        text: that was explored.
+        source: folder or Hub id of the model.
+        text: the text.
         pieces: the text's parts.
         loss: nats per token, the mean over all tokens but the first; None if there are no others.
-        candidates: the tokens that the model holds likeliest to come next, by its own distribution.
-        distributions: one for each of the settings.
-        path: the likeliest way on; it ends with an end-of-text token, or where the model has no position left.
+        candidates: the likeliest next tokens of the model's own distribution.
+        distributions: one for each of the variants.
+        path: the most likely continuation, up to an end-of-text token or the model's last position.
         context: tokens that the model has positions for.
     """
 
@@ -132,82 +133,81 @@ class Exploration:
         return None if self.loss is None else math.exp(min(self.loss, 700))
 
     def record(self) -> dict[str, Any]:
-        """All of it as one object of JSON; losses in nats, entropies in bits."""
+        """One object for JSON; losses in nats, entropies in bits."""
         return {**asdict(self), "perplexity": self.perplexity}
 
 
 @torch.no_grad()
 def explore(
-    writer: TextGenerator,
+    generator: TextGenerator,
     text: str,
-    variants: Mapping[str, Settings],
+    variants: Mapping[str, SamplingParams],
     *,
     top: int = 10,
     steps: int = 8,
     alternatives: int = 3,
 ) -> Exploration:
-    """Look at what a model expects of a text and after it.
+    """Look at what a model predicts in a text and after it.
 
     Args:
-        writer: see `hfgpt.generation.generator.load_generator`.
+        generator: see `hfgpt.generation.generator.load_generator`.
         text: may be empty: then a document is begun.
-        variants: settings to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
-        top: candidates to show, at least 1.
-        steps: tokens of the likeliest way on, at least 0.
-        alternatives: other tokens to show at each step, at least 0.
+        variants: params to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
+        top: number of candidates, at least 1.
+        steps: tokens of the most likely continuation, at least 0.
+        alternatives: other tokens at each step, at least 0.
 
     Raises:
         ValueError: the text is longer than the model's context.
         FloatingPointError: the model's logits are no numbers.
     """
-    ids = writer.encode(text)
-    if len(ids) > writer.context:
+    ids = generator.encode(text)
+    if len(ids) > generator.context:
         raise ValueError(
-            f"the text has {len(ids)} tokens, more than the model's `max_position_embeddings` ({writer.context}). "
+            f"the text has {len(ids)} tokens, more than the model's `max_position_embeddings` ({generator.context}). "
             "Shorten it."
         )
-    ids_1T = torch.tensor([ids], device=writer.model.device)
-    output = writer.model(input_ids=ids_1T, use_cache=True)
+    ids_1T = torch.tensor([ids], device=generator.model.device)
+    output = generator.model(input_ids=ids_1T, use_cache=True)
     logits_TV = output.logits[0].float().cpu()
     check_finite_logits(logits_TV)
-    surprises = surprise_of(writer, ids, logits_TV) if text else []
-    losses = [surprise.loss for surprise in surprises]
-
-    probabilities_V = known_distribution(writer, logits_TV[-1])
-    candidates = likeliest(writer, probabilities_V, top)
+    token_losses = score_tokens(generator, ids, logits_TV) if text else []
+    losses = [token.loss for token in token_losses]
+    candidates = top_tokens(generator, own_distribution(generator, logits_TV[-1]), top)
     return Exploration(
-        source=writer.source,
+        source=generator.source,
         text=text,
-        pieces=cut_into_pieces(writer, ids, surprises) if text else [],
+        pieces=split_into_pieces(generator, ids, token_losses) if text else [],
         loss=math.fsum(losses) / len(losses) if losses else None,
         candidates=candidates,
         distributions=[
-            distribution(label, settings, writer, ids, logits_TV[-1], candidates)
-            for label, settings in variants.items()
+            make_distribution(label, params, generator, ids, logits_TV[-1], candidates)
+            for label, params in variants.items()
         ],
-        path=likeliest_path(writer, ids_1T, logits_TV[-1], take_cache(writer.model, output), steps, alternatives),
-        context=writer.context,
+        path=follow_likeliest(
+            generator, ids_1T, logits_TV[-1], take_cache(generator.model, output), steps, alternatives
+        ),
+        context=generator.context,
     )
 
 
-def surprise_of(writer: TextGenerator, ids: list[int], logits_TV: Tensor) -> list[TokenLoss]:
-    """How the model took each token but the first, given all before it."""
-    expected_TV = logits_TV[:-1].double().log_softmax(-1)
-    targets_T1 = torch.tensor(ids[1:])[:, None]
-    own_T1 = expected_TV.gather(1, targets_T1)
-    ranks = 1 + (expected_TV > own_T1).sum(1)
+def score_tokens(generator: TextGenerator, ids: list[int], logits_TV: Tensor) -> list[TokenLoss]:
+    """Loss, probability and rank of each token but the first, given all before it."""
+    log_probabilities_TV = logits_TV[:-1].double().log_softmax(-1)
+    own_T1 = log_probabilities_TV.gather(1, torch.tensor(ids[1:])[:, None])
+    ranks = 1 + (log_probabilities_TV > own_T1).sum(1)
     return [
-        TokenLoss(token_id, token_label(writer.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
+        TokenLoss(token_id, token_label(generator.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
         for token_id, own, rank in zip(ids[1:], own_T1[:, 0].tolist(), ranks.tolist(), strict=True)
     ]
 
 
-def cut_into_pieces(writer: TextGenerator, ids: list[int], surprises: list[TokenLoss]) -> list[Piece]:
-    """Put tokens together until they are whole characters: a Korean syllable may be three of them."""
-    text = TextStream(writer.tokenizer)
+def split_into_pieces(generator: TextGenerator, ids: list[int], token_losses: list[TokenLoss]) -> list[Piece]:
+    """Join tokens until they are whole characters: a Korean syllable may be three of them."""
+    text = TextStream(generator.tokenizer)
     pieces, waiting = [], []
     for index, token_id in enumerate(ids):
-        waiting += surprises[index - 1 : index] if index else []
+        waiting += token_losses[index - 1 : index] if index else []
         shown = text.push(token_id)
         if index == len(ids) - 1:
             shown += text.finish()
@@ -217,21 +217,29 @@ def cut_into_pieces(writer: TextGenerator, ids: list[int], surprises: list[Token
     return pieces
 
 
-def known_distribution(writer: TextGenerator, logits_V: Tensor) -> Tensor:
-    """(V,) fp64 probabilities of the next token, without ids that only round the vocabulary's size up."""
-    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
-    return apply_history(logits_V[None].double(), Rules(), logits_V[None], None, suppress_mask)[0].softmax(-1)
+def suppress(generator: TextGenerator, logits_V: Tensor) -> Tensor:
+    """(V,) logits, -inf for ids that the tokenizer does not know."""
+    mask_V = generator.suppress_mask
+    return logits_V if mask_V is None else logits_V.masked_fill(mask_V.to(logits_V.device), -math.inf)
 
 
-def distribution(
-    label: str, settings: Settings, writer: TextGenerator, ids: list[int], logits_V: Tensor, candidates: list[Token]
+def own_distribution(generator: TextGenerator, logits_V: Tensor) -> Tensor:
+    """(V,) fp64 probabilities of the next token, as the model predicts them."""
+    return suppress(generator, logits_V.double()).softmax(-1)
+
+
+def make_distribution(
+    label: str,
+    params: SamplingParams,
+    generator: TextGenerator,
+    ids: list[int],
+    logits_V: Tensor,
+    candidates: list[Token],
 ) -> Distribution:
-    """What the next token is drawn from by `settings`; see `Distribution`."""
-    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
-    rules = Rules(**settings.some(*SAMPLING, *HISTORY))
-    logits_1V = apply_history(logits_V[None], rules, torch.tensor([ids]), None, suppress_mask)
-    shaped_V = process_logits(logits_1V, **settings.some(*SAMPLING))[0].double()
-    probabilities_V = shaped_V.softmax(-1)
+    """The distribution that `params` sample the next token from."""
+    logits_1V = apply_history(suppress(generator, logits_V)[None], params, torch.tensor([ids]))
+    processed_V = process_logits(logits_1V, params)[0].double()
+    probabilities_V = processed_V.softmax(-1)
     candidate_ids = [token.token_id for token in candidates]
     is_other_V = torch.ones_like(probabilities_V, dtype=torch.bool)
     is_other_V[candidate_ids] = False
@@ -240,7 +248,7 @@ def distribution(
         probabilities=probabilities_V[candidate_ids].tolist(),
         rest=float(probabilities_V[is_other_V].sum()),
         entropy=entropy_bits(probabilities_V),
-        kept=int(shaped_V.isfinite().sum()),
+        kept=int(processed_V.isfinite().sum()),
     )
 
 
@@ -249,30 +257,30 @@ def entropy_bits(probabilities_V: Tensor) -> float:
     return max(0.0, float(-torch.xlogy(probabilities_V, probabilities_V).sum()) / math.log(2))
 
 
-def likeliest(writer: TextGenerator, probabilities_V: Tensor, count: int) -> list[Token]:
+def top_tokens(generator: TextGenerator, probabilities_V: Tensor, count: int) -> list[Token]:
     """The `count` likeliest tokens, in their order."""
     best = probabilities_V.topk(min(count, len(probabilities_V)))
     return [
-        Token(token_id, token_label(writer.tokenizer, token_id), probability)
+        Token(token_id, token_label(generator.tokenizer, token_id), probability)
         for probability, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         if probability > 0
     ]
 
 
-def likeliest_path(
-    writer: TextGenerator, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
+def follow_likeliest(
+    generator: TextGenerator, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
 ) -> list[PathStep]:
-    """Follow the likeliest token, `steps` times; `cache` holds `ids_1S`, `logits_V` is what comes after."""
+    """Take the likeliest token `steps` times; `cache` holds `ids_1S`, and `logits_V` are those of the token after."""
     path: list[PathStep] = []
-    for _ in range(min(steps, writer.context - ids_1S.size(1))):
-        probabilities_V = known_distribution(writer, logits_V)
-        taken, *others = likeliest(writer, probabilities_V, 1 + alternatives)
+    for _ in range(min(steps, generator.context - ids_1S.size(1))):
+        probabilities_V = own_distribution(generator, logits_V)
+        taken, *others = top_tokens(generator, probabilities_V, 1 + alternatives)
         path.append(PathStep(taken, others, entropy_bits(probabilities_V)))
-        if taken.token_id == writer.tokenizer.eos_token_id or len(path) == steps:
+        if taken.token_id == generator.tokenizer.eos_token_id or len(path) == steps:
             break
         next_11 = torch.tensor([[taken.token_id]], device=ids_1S.device)
         ids_1S = torch.cat([ids_1S, next_11], dim=1)
-        logits_1V, cache = next_logits(writer.model, next_11, torch.ones_like(ids_1S), cache)
+        logits_1V, cache = next_logits(generator.model, next_11, torch.ones_like(ids_1S), cache)
         logits_V = logits_1V[0].float().cpu()
     return path
 

@@ -1,6 +1,6 @@
-"""Text from a saved model: one that is seen as it comes, or many in batches, for prompts from a file.
+"""Text from a saved model: one text as a stream, or many in batches, for prompts from a file.
 
-decoding.py and beams.py choose the tokens; here they meet a tokenizer. Nothing is printed.
+Here decoding.py and beam_search.py, which choose tokens, meet a tokenizer. Nothing is printed.
 """
 
 import json
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from hfgpt.data.tokenizer import check_end_of_text, encode_ids, load_tokenizer
 from hfgpt.generation.beam_search import beam_search
-from hfgpt.generation.decoding import check_length, stream
-from hfgpt.generation.params import HISTORY, SAMPLING, SEARCH, Settings
+from hfgpt.generation.decoding import check_length, generate_stream
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import StoppingText
 from hfgpt.weights import load
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model and its tokenizer, on the device where they write.
+    """A model and its tokenizer, on the device where they run.
 
     Attributes:
         source: folder or Hub id that they came from.
@@ -76,7 +76,7 @@ def load_generator(source: str) -> TextGenerator:
 
 
 def suppressed_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
-    """Which ids of a model no text has: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer does not know.
+    """Ids of a model that stand for no text: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer lacks.
 
     Returns:
         (V,) booleans, or None if the tokenizer knows all.
@@ -88,12 +88,12 @@ def suppressed_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text that was written.
+    """A finished text.
 
     Attributes:
         prompt: as it was given.
         new_text: what follows it.
-        new_tokens: tokens written, with the one that ended the text.
+        new_tokens: number of new tokens, with the one that ended the text.
         ended: by "eos", an end-of-text token; "stop", a stop text; or "length".
         seed: of a sample; None for greedy decoding and beam search.
         score: see `hfgpt.generation.beam_search.Beam`; None without beam search.
@@ -108,30 +108,32 @@ class GeneratedText:
 
     def record(self) -> dict[str, Any]:
         """What a line of JSON holds: `text` is the prompt and what follows."""
-        made_by = {"seed": self.seed, "score": self.score}
-        return {
+        record = {
             "prompt": self.prompt,
             "text": self.prompt + self.new_text,
             "new_text": self.new_text,
             "new_tokens": self.new_tokens,
             "ended": self.ended,
-            **{name: value for name, value in made_by.items() if value is not None},
+            "seed": self.seed,
+            "score": self.score,
         }
+        return {name: value for name, value in record.items() if value is not None}
 
 
 class SequenceState:
-    """One text while it is written: takes its ids, and knows when and why it ends."""
+    """One text while it is generated: takes its ids, and knows when and why it ends."""
 
-    def __init__(self, writer: TextGenerator, settings: Settings) -> None:
-        self.text = StoppingText(writer.tokenizer, settings.stop)
-        self.eos_token_id = writer.tokenizer.eos_token_id
-        self.max_new_tokens = settings.max_new_tokens
-        self.pieces: list[str] = []
+    def __init__(self, generator: TextGenerator, prompt: str, params: SamplingParams) -> None:
+        self.text = StoppingText(generator.tokenizer, params.stop)
+        self.eos_token_id = generator.tokenizer.eos_token_id
+        self.prompt = prompt
+        self.max_new_tokens = params.max_new_tokens
+        self.new_text = ""
         self.new_tokens = 0
         self.ended = ""
 
     def push(self, token_id: int) -> str:
-        """Take the next id; returns the text that is certain with it. After the end of the row ids are ignored."""
+        """Take the next id; returns the text that is complete with it. Ids after the end are ignored."""
         if self.ended:
             return ""
         self.new_tokens += 1
@@ -143,22 +145,22 @@ class SequenceState:
         elif self.new_tokens == self.max_new_tokens:
             self.ended = "length"
         if self.ended:
-            piece += self.text.finish()  # which may show a stop text in the bytes of a character that never came
-        self.pieces.append(piece)
+            piece += self.text.finish()  # which may show a stop text in the bytes of an incomplete character
+        self.new_text += piece
         return piece
 
-    def written(self, prompt: str, seed: int | None = None, score: float | None = None) -> GeneratedText:
-        """What the text has become."""
-        return GeneratedText(prompt, "".join(self.pieces), self.new_tokens, self.ended, seed, score)
+    def finished(self, seed: int | None = None, score: float | None = None) -> GeneratedText:
+        """The text after its end."""
+        return GeneratedText(self.prompt, self.new_text, self.new_tokens, self.ended, seed, score)
 
 
-def continue_text(writer: TextGenerator, prompt: str, settings: Settings) -> Iterator[str]:
-    """Write on from a prompt.
+def continue_text(generator: TextGenerator, prompt: str, params: SamplingParams) -> Iterator[str]:
+    """Continue one prompt.
 
     Args:
-        writer: see `load_generator`.
+        generator: see `load_generator`.
         prompt: may be empty: then a document is begun.
-        settings: with beam search the text comes in one piece, at the end.
+        params: how; with beam search the text comes in one piece, at the end.
 
     Returns:
         Pieces of the new text, each as soon as it consists of whole characters. An end-of-text token ends it.
@@ -166,25 +168,26 @@ def continue_text(writer: TextGenerator, prompt: str, settings: Settings) -> Ite
     Raises:
         ValueError: at the call itself: the prompt does not fit.
     """
-    ids = writer.encode(prompt)
-    check_length(len(ids), settings.max_new_tokens, writer.context)
-    if settings.num_beams > 1:
-        return (written.new_text for (written,) in search(writer, [(prompt, ids)], settings, samples=1))
-    row = SequenceState(writer, settings)
-    return (piece for (piece,) in stream_rows(writer, [ids], [row], settings, draw_seeds(settings, 1)) if piece)
+    ids = generator.encode(prompt)
+    check_length(len(ids), params.max_new_tokens, generator.context)
+    if params.num_beams > 1:
+        return (text.new_text for (text,) in search_texts(generator, [(prompt, ids)], params, samples=1))
+    sequence = SequenceState(generator, prompt, params)
+    steps = stream_texts(generator, [ids], [sequence], params, draw_seeds(params, 1))
+    return (piece for (piece,) in steps if piece)
 
 
 def generate_texts(
-    writer: TextGenerator, prompts: Sequence[str], settings: Settings, *, samples: int = 1, batch_size: int = 8
+    generator: TextGenerator, prompts: Sequence[str], params: SamplingParams, *, samples: int = 1, batch_size: int = 8
 ) -> Iterator[list[GeneratedText]]:
-    """Write on from many prompts, several at a time; what stands beside a prompt does not change its texts.
+    """Continue many prompts, several at a time; a prompt's texts do not depend on the prompts beside it.
 
     Args:
-        writer: see `load_generator`.
+        generator: see `load_generator`.
         prompts: each may be empty: then a document is begun.
-        settings: for all. Sample n of every prompt has the seed `settings.seed` + n; without one, each has its own.
+        params: for all. Sample n of every prompt has the seed `params.seed` + n; without one, each has its own.
         samples: texts per prompt, at least 1; with beam search the best ones, at most `num_beams`.
-        batch_size: texts that are written together, at least 1; with beam search prompts.
+        batch_size: texts that are generated together, at least 1; with beam search prompts.
 
     Returns:
         The texts of each prompt, as soon as they are finished.
@@ -192,101 +195,100 @@ def generate_texts(
     Raises:
         ValueError: at the call itself: a prompt does not fit, or there are not so many different samples.
     """
-    if samples > 1 and settings.temperature == 0 and settings.num_beams == 1:
+    if samples > 1 and params.temperature == 0 and params.num_beams == 1:
         raise ValueError(f"`samples` ({samples}): at `temperature` 0 each would be the same text.")
-    if 1 < settings.num_beams < samples:
-        raise ValueError(f"`samples` ({samples}) must be at most `num_beams` ({settings.num_beams}).")
+    if 1 < params.num_beams < samples:
+        raise ValueError(f"`samples` ({samples}) must be at most `num_beams` ({params.num_beams}).")
     jobs = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = writer.encode(prompt)
+        ids = generator.encode(prompt)
         try:
-            check_length(len(ids), settings.max_new_tokens, writer.context)
+            check_length(len(ids), params.max_new_tokens, generator.context)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
         jobs.append((prompt, ids))
-    if settings.num_beams > 1:
+    if params.num_beams > 1:
         batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
-        return (beams for batch in batches for beams in search(writer, batch, settings, samples))
-    seeded = [(prompt, ids, seed) for prompt, ids in jobs for seed in draw_seeds(settings, samples)]
-
-    def texts() -> Iterator[list[GeneratedText]]:
-        done: list[GeneratedText] = []
-        for start in range(0, len(seeded), batch_size):
-            batch = seeded[start : start + batch_size]
-            rows = [SequenceState(writer, settings) for _ in batch]
-            for _ in stream_rows(writer, [ids for _, ids, _ in batch], rows, settings, [seed for _, _, seed in batch]):
-                pass
-            for (prompt, _, seed), row in zip(batch, rows, strict=True):
-                done.append(row.written(prompt, seed if settings.temperature else None))
-                if len(done) == samples:
-                    yield done
-                    done = []
-
-    return texts()
+        return (texts for batch in batches for texts in search_texts(generator, batch, params, samples))
+    seeded = [(prompt, ids, seed) for prompt, ids in jobs for seed in draw_seeds(params, samples)]
+    batches_of_samples = (seeded[start : start + batch_size] for start in range(0, len(seeded), batch_size))
+    texts = (text for batch in batches_of_samples for text in sample_texts(generator, batch, params))
+    return map(list, zip(*[texts] * samples, strict=True))
 
 
-def draw_seeds(settings: Settings, samples: int) -> list[int]:
+def draw_seeds(params: SamplingParams, samples: int) -> list[int]:
     """A seed for each sample of a prompt."""
-    if settings.seed is None:
-        return [secrets.randbits(32) for _ in range(samples)]  # so small that every reader of JSON keeps them
-    return [settings.seed + sample for sample in range(samples)]
+    if params.seed is None:
+        return [secrets.randbits(32) for _ in range(samples)]  # small enough for every reader of JSON
+    return [params.seed + sample for sample in range(samples)]
 
 
-def stream_rows(
-    writer: TextGenerator,
+def stream_texts(
+    generator: TextGenerator,
     prompts_ids: Sequence[list[int]],
-    rows: Sequence[SequenceState],
-    settings: Settings,
+    sequences: Sequence[SequenceState],
+    params: SamplingParams,
     seeds: Sequence[int],
 ) -> Iterator[list[str]]:
-    """Write several rows token by token; yields the pieces of text of each step, one per row."""
-    input_ids, mask = pad_left(prompts_ids, writer.model.device)
+    """Continue several prompts token by token; yields the pieces of text of each step, one per prompt."""
+    input_ids, mask = pad_left(prompts_ids, generator.model.device)
     pieces: list[str] = []
 
-    def take(next_B: Tensor) -> list[bool]:
-        pieces[:] = [row.push(token_id) for row, token_id in zip(rows, next_B.tolist(), strict=True)]
-        return [bool(row.ended) for row in rows]
+    def push(next_B: Tensor) -> list[bool]:
+        pieces[:] = [each.push(token_id) for each, token_id in zip(sequences, next_B.tolist(), strict=True)]
+        return [bool(each.ended) for each in sequences]
 
-    steps = stream(
-        writer.model,
+    steps = generate_stream(
+        generator.model,
         input_ids,
+        params,
         attention_mask=mask,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=writer.tokenizer.eos_token_id,
-        generator=[torch.Generator(writer.model.device).manual_seed(seed) for seed in seeds],
-        suppress_mask=writer.suppress_mask,
-        is_stopped=take,
-        **settings.some(*SAMPLING, *HISTORY),
+        eos_token_id=generator.tokenizer.eos_token_id,
+        generator=[torch.Generator(generator.model.device).manual_seed(seed) for seed in seeds],
+        suppress_mask=generator.suppress_mask,
+        is_stopped=push,
     )
     return (list(pieces) for _ in steps)
 
 
-def search(
-    writer: TextGenerator, batch: Sequence[tuple[str, list[int]]], settings: Settings, samples: int
+def sample_texts(
+    generator: TextGenerator, batch: Sequence[tuple[str, list[int], int]], params: SamplingParams
+) -> list[GeneratedText]:
+    """Continue the prompts of a batch, given with their ids and seeds, to the end."""
+    sequences = [SequenceState(generator, prompt, params) for prompt, _, _ in batch]
+    seeds = [seed for _, _, seed in batch]
+    for _ in stream_texts(generator, [ids for _, ids, _ in batch], sequences, params, seeds):
+        pass
+    return [each.finished(seed if params.temperature else None) for each, seed in zip(sequences, seeds, strict=True)]
+
+
+def search_texts(
+    generator: TextGenerator, batch: Sequence[tuple[str, list[int]]], params: SamplingParams, samples: int
 ) -> list[list[GeneratedText]]:
-    """Write by beam search; returns the best `samples` texts of each prompt."""
-    input_ids, mask = pad_left([ids for _, ids in batch], writer.model.device)
+    """Continue the prompts of a batch, given with their ids, by beam search; returns the best `samples` of each."""
+    input_ids, mask = pad_left([ids for _, ids in batch], generator.model.device)
 
     def is_stopped(ids: list[int]) -> bool:
-        text = writer.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return any(stop in text for stop in settings.stop)
+        text = generator.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in params.stop)
 
     found = beam_search(
-        writer.model,
+        generator.model,
         input_ids,
+        params,
         attention_mask=mask,
-        eos_token_id=writer.tokenizer.eos_token_id,
-        suppress_mask=writer.suppress_mask,
-        is_stopped=is_stopped if settings.stop else None,
-        **settings.some("max_new_tokens", "num_beams", *SEARCH, *HISTORY),
+        eos_token_id=generator.tokenizer.eos_token_id,
+        suppress_mask=generator.suppress_mask,
+        is_stopped=is_stopped if params.stop else None,
     )
-    texts = []
+    texts: list[list[GeneratedText]] = []
     for (prompt, _), beams in zip(batch, found, strict=True):
-        rows = [SequenceState(writer, settings) for _ in beams[:samples]]
-        for row, beam in zip(rows, beams, strict=False):
+        texts.append([])
+        for beam in beams[:samples]:
+            sequence = SequenceState(generator, prompt, params)
             for token_id in beam.ids:
-                row.push(token_id)
-        texts.append([row.written(prompt, score=beam.score) for row, beam in zip(rows, beams, strict=False)])
+                sequence.push(token_id)
+            texts[-1].append(sequence.finished(score=beam.score))
     return texts
 
 
@@ -302,8 +304,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a file of prompts.
 
     Args:
-        path: of a .jsonl file with one object a line, whose `prompt` is the prompt and whose other fields go along, or
-            of a text with one prompt a line; blank lines are no prompts.
+        path: a .jsonl file with one object a line, of which `prompt` is the prompt and the other fields are kept, or a
+            text with one prompt a line; blank lines are no prompts.
 
     Returns:
         Objects with `prompt` and perhaps more, at least one.
@@ -326,14 +328,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 RESERVED = {"prompt", "text", "settings", *(field.name for field in fields(GeneratedText))}
-"""Fields of the lines that are answered with."""
+"""Fields of the lines of JSON that are printed."""
 
 
 def parse_prompt(line: str, where: str) -> dict[str, Any]:
     """Read one line of a .jsonl file of prompts.
 
     Raises:
-        ValueError: naming the place: it is no object with a `prompt`, or has fields that the answer has too.
+        ValueError: naming the place: it is no object with a `prompt`, or has fields that the output has too.
     """
     try:
         record = json.loads(line)

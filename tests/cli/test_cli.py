@@ -25,7 +25,7 @@ from hfgpt.config.loading import flatten, load_config
 from hfgpt.config.schema import MODEL_FIELDS, RunConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.evaluation.report import measure, render
-from hfgpt.generation.params import Settings
+from hfgpt.generation.params import SamplingParams
 from hfgpt.system.doctor import Finding
 from hfgpt.system.extras import needs
 
@@ -339,7 +339,7 @@ def test_generate_prints_prompt_and_text_as_json(world):
 
 
 def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
-    monkeypatch.setattr("hfgpt.generation.generator.continue_text", lambda *args, **settings: iter([]))
+    monkeypatch.setattr("hfgpt.generation.generator.continue_text", lambda *args: iter([]))
 
     assert hfgpt("generate", "out/accelerate", "The").out == "The\n"
 
@@ -348,7 +348,7 @@ def test_generate_hands_every_option_on(world, monkeypatch):
     heard = []
     monkeypatch.setattr(
         "hfgpt.generation.generator.continue_text",
-        lambda writer, prompt, settings: iter([heard.append((writer.source, prompt, settings)) or "!"]),
+        lambda generator, prompt, params: iter([heard.append((generator.source, prompt, params)) or "!"]),
     )
 
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.1 --seed 9 --stop a\\n --stop b"
@@ -358,8 +358,8 @@ def test_generate_hands_every_option_on(world, monkeypatch):
     for options in (sampling, searching):
         hfgpt("generate", "out/accelerate", "a b", *options.split())
 
-    sampled = Settings(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
-    searched = Settings(
+    sampled = SamplingParams(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
+    searched = SamplingParams(
         num_beams=3, length_penalty=0.5, early_stopping="never", repetition_penalty=2.0, no_repeat_ngram_size=3
     )
     assert heard == [("out/accelerate", "a b", sampled), ("out/accelerate", "a b", searched)]
@@ -715,7 +715,7 @@ BAD_INPUT = [
     ("evaluate small --tasks typo.yaml", "'typo.yaml' is no task"),
     ("generate small The --max-new-tokens 64", "`max_new_tokens` (64) are together longer than the model's"),
     ("generate small The --max-new-tokens 0", "`max_new_tokens` must be at least 1, got 0."),
-    ("generate small The --temperature -1", "`temperature` must be a finite number of at least 0, got -1.0."),
+    ("generate small The --temperature -1", "`temperature` must be finite and at least 0, got -1.0."),
     ("generate small The --top-p 2", "`top_p` must be above 0 and at most 1, got 2.0."),
     ("generate small The\udcff", r"'The\udcff' is not UTF-8."),
     ("generate small The --num-beams 2 --top-k 5", "`top_k` has no effect: beam search (`num_beams` 2)"),
