@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
-from hfgpt.generation.decoding import generate
+from hfgpt.generation import decoding
 from hfgpt.generation.params import SamplingParams
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import load
@@ -194,7 +194,7 @@ def compare(model: HFGPTForCausalLM, reference: GPT2LMHeadModel, bf16: bool) -> 
     text = reference.generate(prompt, **settings)
     greedy_equal = False
     if not math.isnan(max_abs_diff):  # which decoding.py refuses to choose by
-        own_text = generate(model, prompt, SamplingParams(max_new_tokens=new_tokens, temperature=0))
+        own_text = decoding.generate(model, prompt, SamplingParams(max_new_tokens=new_tokens, temperature=0))
         greedy_equal = torch.equal(model.generate(prompt, **settings), text) and torch.equal(own_text, text)
 
     disagreement = reference_disagreement = None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfgpt.generation.decoding import apply_history, check_finite_logits, next_logits, process_logits, take_cache
 from hfgpt.generation.generator import TextGenerator
@@ -298,16 +299,5 @@ def token_label(tokenizer: Any, token_id: int) -> str:
     return stored
 
 
-def byte_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level BPE stands for.
-
-    Source:
-        Radford et al. 2019, GPT-2's encoder: a printable byte is the character of that number, and the other bytes are
-        the characters from 256 on, in their order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = byte_characters()
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that each character of a byte-level BPE stands for."""

@@ -6,7 +6,7 @@ Here decoding.py and beam_search.py, which choose tokens, meet a tokenizer. Noth
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +108,21 @@ class GeneratedText:
 
     def record(self) -> dict[str, Any]:
         """What a line of JSON holds: `text` is the prompt and what follows."""
-        record = {
-            "prompt": self.prompt,
-            "text": self.prompt + self.new_text,
-            "new_text": self.new_text,
-            "new_tokens": self.new_tokens,
-            "ended": self.ended,
-            "seed": self.seed,
-            "score": self.score,
-        }
+        record = {"prompt": self.prompt, "text": self.prompt + self.new_text, **asdict(self)}
         return {name: value for name, value in record.items() if value is not None}
 
 
 class SequenceState:
     """One text while it is generated: takes its ids, and knows when and why it ends."""
 
-    def __init__(self, generator: TextGenerator, prompt: str, params: SamplingParams) -> None:
+    def __init__(self, generator: TextGenerator, prompt: str, params: SamplingParams, seed: int | None = None) -> None:
+        self.prompt, self.seed = prompt, seed
+        self.ids = generator.encode(prompt)
+        check_length(len(self.ids), params.max_new_tokens, generator.context)
         self.text = StoppingText(generator.tokenizer, params.stop)
         self.eos_token_id = generator.tokenizer.eos_token_id
-        self.prompt = prompt
         self.max_new_tokens = params.max_new_tokens
-        self.new_text = ""
-        self.new_tokens = 0
-        self.ended = ""
+        self.new_text, self.new_tokens, self.ended = "", 0, ""
 
     def push(self, token_id: int) -> str:
         """Take the next id; returns the text that is complete with it. Ids after the end are ignored."""
@@ -149,9 +141,9 @@ class SequenceState:
         self.new_text += piece
         return piece
 
-    def finished(self, seed: int | None = None, score: float | None = None) -> GeneratedText:
+    def finished(self, score: float | None = None) -> GeneratedText:
         """The text after its end."""
-        return GeneratedText(self.prompt, self.new_text, self.new_tokens, self.ended, seed, score)
+        return GeneratedText(self.prompt, self.new_text, self.new_tokens, self.ended, self.seed, score)
 
 
 def continue_text(generator: TextGenerator, prompt: str, params: SamplingParams) -> Iterator[str]:
@@ -168,13 +160,11 @@ def continue_text(generator: TextGenerator, prompt: str, params: SamplingParams)
     Raises:
         ValueError: at the call itself: the prompt does not fit.
     """
-    ids = generator.encode(prompt)
-    check_length(len(ids), params.max_new_tokens, generator.context)
+    (seed,) = make_seeds(params, 1)
+    sequence = SequenceState(generator, prompt, params, seed)
     if params.num_beams > 1:
-        return (text.new_text for (text,) in search_texts(generator, [(prompt, ids)], params, samples=1))
-    sequence = SequenceState(generator, prompt, params)
-    steps = stream_texts(generator, [ids], [sequence], params, draw_seeds(params, 1))
-    return (piece for (piece,) in steps if piece)
+        return (text.new_text for (text,) in search_texts(generator, [sequence], params, samples=1))
+    return (piece for (piece,) in stream_texts(generator, [sequence], params) if piece)
 
 
 def generate_texts(
@@ -199,39 +189,34 @@ def generate_texts(
         raise ValueError(f"`samples` ({samples}): at `temperature` 0 each would be the same text.")
     if 1 < params.num_beams < samples:
         raise ValueError(f"`samples` ({samples}) must be at most `num_beams` ({params.num_beams}).")
-    jobs = []
+    sequences = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = generator.encode(prompt)
+        seeds = make_seeds(params, samples if params.num_beams == 1 else 1)
         try:
-            check_length(len(ids), params.max_new_tokens, generator.context)
+            sequences += [SequenceState(generator, prompt, params, seed) for seed in seeds]
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
-        jobs.append((prompt, ids))
+    batches = (sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size))
     if params.num_beams > 1:
-        batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
         return (texts for batch in batches for texts in search_texts(generator, batch, params, samples))
-    seeded = [(prompt, ids, seed) for prompt, ids in jobs for seed in draw_seeds(params, samples)]
-    batches_of_samples = (seeded[start : start + batch_size] for start in range(0, len(seeded), batch_size))
-    texts = (text for batch in batches_of_samples for text in sample_texts(generator, batch, params))
+    texts = (text for batch in batches for text in sample_texts(generator, batch, params))
     return map(list, zip(*[texts] * samples, strict=True))
 
 
-def draw_seeds(params: SamplingParams, samples: int) -> list[int]:
-    """A seed for each sample of a prompt."""
+def make_seeds(params: SamplingParams, samples: int) -> list[int | None]:
+    """A seed for each sample of a prompt; None where nothing is sampled."""
+    if params.temperature == 0 or params.num_beams > 1:
+        return [None] * samples
     if params.seed is None:
         return [secrets.randbits(32) for _ in range(samples)]  # small enough for every reader of JSON
     return [params.seed + sample for sample in range(samples)]
 
 
 def stream_texts(
-    generator: TextGenerator,
-    prompts_ids: Sequence[list[int]],
-    sequences: Sequence[SequenceState],
-    params: SamplingParams,
-    seeds: Sequence[int],
+    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams
 ) -> Iterator[list[str]]:
-    """Continue several prompts token by token; yields the pieces of text of each step, one per prompt."""
-    input_ids, mask = pad_left(prompts_ids, generator.model.device)
+    """Continue several sequences token by token; yields the pieces of text of each step, one per sequence."""
+    input_ids, mask = pad_left([each.ids for each in sequences], generator.model.device)
     pieces: list[str] = []
 
     def push(next_B: Tensor) -> list[bool]:
@@ -244,7 +229,7 @@ def stream_texts(
         params,
         attention_mask=mask,
         eos_token_id=generator.tokenizer.eos_token_id,
-        generator=[torch.Generator(generator.model.device).manual_seed(seed) for seed in seeds],
+        generator=[torch.Generator(generator.model.device).manual_seed(each.seed or 0) for each in sequences],
         suppress_mask=generator.suppress_mask,
         is_stopped=push,
     )
@@ -252,21 +237,19 @@ def stream_texts(
 
 
 def sample_texts(
-    generator: TextGenerator, batch: Sequence[tuple[str, list[int], int]], params: SamplingParams
+    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams
 ) -> list[GeneratedText]:
-    """Continue the prompts of a batch, given with their ids and seeds, to the end."""
-    sequences = [SequenceState(generator, prompt, params) for prompt, _, _ in batch]
-    seeds = [seed for _, _, seed in batch]
-    for _ in stream_texts(generator, [ids for _, ids, _ in batch], sequences, params, seeds):
+    """Continue several sequences to the end."""
+    for _ in stream_texts(generator, sequences, params):
         pass
-    return [each.finished(seed if params.temperature else None) for each, seed in zip(sequences, seeds, strict=True)]
+    return [each.finished() for each in sequences]
 
 
 def search_texts(
-    generator: TextGenerator, batch: Sequence[tuple[str, list[int]]], params: SamplingParams, samples: int
+    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams, samples: int
 ) -> list[list[GeneratedText]]:
-    """Continue the prompts of a batch, given with their ids, by beam search; returns the best `samples` of each."""
-    input_ids, mask = pad_left([ids for _, ids in batch], generator.model.device)
+    """Continue several sequences by beam search; returns the best `samples` texts of each."""
+    input_ids, mask = pad_left([each.ids for each in sequences], generator.model.device)
 
     def is_stopped(ids: list[int]) -> bool:
         text = generator.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -282,13 +265,13 @@ def search_texts(
         is_stopped=is_stopped if params.stop else None,
     )
     texts: list[list[GeneratedText]] = []
-    for (prompt, _), beams in zip(batch, found, strict=True):
+    for sequence, beams in zip(sequences, found, strict=True):
         texts.append([])
         for beam in beams[:samples]:
-            sequence = SequenceState(generator, prompt, params)
+            state = SequenceState(generator, sequence.prompt, params)
             for token_id in beam.ids:
-                sequence.push(token_id)
-            texts[-1].append(sequence.finished(score=beam.score))
+                state.push(token_id)
+            texts[-1].append(state.finished(beam.score))
     return texts
 
 

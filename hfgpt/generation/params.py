@@ -27,19 +27,18 @@ EXPLORED = ("temperature=1", "temperature=0.1", "temperature=5", "top_k=3")
 """What `hfgpt explore` compares if nothing is named: the lecture's temperatures, and top-k."""
 
 
-def option(default: Any, help: str, *, acts_on: str = "", hint: str = "", metavar: str = "", **bounds: float) -> Any:
+def option(default: Any, help: str, acts_on: str = "", metavar: str | None = None, **bounds: float) -> Any:
     """A field of `SamplingParams`.
 
     Args:
         default: its default.
-        help: one line for `hfgpt generate --help`.
+        help: a line for `hfgpt generate --help` and for the error about a value out of range.
         acts_on: "history" (earlier tokens), "distribution" (of the next token, so only where tokens are sampled),
             "search" (beam search), or "" for what has an effect everywhere.
-        hint: remedy, added to the error about a value out of range.
         metavar: how `--help` writes the value, where its type does not say it.
-        **bounds: `ge`, `gt`, `le`, `lt`; see `BOUNDS`. A float must be finite, too.
+        **bounds: `ge`, `gt`, `le`, `lt`, as in `BOUNDS`; a float must be finite, too.
     """
-    metadata = {"help": help, "acts_on": acts_on, "hint": hint, "metavar": metavar or None, "bounds": bounds}
+    metadata = {"help": help, "acts_on": acts_on, "metavar": metavar, "bounds": bounds}
     return field(default=default, metadata=metadata)
 
 
@@ -47,7 +46,7 @@ def option(default: Any, help: str, *, acts_on: str = "", hint: str = "", metava
 class SamplingParams:
     """How a text is generated; the defaults are those of `hfgpt generate`.
 
-    What each rule does to the logits is in logits.py, what the options of beam search do in beam_search.py.
+    logits.py says what each rule does to the logits, beam_search.py what its options do.
 
     Raises:
         ValueError: a value is out of its range.
@@ -55,54 +54,27 @@ class SamplingParams:
 
     max_new_tokens: int = option(100, "Tokens to write.", ge=1)
     temperature: float = option(
-        0.8,
-        "Divides the logits; 0 takes the likeliest token.",
-        acts_on="distribution",
-        hint="1 samples from the model's own distribution, 0 always takes the likeliest token.",
-        ge=0,
+        0.8, "Divides the logits; 1 is the model's own distribution, 0 takes the likeliest token.", "distribution", ge=0
     )
-    top_k: int = option(
-        50,
-        "Likeliest tokens to draw from; 0 draws from all.",
-        acts_on="distribution",
-        hint="0 keeps every token.",
-        ge=0,
-    )
+    top_k: int = option(50, "Likeliest tokens to draw from; 0 draws from all.", "distribution", ge=0)
     top_p: float = option(
-        1.0,
-        "Probability of the likeliest tokens to draw from.",
-        acts_on="distribution",
-        hint="1 keeps every token.",
-        gt=0,
-        le=1,
+        1.0, "Probability of the likeliest tokens to draw from; 1 draws from all.", "distribution", gt=0, le=1
     )
     min_p: float = option(
-        0.0,
-        "Draw from tokens at least so many times as likely as the likeliest.",
-        acts_on="distribution",
-        hint="0 keeps every token.",
-        ge=0,
-        le=1,
+        0.0, "Draw from tokens at least so many times as likely as the likeliest.", "distribution", ge=0, le=1
     )
     repetition_penalty: float = option(
-        1.0,
-        "Above 1: makes tokens that came before less likely.",
-        acts_on="history",
-        hint="1 changes nothing, 1.2 makes repetitions rarer.",
-        gt=0,
+        1.0, "Above 1: makes tokens that came before less likely; 1 changes nothing.", "history", gt=0
     )
     no_repeat_ngram_size: int = option(
-        0, "No sequence of so many tokens comes twice.", acts_on="history", hint="0 forbids nothing.", ge=0
+        0, "No sequence of so many tokens comes twice; 0 forbids nothing.", "history", ge=0
     )
     num_beams: int = option(1, "Above 1: beam search, which samples nothing.", ge=1)
     length_penalty: float = option(
-        1.0,
-        "Of beam search: below 1 favours short texts, above long ones.",
-        acts_on="search",
-        hint="0 scores by the sum, 1 by the mean.",
+        1.0, "Of beam search: 0 scores by the sum, 1 by the mean; more favours long texts.", "search"
     )
     early_stopping: bool | str = option(
-        False, "When beam search stops looking for better.", acts_on="search", metavar="|".join(EARLY_STOPPING)
+        False, "When beam search stops looking for better.", "search", metavar="|".join(EARLY_STOPPING)
     )
     stop: tuple[str, ...] = option((), "Ends the text before it; `\\n` is a line break; repeatable.", metavar="TEXT")
     seed: int | None = option(None, "Fixes the texts; sample n has the seed SEED + n.", ge=0, lt=2**63)
@@ -131,11 +103,10 @@ def is_in_range(name: str, value: float) -> bool:
 
 def range_error(name: str, value: float) -> str:
     """The message about a number that an option cannot have."""
-    metadata = OPTIONS[name].metadata
-    limits = [f"{BOUNDS[key][0]} {bound}" for key, bound in metadata["bounds"].items()]
-    if OPTIONS[name].type is float and len(limits) < 2:
-        limits = ["finite", *limits]
-    return f"`{name}` must be {' and '.join(limits)}, got {value}. {metadata['hint']}".rstrip()
+    option = OPTIONS[name]
+    limits = [f"{BOUNDS[key][0]} {bound}" for key, bound in option.metadata["bounds"].items()]
+    finite = ["finite"] if option.type is float and len(limits) < 2 else []
+    return f"`{name}` must be {' and '.join(finite + limits)}, got {value}. {option.metadata['help']}"
 
 
 DEFAULTS = SamplingParams()

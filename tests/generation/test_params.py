@@ -56,7 +56,7 @@ def test_what_is_no_setting_is_refused_with_what_would_be_one(text, message):
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0."),
         (
             {"temperature": -1.0},
-            "`temperature` must be finite and at least 0, got -1.0. 1 samples from the model's own",
+            "`temperature` must be finite and at least 0, got -1.0. Divides the logits; 1 is",
         ),
         ({"num_beams": 0}, "`num_beams` must be at least 1, got 0."),
         ({"stop": ("a", "")}, "`stop` is empty"),
@@ -88,9 +88,9 @@ def test_a_default_can_be_typed_and_every_option_has_its_help(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"min_p": math.nan}, "`min_p` must be at least 0 and at most 1, got nan. 0 keeps every token."),
+        ({"min_p": math.nan}, "`min_p` must be at least 0 and at most 1, got nan. Draw from tokens"),
         ({"temperature": math.inf}, "`temperature` must be finite and at least 0, got inf"),
-        ({"length_penalty": math.inf}, "`length_penalty` must be finite, got inf. 0 scores by the sum, 1 by the mean."),
+        ({"length_penalty": math.inf}, "`length_penalty` must be finite, got inf. Of beam search: 0 scores by the sum"),
         ({"early_stopping": "always"}, r"`early_stopping` must be one of \[False, True, 'never'\], got 'always'"),
         ({"seed": 2**63}, "`seed` must be at least 0 and below 9223372036854775808"),
     ],
