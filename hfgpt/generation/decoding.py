@@ -101,16 +101,13 @@ def generate(model: Any, input_ids: Tensor, params: SamplingParams, **inputs: An
     `generate(model, input_ids, SamplingParams(max_new_tokens=40, temperature=0.8, top_k=50))`
 
     Args:
-        model: a causal language model with transformers' interface and `config.max_position_embeddings`.
+        model: see `generate_stream`, as for what is raised.
         input_ids: prompts, (B, T).
         params: how.
         **inputs: further arguments of `generate_stream`.
 
     Returns:
         (B, T + new): the prompts as they are, then what `generate_stream` yields.
-
-    Raises:
-        ValueError: see `generate_stream`.
     """
     new_tokens = generate_stream(model, input_ids, params, **inputs)
     return torch.cat([input_ids, *(next_B[:, None] for next_B in new_tokens)], dim=1)

@@ -8,7 +8,7 @@ Shape letters: T tokens of the text, V vocabulary.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -125,12 +125,12 @@ class Exploration:
     loss: float | None
     candidates: list[Token]
     distributions: list[Distribution]
-    path: list[PathStep] = field(default_factory=list)
-    context: int = 0
+    path: list[PathStep]
+    context: int
 
     @property
     def perplexity(self) -> float | None:
-        """E to the loss."""
+        """E to the loss, or None."""
         return None if self.loss is None else math.exp(min(self.loss, 700))
 
     def record(self) -> dict[str, Any]:
@@ -174,20 +174,17 @@ def explore(
     check_finite_logits(logits_TV)
     token_losses = score_tokens(generator, ids, logits_TV) if text else []
     losses = [token.loss for token in token_losses]
-    candidates = top_tokens(generator, own_distribution(generator, logits_TV[-1]), top)
+    next_V = suppress(generator, logits_TV[-1])
+    candidates = top_tokens(generator, next_V.double().softmax(-1), top)
+    cache = take_cache(generator.model, output)
     return Exploration(
         source=generator.source,
         text=text,
         pieces=split_into_pieces(generator, ids, token_losses) if text else [],
         loss=math.fsum(losses) / len(losses) if losses else None,
         candidates=candidates,
-        distributions=[
-            make_distribution(label, params, generator, ids, logits_TV[-1], candidates)
-            for label, params in variants.items()
-        ],
-        path=follow_likeliest(
-            generator, ids_1T, logits_TV[-1], take_cache(generator.model, output), steps, alternatives
-        ),
+        distributions=[make_distribution(label, params, ids, next_V, candidates) for label, params in variants.items()],
+        path=follow_likeliest(generator, ids_1T, next_V, cache, steps, alternatives),
         context=generator.context,
     )
 
@@ -219,26 +216,16 @@ def split_into_pieces(generator: TextGenerator, ids: list[int], token_losses: li
 
 
 def suppress(generator: TextGenerator, logits_V: Tensor) -> Tensor:
-    """(V,) logits, -inf for ids that the tokenizer does not know."""
+    """(V,) logits on the CPU, -inf for ids that the tokenizer does not know."""
     mask_V = generator.suppress_mask
-    return logits_V if mask_V is None else logits_V.masked_fill(mask_V.to(logits_V.device), -math.inf)
-
-
-def own_distribution(generator: TextGenerator, logits_V: Tensor) -> Tensor:
-    """(V,) fp64 probabilities of the next token, as the model predicts them."""
-    return suppress(generator, logits_V.double()).softmax(-1)
+    return logits_V if mask_V is None else logits_V.masked_fill(mask_V.cpu(), -math.inf)
 
 
 def make_distribution(
-    label: str,
-    params: SamplingParams,
-    generator: TextGenerator,
-    ids: list[int],
-    logits_V: Tensor,
-    candidates: list[Token],
+    label: str, params: SamplingParams, ids: list[int], logits_V: Tensor, candidates: list[Token]
 ) -> Distribution:
-    """The distribution that `params` sample the next token from."""
-    logits_1V = apply_history(suppress(generator, logits_V)[None], params, torch.tensor([ids]))
+    """The distribution that `params` sample the next token from; `ids` are those before it."""
+    logits_1V = apply_history(logits_V[None], params, torch.tensor([ids]))
     processed_V = process_logits(logits_1V, params)[0].double()
     probabilities_V = processed_V.softmax(-1)
     candidate_ids = [token.token_id for token in candidates]
@@ -274,7 +261,7 @@ def follow_likeliest(
     """Take the likeliest token `steps` times; `cache` holds `ids_1S`, and `logits_V` are those of the token after."""
     path: list[PathStep] = []
     for _ in range(min(steps, generator.context - ids_1S.size(1))):
-        probabilities_V = own_distribution(generator, logits_V)
+        probabilities_V = logits_V.double().softmax(-1)
         taken, *others = top_tokens(generator, probabilities_V, 1 + alternatives)
         path.append(PathStep(taken, others, entropy_bits(probabilities_V)))
         if taken.token_id == generator.tokenizer.eos_token_id or len(path) == steps:
@@ -282,7 +269,7 @@ def follow_likeliest(
         next_11 = torch.tensor([[taken.token_id]], device=ids_1S.device)
         ids_1S = torch.cat([ids_1S, next_11], dim=1)
         logits_1V, cache = next_logits(generator.model, next_11, torch.ones_like(ids_1S), cache)
-        logits_V = logits_1V[0].float().cpu()
+        logits_V = suppress(generator, logits_1V[0].float().cpu())
     return path
 
 

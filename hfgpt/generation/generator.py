@@ -71,19 +71,18 @@ def load_generator(source: str) -> TextGenerator:
     """
     model, tokenizer = load(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    suppress_mask = suppressed_ids(tokenizer, model.config.vocab_size)
-    return TextGenerator(source, model, tokenizer, None if suppress_mask is None else suppress_mask.to(model.device))
+    return TextGenerator(source, model, tokenizer, suppressed_ids(tokenizer, model))
 
 
-def suppressed_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
+def suppressed_ids(tokenizer: Any, model: Any) -> Tensor | None:
     """Ids of a model that stand for no text: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer lacks.
 
     Returns:
-        (V,) booleans, or None if the tokenizer knows all.
+        (V,) booleans on the model's device, or None if the tokenizer knows all.
     """
-    suppress_V = torch.ones(vocab_size, dtype=torch.bool)
-    suppress_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < vocab_size]] = False
-    return suppress_V if suppress_V.any() else None
+    suppress_V = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    suppress_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < len(suppress_V)]] = False
+    return suppress_V.to(model.device) if suppress_V.any() else None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class SamplingParams:
         1.0, "Probability of the likeliest tokens to draw from; 1 draws from all.", "distribution", gt=0, le=1
     )
     min_p: float = option(
-        0.0, "Draw from tokens at least so many times as likely as the likeliest.", "distribution", ge=0, le=1
+        0.0, "Smallest probability to draw, as a share of the largest; 0 draws from all.", "distribution", ge=0, le=1
     )
     repetition_penalty: float = option(
         1.0, "Above 1: makes tokens that came before less likely; 1 changes nothing.", "history", gt=0

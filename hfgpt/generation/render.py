@@ -121,13 +121,7 @@ def summary(text: GeneratedText) -> str:
 
 
 def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence[GeneratedText]]) -> None:
-    """Print the continuations of one prompt under several params: side by side if there is room.
-
-    Args:
-        console: where.
-        prompt: of all of them.
-        texts: the samples, by the words of the params.
-    """
+    """Print the continuations of one prompt, by the words of their params: side by side if there is room."""
     if not console.is_terminal or console.width < MIN_COLUMN * len(texts):
         for label, samples in texts.items():
             for text in samples:
@@ -199,7 +193,6 @@ def colour_style(console: Console, index: int) -> str:
 
 
 def print_path(console: Console, found: Exploration) -> None:
-    """Print the most likely continuation, a token a line."""
     print_heading(console, "Most likely continuation")
     table = make_table(console, "token", "probability", "entropy", last="alternatives")
     for step in found.path:

@@ -198,16 +198,14 @@ def write_sample(run: Run) -> str:
     sample = run.config.sample
     if sample.max_new_tokens == 0:
         return ""
-    device = run.model.device
-    suppress_mask = suppressed_ids(run.tokenizer, run.model.config.vocab_size)
     params = SamplingParams(
         max_new_tokens=sample.max_new_tokens, temperature=sample.temperature, top_k=sample.top_k, seed=run.config.seed
     )
     ids = generate(
         run.model,
-        prompt_ids(run.config, run.tokenizer).to(device),
+        prompt_ids(run.config, run.tokenizer).to(run.model.device),
         params,
         eos_token_id=run.tokenizer.eos_token_id,
-        suppress_mask=None if suppress_mask is None else suppress_mask.to(device),
+        suppress_mask=suppressed_ids(run.tokenizer, run.model),
     )
     return "".join(stream_text(run.tokenizer, ids[0]))

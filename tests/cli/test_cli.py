@@ -25,7 +25,7 @@ from hfgpt.config.loading import flatten, load_config
 from hfgpt.config.schema import MODEL_FIELDS, RunConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.evaluation.report import measure, render
-from hfgpt.generation.params import SamplingParams
+from hfgpt.generation.params import OPTIONS, SamplingParams
 from hfgpt.system.doctor import Finding
 from hfgpt.system.extras import needs
 
@@ -363,6 +363,16 @@ def test_generate_hands_every_option_on(world, monkeypatch):
         num_beams=3, length_penalty=0.5, early_stopping="never", repetition_penalty=2.0, no_repeat_ngram_size=3
     )
     assert heard == [("out/accelerate", "a b", sampled), ("out/accelerate", "a b", searched)]
+
+
+def test_generate_has_an_option_for_every_field_of_the_params(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    printed = hfgpt("generate", "--help").out
+
+    for name, field in OPTIONS.items():
+        assert re.search(rf"--{name.replace('_', '-')} .*{re.escape(field.metadata['help'])}", printed)
+    assert "Tokens to write. [default: (100)]" in printed
 
 
 def test_generate_answers_many_prompts_in_their_order(world):

@@ -88,7 +88,7 @@ def test_a_default_can_be_typed_and_every_option_has_its_help(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"min_p": math.nan}, "`min_p` must be at least 0 and at most 1, got nan. Draw from tokens"),
+        ({"min_p": math.nan}, "`min_p` must be at least 0 and at most 1, got nan. Smallest probability"),
         ({"temperature": math.inf}, "`temperature` must be finite and at least 0, got inf"),
         ({"length_penalty": math.inf}, "`length_penalty` must be finite, got inf. Of beam search: 0 scores by the sum"),
         ({"early_stopping": "always"}, r"`early_stopping` must be one of \[False, True, 'never'\], got 'always'"),
