@@ -257,31 +257,19 @@ def no_token_left(params: SamplingParams) -> str:
 
 
 def check_stop(params: SamplingParams, is_stopped: Callable[..., Any] | None) -> None:
-    """Refuse stop texts where nothing looks for them.
-
-    Raises:
-        ValueError: there are some, and no `is_stopped`.
-    """
+    """Refuse (ValueError) stop texts that nothing looks for."""
     if params.stop and is_stopped is None:
         raise ValueError(f"`stop` {list(params.stop)} needs a tokenizer. Use `generate_texts`, or give `is_stopped`.")
 
 
 def check_finite_logits(logits_BV: Tensor) -> None:
-    """Refuse a model whose logits are no numbers.
-
-    Raises:
-        FloatingPointError: a logit is NaN.
-    """
+    """Refuse (FloatingPointError) a model whose logits are no numbers."""
     if logits_BV.isnan().any():
         raise FloatingPointError("the model's logits are not numbers (NaN): it diverged, or its weights are damaged.")
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Refuse prompts that cannot be continued.
-
-    Raises:
-        ValueError: `input_ids` is not (B, T) with a token in it, the mask has another shape, or a row ends in padding.
-    """
+    """Refuse (ValueError) what is not (B, T) with T at least 1, a mask of another shape, and padding on the right."""
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"`input_ids` must be (rows, tokens) with at least one of each, got shape {tuple(input_ids.shape)}. "
@@ -303,11 +291,7 @@ def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, max_position_embeddings: int) -> None:
-    """Refuse more tokens than the model has positions for.
-
-    Raises:
-        ValueError: prompt and new tokens together are too long.
-    """
+    """Refuse (ValueError) more tokens than the model has positions for."""
     if prompt_tokens + max_new_tokens > max_position_embeddings:
         raise ValueError(
             f"The prompt ({prompt_tokens} tokens) and `max_new_tokens` ({max_new_tokens}) are together longer than the "

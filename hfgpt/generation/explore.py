@@ -26,13 +26,7 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 @dataclass(frozen=True)
 class Token:
-    """A token that may come next.
-
-    Attributes:
-        token_id: in the model's vocabulary.
-        label: its text, with white space visible, or its bytes where they are no whole characters.
-        probability: in [0, 1].
-    """
+    """A token that may come next; for its `label` see `token_label`."""
 
     token_id: int
     label: str
@@ -41,12 +35,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenLoss(Token):
-    """A token of the text, and how well the model predicted it.
-
-    Attributes:
-        loss: -ln(probability), in nats.
-        rank: 1 if no token was likelier.
-    """
+    """A token of the text; `loss` is -ln(probability), in nats, and `rank` 1 if no token was likelier."""
 
     loss: float
     rank: int
@@ -58,7 +47,7 @@ class Piece:
 
     Attributes:
         text: never empty; the pieces joined are the text.
-        tokens: what it consists of; empty for the first token, which is not predicted.
+        tokens: its tokens without the first one of the text, which is not predicted.
     """
 
     text: str
@@ -91,13 +80,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class PathStep:
-    """A step of the most likely continuation.
-
-    Attributes:
-        token: the likeliest one, which was taken.
-        alternatives: the next ones, in the order of their probability.
-        entropy: of the distribution of this token, in bits.
-    """
+    """A step of the most likely continuation: the token, the next likeliest ones, and the entropy in bits."""
 
     token: Token
     alternatives: list[Token]
@@ -274,7 +257,7 @@ def follow_likeliest(
 
 
 def token_label(tokenizer: Any, token_id: int) -> str:
-    """The text of a token with its white space visible, or its bytes where they are no whole characters."""
+    """The text of a token with white space visible, or its bytes where they are no whole characters."""
     # Twice, because SentencePiece tokenizers drop the space before the very first token.
     once, twice = (tokenizer.decode([token_id] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
     text = twice[len(once) :]

@@ -67,8 +67,7 @@ def draw_distributions(found: Exploration) -> bytes:
     axes.set_xlim(-0.6, places[-1] + 0.6)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     longest = max(len(each.label) for each in found.distributions) + len("  (10.00 bits)")
     columns = max(1, min(count, int(width / (0.6 + 0.085 * longest))))
     legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)

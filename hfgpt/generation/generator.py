@@ -198,8 +198,14 @@ def generate_texts(
     batches = (sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size))
     if params.num_beams > 1:
         return (texts for batch in batches for texts in search_texts(generator, batch, params, samples))
-    texts = (text for batch in batches for text in sample_texts(generator, batch, params))
-    return map(list, zip(*[texts] * samples, strict=True))
+
+    def texts() -> Iterator[GeneratedText]:
+        for batch in batches:
+            for _ in stream_texts(generator, batch, params):
+                pass
+            yield from (each.finished() for each in batch)
+
+    return map(list, zip(*[texts()] * samples, strict=True))
 
 
 def make_seeds(params: SamplingParams, samples: int) -> list[int | None]:
@@ -233,15 +239,6 @@ def stream_texts(
         is_stopped=push,
     )
     return (list(pieces) for _ in steps)
-
-
-def sample_texts(
-    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams
-) -> list[GeneratedText]:
-    """Continue several sequences to the end."""
-    for _ in stream_texts(generator, sequences, params):
-        pass
-    return [each.finished() for each in sequences]
 
 
 def search_texts(
@@ -314,11 +311,7 @@ RESERVED = {"prompt", "text", "settings", *(field.name for field in fields(Gener
 
 
 def parse_prompt(line: str, where: str) -> dict[str, Any]:
-    """Read one line of a .jsonl file of prompts.
-
-    Raises:
-        ValueError: naming the place: it is no object with a `prompt`, or has fields that the output has too.
-    """
+    """Read one line of a .jsonl file of prompts; an error (ValueError) names `where` it stands."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:

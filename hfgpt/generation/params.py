@@ -203,15 +203,7 @@ def change_params(params: SamplingParams, given: Mapping[str, Any]) -> SamplingP
 def make_variants(
     given: Mapping[str, Any], texts: Sequence[str], base: SamplingParams = DEFAULTS
 ) -> dict[str, SamplingParams]:
-    """Params to compare: `base` with `given` for all of them, and each text's own on top.
-
-    Args:
-        given: options for all.
-        texts: see `parse_params`.
-        base: values of what is not given.
-
-    Returns:
-        Params by text, in the order of the texts.
+    """Params to compare, by text: `base` with what is `given` for all, and on top what the text says.
 
     Raises:
         ValueError: a value is out of its range; one of a text has no effect, or one of `given` has none in any text.

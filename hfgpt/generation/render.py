@@ -32,17 +32,16 @@ MIN_COLUMN = 26
 PIPE_WIDTH = 1000
 """Characters in a line of a pipe, so that nothing is cut."""
 
+CONTROL_PICTURES = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
+CONTROL_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
+"""Unicode's picture of each control character but tab and line break; those from 128 on have none."""
+
 
 def open_console() -> Console:
     """The console of stdout."""
     stream = result_stream()
     width = None if stream.isatty() else PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-# Unicode's picture of each control character but tab and line break; those from 128 on have none.
-CONTROL_PICTURES = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
-CONTROL_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def printable(text: str) -> str:
