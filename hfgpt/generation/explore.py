@@ -135,7 +135,7 @@ def explore(
 
     Args:
         generator: see `hfgpt.generation.generator.load_generator`.
-        text: may be empty: then a document is begun.
+        text: may be empty: an end-of-text token then begins a document.
         variants: params to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
         top: number of candidates, at least 1.
         steps: tokens of the most likely continuation, at least 0.

@@ -150,7 +150,7 @@ def continue_text(generator: TextGenerator, prompt: str, params: SamplingParams)
 
     Args:
         generator: see `load_generator`.
-        prompt: may be empty: then a document is begun.
+        prompt: may be empty: an end-of-text token then begins a document.
         params: how; with beam search the text comes in one piece, at the end.
 
     Returns:
@@ -173,7 +173,7 @@ def generate_texts(
 
     Args:
         generator: see `load_generator`.
-        prompts: each may be empty: then a document is begun.
+        prompts: each may be empty: an end-of-text token then begins a document.
         params: for all. Sample n of every prompt has the seed `params.seed` + n; without one, each has its own.
         samples: texts per prompt, at least 1; with beam search the best ones, at most `num_beams`.
         batch_size: texts that are generated together, at least 1; with beam search prompts.
