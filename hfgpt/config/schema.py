@@ -11,6 +11,7 @@ from hfgpt.config.ranges import at_least, one_of, steps_or_epoch
 
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 LARGEST_SEED = 2**32 - 2**16
 """NumPy takes seeds below 2**32; each process adds its number to the run's."""
 BETAS = {"two numbers in [0, 1)": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas)}
@@ -128,8 +129,8 @@ class TrainConfig:
     """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt,
     `skip` leaves the step out and goes on, ten times in a row at most.
     """
-    trackers: list[str] = field(default_factory=list, metadata=one_of("tensorboard", "trackio", "wandb", "mlflow"))
-    """Where the lines of metrics.jsonl go besides: `tensorboard`, `trackio`, `wandb`, `mlflow`."""
+    trackers: list[str] = field(default_factory=list)
+    """Where the lines of metrics.jsonl go besides, some of `TRACKERS`."""
 
 
 @dataclass(frozen=True)

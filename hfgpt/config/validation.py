@@ -2,8 +2,16 @@
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hfgpt.config.ranges import check_ranges
-from hfgpt.config.schema import DROPOUT_FIELDS, TOKENIZER_FIELDS, DataConfig, RunConfig, TokenizerConfig, TrainConfig
+from hfgpt.config.ranges import check_choice, check_ranges
+from hfgpt.config.schema import (
+    DROPOUT_FIELDS,
+    TOKENIZER_FIELDS,
+    TRACKERS,
+    DataConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from hfgpt.configuration_hfgpt import HFGPTConfig
 
 
@@ -59,6 +67,8 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_train(train: TrainConfig) -> None:
+    for tracker in train.trackers:
+        check_choice("train.trackers", tracker, TRACKERS)
     for name, value in [("compile", train.compile), ("precision", train.precision == "fp16" and "fp16")]:
         if train.shard and value:
             raise ValueError(f"`train.shard` does not go with `train.{name}` ({value!r}) yet. Leave one of them out.")

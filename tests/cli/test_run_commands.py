@@ -287,7 +287,12 @@ BAD_INPUT = [
         f"{TRAIN} train.max_steps=null train.epochs=1 optim.warmup_steps=500",
         *("`optim.warmup_steps` (500)", "60 steps", "train longer"),
     ),
-    (f"{TRAIN} train.trackers=[tensorbord]", "`train.trackers`", "'tensorbord'", "one of ['tensorboard', 'trackio',"),
+    (
+        f"{TRAIN} train.trackers=[tensorbord]",
+        "`train.trackers`",
+        "got 'tensorbord'",
+        "one of ['tensorboard', 'trackio',",
+    ),
     (f"{TRAIN} train.on_nonfinite=ignore", "`train.on_nonfinite`", "'ignore'", "one of ['stop', 'skip']"),
     (
         f"{TRAIN} train.patience=3 train.save_every=0",
