@@ -159,7 +159,7 @@ def test_a_gpt2_config_that_names_no_value_means_gpt2s(write):
 
 
 @pytest.mark.parametrize(
-    ("knob", "harmless"),
+    ("option", "harmless"),
     [
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
@@ -168,11 +168,11 @@ def test_a_gpt2_config_that_names_no_value_means_gpt2s(write):
     ],
 )
 @pytest.mark.parametrize("model_type", ["gpt2", "hfgpt"])
-def test_a_knob_that_changes_the_mathematics_is_refused(write, knob, harmless, model_type):
-    HFGPTConfig.from_pretrained(write({"model_type": model_type, knob: harmless}))
+def test_a_knob_that_changes_the_mathematics_is_refused(write, option, harmless, model_type):
+    HFGPTConfig.from_pretrained(write({"model_type": model_type, option: harmless}))
 
-    with pytest.raises(ValueError, match=f"`{knob}` must be {harmless}"):
-        HFGPTConfig.from_pretrained(write({"model_type": model_type, knob: not harmless}))
+    with pytest.raises(ValueError, match=f"`{option}` must be {harmless}"):
+        HFGPTConfig.from_pretrained(write({"model_type": model_type, option: not harmless}))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neo", "gpt2_xl"])

@@ -12,7 +12,7 @@ from .steps import STEPS, Lecture
 
 RECIPE = Path(__file__).with_name("lecture.yaml")
 
-KNOBS = (
+OPTIONS = (
     *("output_dir", "seed", "model", "tokenizer", "sample.prompt", "sample.max_new_tokens"),
     *("data.source", "data.name", "data.files", "data.validation_files", "data.text_column", "data.split"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.block_size", "data.stride"),
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hfgpt.config.recipes.lecture",
         description="The lecture on pretraining a GPT, whole or step by step.",
-        epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(KNOBS)}",
+        epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(OPTIONS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="STEP | KEY=VALUE", help="no step means all of them")
@@ -71,8 +71,8 @@ def make_lecture(overrides: list[str]) -> Lecture:
         key, _, value = override.partition("=")
         if key in own:
             own[key] = value
-        elif not any(key == knob or key.startswith(f"{knob}.") for knob in KNOBS):
-            raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {', '.join([*own, *KNOBS])}.")
+        elif not any(key == option or key.startswith(f"{option}.") for option in OPTIONS):
+            raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {', '.join([*own, *OPTIONS])}.")
         else:
             others.append(override)
     if own["init"] not in INITIALISATIONS:
