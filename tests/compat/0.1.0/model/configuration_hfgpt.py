@@ -35,7 +35,7 @@ converted and transformers' own GPT-2 is never touched.
 GPT2_TOKEN_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}
 
 # GPT-2 options that change the mathematics and are not built here, with the one value that leaves it as it is.
-UNSUPPORTED_KNOBS = {
+UNSUPPORTED_OPTIONS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
@@ -186,7 +186,7 @@ class HFGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"`model_type` is {config_dict['model_type']!r}; hfgpt reads {cls.model_type!r} and 'gpt2' configs."
             )
-        for name, harmless in UNSUPPORTED_KNOBS.items():
+        for name, harmless in UNSUPPORTED_OPTIONS.items():
             if config_dict.pop(name, harmless) != harmless:
                 raise ValueError(f"`{name}` must be {harmless}: hfgpt does not build what {not harmless} asks for.")
         for name in ("dtype", "torch_dtype"):
