@@ -12,8 +12,8 @@ What is in it:
     HFGPTModel, HFGPTForCausalLM    the same GPT as a transformers model, and with a language model's head
     HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
     hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
-    hfgpt.config, hfgpt.training.train       a recipe, `load_config`, and the run that it describes, `train`
-    hfgpt.generation.decoding                  greedy, temperature, top-k and top-p, written from scratch
+    hfgpt.config, train             a recipe, `load_config`, and the run that it describes, `train`
+    hfgpt.generation.decoding       greedy, temperature, top-k and top-p, written from scratch
     hfgpt.cli                       the commands; `hfgpt --help` lists them
 
 `import hfgpt` costs next to nothing: torch and transformers are imported when a name is first used, and the model
@@ -23,10 +23,8 @@ registers itself with transformers' Auto classes when those are first used.
 import importlib
 import logging
 import os
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+
+from hfgpt.system.after_import import AfterImport
 
 __version__ = "0.1.0"
 
@@ -85,7 +83,7 @@ def register_with_transformers() -> None:
 
 
 def warn_of_untried(version: str) -> None:
-    """Say that this transformers is newer than any that was tried; of many processes, one says it."""
+    """Warn, in the first process, if this transformers is newer than any that was tried."""
     major, minor = map(int, version.split(".")[:2])
     if (major, minor) > NEWEST_TRIED and os.environ.get("RANK", "0") == "0":
         from hfgpt.system.extras import install_command  # not above: `import hfgpt` is to cost next to nothing
@@ -98,60 +96,5 @@ def warn_of_untried(version: str) -> None:
         )
 
 
-class RegisterAfterAutoClasses(MetaPathFinder):
-    """Runs `register_with_transformers` once, as soon as transformers' Auto classes are imported.
-
-    The Auto classes are often imported from the middle of another module of transformers, of hfgpt, or of PEFT, which
-    is told of hfgpt too. Registering there would meet half-imported modules, so this waits until the outermost import
-    of any of them is done.
-    """
-
-    def __init__(self) -> None:
-        self.depth = 0
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Step in for modules of transformers, hfgpt and PEFT, to hear when they are done."""
-        if fullname.partition(".")[0] not in ("transformers", "hfgpt", "peft"):
-            return None
-        spec = PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
-        if spec is not None and spec.loader is not None:
-            spec.loader = WatchedLoader(spec.loader, self)
-        return spec
-
-    def done(self) -> None:
-        """Register, if this was the outermost import and the Auto classes are there."""
-        if self.depth == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            register_with_transformers()
-
-
-class WatchedLoader(Loader):
-    """A module's own loader, with word to the finder when the module has run."""
-
-    def __init__(self, loader: Loader, finder: RegisterAfterAutoClasses) -> None:
-        self.loader, self.finder = loader, finder
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)  # `python -m` asks for `get_code`, others for `get_source`
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the module's own loader."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Give the module back to its own loader, and run it."""
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.finder.depth += 1
-        try:
-            self.loader.exec_module(module)
-        finally:
-            self.finder.depth -= 1
-        self.finder.done()
-
-
-if AUTO_CLASSES in sys.modules:
-    register_with_transformers()
-else:
-    sys.meta_path.insert(0, RegisterAfterAutoClasses())
+# PEFT too: its tables get entries for hfgpt, and it may be what imports the Auto classes.
+AfterImport(AUTO_CLASSES, ("transformers", "hfgpt", "peft"), register_with_transformers)

@@ -46,7 +46,7 @@ def find_documents(
             raise ValueError("`cu_seq_lens_q` packs documents; give `position_ids` that start again with each.")
         return None
     if attention_mask is not None and attention_mask.ndim == 4:
-        return None  # it says itself who sees whom
+        return None  # the mask itself separates documents
     if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
         return None  # one row of all requests, whose places in the cache keep them apart
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -60,7 +60,8 @@ def check_contents(wheel: Path) -> None:
     Raises:
         Unfit: naming the files.
     """
-    expected = tracked_files("hfgpt") | {f"hfgpt/{name}" for name in tracked_files("recipes", "cards/model_card.md")}
+    carried = tracked_files("recipes", "cards/model_card.md", "cards/sentences.jinja")
+    expected = tracked_files("hfgpt") | {f"hfgpt/{name}" for name in carried}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
         about = {name.partition("/")[2]: archive.read(name) for name in names if ".dist-info/" in name}

@@ -285,9 +285,9 @@ def test_going_on_begins_where_training_ended(whole, overrides):
     checkpoint, manifest = lecture.newest()
     first = whole[2]["resume"]["records"][0]
 
-    assert manifest.position.epoch == 2
-    assert manifest.position.step == 2 * len(lecture.loaders.train)
-    assert first["step"] >= manifest.position.step  # counted from 0
+    assert manifest.state.epoch == 2
+    assert manifest.state.step == 2 * len(lecture.loaders.train)
+    assert first["step"] >= manifest.state.step  # counted from 0
     assert first["train_loss"] < 5  # of 5.8 at the start: the weights are those that were trained
     before = make_model(lecture.config, 320).lm_head.weight
     assert not torch.equal(load(checkpoint).lm_head.weight, before)

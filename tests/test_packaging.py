@@ -23,7 +23,7 @@ FORCE_INCLUDE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-inc
 
 
 def test_every_file_that_the_wheel_takes_from_beside_the_code_is_there():
-    assert FORCE_INCLUDE.keys() == {"recipes", "cards/model_card.md"}
+    assert FORCE_INCLUDE.keys() == {"recipes", "cards/model_card.md", "cards/sentences.jinja"}
     for source, target in FORCE_INCLUDE.items():
         assert (ROOT / source).exists()
         assert target == f"hfgpt/{source}"  # where `package_file` looks for it

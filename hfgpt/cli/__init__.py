@@ -1,6 +1,6 @@
 """The command line: each command parses its words and hands them to one function of the library.
 
-Results go to stdout, talk goes to stderr. Exit codes: 0 done, 1 fault, 2 misuse, 75 stopped by a signal and resumable,
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 fault, 2 misuse, 75 stopped by a signal and resumable,
 130 stopped at once by Ctrl-C.
 """
 
@@ -18,11 +18,11 @@ from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
 
-# What a user's words can cause; what else fails, a full disk or a run that diverged, is a fault.
+# What a user's words can cause. Other errors, such as a full disk or a run that diverged, are faults.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 INTERRUPTED = 130
-"""What typer, and a shell, say of a program that Ctrl-C ended."""
+"""The exit code of typer, and of a shell, for a program that Ctrl-C ended."""
 
 
 def main() -> None:
@@ -31,13 +31,13 @@ def main() -> None:
     # Every command knows --debug, wherever it stands.
     sys.argv = [sys.argv[0], *join_resume([word for word in sys.argv[1:] if word != "--debug"])]
     prepare_streams()
-    quieten_libraries()
+    silence_libraries()
     try:
         check_encoding(sys.argv)
         code = app(standalone_mode=False) or 0
-        result_stream().flush()  # a full disk, or a reader that has gone, is to be heard of here
+        result_stream().flush()  # here a full disk, or a reader that has gone, is noticed
     except BrokenPipeError:  # `hfgpt config demo | head -1`: the reader has had enough
-        give_stdout_up()
+        discard_stdout()
         raise SystemExit(1) from None
     except TyperException as error:
         fail(describe_misuse(error), 2)
@@ -53,18 +53,18 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say on one line what is wrong, and end."""
+    """Print one line that says what is wrong, and end."""
     try:
         result_stream().flush()
     except OSError:
-        give_stdout_up()
+        discard_stdout()
     if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - every process says its own
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - from every process, unlike print_status
     raise SystemExit(code) from None
 
 
 def describe_misuse(error: TyperException) -> str:
-    """One line about words that typer makes no sense of: the nearest that it knows, and where to read on."""
+    """One line about words that typer does not understand: the nearest known ones, and the help to read."""
     message = error.format_message().strip()
     if not message:  # `hfgpt` alone: its help has been printed
         return ""
@@ -95,14 +95,14 @@ def describe(error: Exception) -> str | None:
 
 
 def describe_missing(error: ModuleNotFoundError) -> str | None:
-    """How a package comes that is not there; None if no extra of hfgpt brings it."""
+    """The command that installs a missing package; None if no extra of hfgpt brings it."""
     missing = (error.name or "").partition(".")[0]
     found = brought_by(missing)
     return needs("this", found[1].name) if found and found[0] != "test" else None
 
 
 def prepare_streams() -> None:
-    """Let every text be written: to nowhere where a stream is closed, as an escape where it has no such letter."""
+    """Make every text writable: to nowhere where a stream is closed, as an escape where its encoding lacks a letter."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -111,14 +111,14 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def give_stdout_up() -> None:
-    """Send what is still to be written to nowhere, or Python complains about it when it ends."""
+def discard_stdout() -> None:
+    """Send what is left in the buffer to nowhere, or Python complains about it when it ends."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), result_stream().fileno())
 
 
 def check_encoding(words: list[str]) -> None:
-    """Refuse words that are no text: Python hands bytes that it cannot decode on as lone surrogates.
+    """Refuse words that are not UTF-8: Python passes bytes that it cannot decode as lone surrogates.
 
     Raises:
         ValueError: naming the word.
@@ -144,8 +144,8 @@ def join_resume(words: list[str]) -> list[str]:
     return result
 
 
-def quieten_libraries() -> None:
-    """Leave the terminal to hfgpt: transformers' bars and hints, and, where nobody watches, those of datasets.
+def silence_libraries() -> None:
+    """Switch off transformers' bars and hints and, where stderr is no terminal, the bars of datasets and the Hub.
 
     By environment variables, because importing the libraries takes seconds that `--help` does not need.
     """

@@ -1,9 +1,10 @@
-"""The command line's frame: the app that the commands register with, and the words that several of them take."""
+"""The app that the commands register with, and the arguments and options that several of them take."""
 
 import ast
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hfgpt.config.recipes import run_recipes
+from hfgpt.config.schema import RunConfig
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
@@ -32,7 +34,7 @@ class JobOrder(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER_OF_THE_JOB.index)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Say to which part of the job a command belongs."""
+        """Put a command under its part of the job in the help."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             command.rich_help_panel = next(  # type: ignore[attr-defined]
@@ -45,7 +47,7 @@ class Command(TyperCommand):
     """A command whose results are alone on stdout."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. What typer itself prints, help and completion, comes before."""
+        """Run it. Typer prints help and completion before this is called."""
         with reserve_stdout():
             return super().invoke(ctx)
 
@@ -70,7 +72,7 @@ app = Commands(
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Offer the recipes that come with hfgpt, YAML files, and folders to look further in."""
+    """Offer the recipes that come with hfgpt, YAML files and folders."""
     folder, slash, begin = incomplete.rpartition("/")
     there = [path for path in sorted(Path(folder + slash).glob("*")) if path.name.startswith(begin)]
     files = [f"{folder}{slash}{path.name}" for path in there if path.suffix in (".yaml", ".yml")]
@@ -84,18 +86,19 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def recipe_keys() -> list[str]:
-    """The key path of every knob, read from the source: importing it takes seconds, and Tab is pressed often."""
-    fields: dict[str, dict[str, str]] = {}
-    for name in ("config/schema.py", "configuration_hfgpt.py"):
-        for node in ast.parse((Path(__file__).parents[1] / name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-                fields[node.name] = {ast.unparse(item.target): ast.unparse(item.annotation) for item in annotated}
+    """The key path of every option of a recipe."""
     keys: list[str] = []
-    for name, kind in fields["RunConfig"].items():
-        section = fields.get("HFGPTConfig" if name == "model" else kind)
-        keys += [name] if section is None else [f"{name}.{inner}" for inner in section]
+    for name, value in asdict(RunConfig()).items():
+        inner = model_fields() if name == "model" else value if isinstance(value, dict) else None
+        keys += [name] if inner is None else [f"{name}.{key}" for key in inner]
     return keys
+
+
+def model_fields() -> list[str]:
+    """The fields of `HFGPTConfig`, read from its source: importing it takes seconds, and Tab is pressed often."""
+    source = (Path(__file__).parents[1] / "configuration_hfgpt.py").read_text(encoding="utf-8")
+    classes = {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return [ast.unparse(item.target) for item in classes["HFGPTConfig"] if isinstance(item, ast.AnnAssign)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -130,16 +133,16 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Read what stands before the command."""
+    """Read the options before the command."""
 
 
 @contextmanager
 def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
-    """Show that something goes on whose end cannot be foreseen, where somebody watches.
+    """Show a spinner on a terminal while something of unknown length goes on.
 
     Args:
-        doing: what.
-        source: read for it; nothing is shown beside the bars of a download from the Hub.
+        doing: what goes on.
+        source: the model that is read. If it comes from the Hub nothing is shown, because the download has bars.
     """
     console = Console(stderr=True)
     if not console.is_terminal or (source is not None and not Path(source).exists()):
@@ -150,7 +153,7 @@ def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
 
 
 def print_result(text: object, end: str = "\n") -> None:
-    """Print a result to stdout, where nothing else may go."""
+    """Print a result to stdout, where nothing else goes."""
     print(text, end=end, file=result_stream())
 
 

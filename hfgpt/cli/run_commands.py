@@ -1,6 +1,5 @@
 """Commands about a run: its recipe, its tokenizer, its training."""
 
-import json
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import groupby
@@ -11,13 +10,13 @@ import typer
 
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 from hfgpt.config.recipes import bundled_recipes
-from hfgpt.system.console import result_stream
+from hfgpt.system.console import print_status, result_stream
 
 LECTURE_STEPS = (
     *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
     *("training", "temperature", "top_k", "resume", "gpt2"),
 )
-"""Said here as well as in the lecture, whose import takes seconds."""
+"""The keys of the lecture's `STEPS`, repeated because importing the lecture takes seconds."""
 
 
 def complete_step(incomplete: str) -> list[str]:
@@ -80,7 +79,7 @@ def lecture(
     """Run the lecture on pretraining a GPT, whole or step by step."""
     from hfgpt.config.recipes.lecture.__main__ import run
 
-    with redirect_stdout(result_stream()):  # all that the steps print is their result
+    with redirect_stdout(result_stream()):  # what the steps print is their result
         run([word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word])
 
 
@@ -96,7 +95,6 @@ def tokenizer_train(
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config.loading import load_config
     from hfgpt.data.prepare import train_run_tokenizer
-    from hfgpt.system.console import print_status
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty. Name a new folder.")
@@ -112,23 +110,13 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
     from hfgpt.config.loading import load_config
-    from hfgpt.data.prepare import prepare_text
+    from hfgpt.data.prepare import prepare_text, render
 
     prepared = prepare_text(load_config(recipe, overrides or []))
     if as_json:
         print_json(asdict(prepared))
-        return
-    for name, split in (("train", prepared.train), ("validation", prepared.validation)):
-        print_result(
-            f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
-            f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
-        )
-    tokens = prepared.train.tokens + prepared.validation.tokens
-    print_result(
-        f"documents in {prepared.reading_seconds:.1f} s, tokenizer of {prepared.token_ids:,} ids in "
-        f"{prepared.tokenizer_seconds:.1f} s, tokens in {prepared.tokenizing_seconds:.1f} s "
-        f"({tokens / prepared.tokenizing_seconds:,.0f} tokens/s; what is in the cache already takes no time)"
-    )
+    else:
+        print_result(render(prepared))
 
 
 app.add_typer(data_app, name="data")
@@ -150,11 +138,11 @@ def train(
     """Train a model by a recipe, through the loop that it names."""
     from hfgpt.config.loading import load_config
 
-    loaded = load_config(recipe, overrides or [])  # before what takes seconds to import, so that a typo is told soon
+    loaded = load_config(recipe, overrides or [])  # before the slow imports, so that a typo is answered at once
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.system.console import print_status
+    from hfgpt.results.records import RESULTS_FILE, read_results
     from hfgpt.training.signals import RESUMABLE, Stopped
     from hfgpt.training.train import train
 
@@ -167,7 +155,7 @@ def train(
     leave_processes()
     if results is None:
         print_status(f"{loaded.output_dir} holds this run, finished.")
-        results = json.loads((Path(loaded.output_dir) / "results.json").read_text(encoding="utf-8"))
+        results = read_results(Path(loaded.output_dir) / RESULTS_FILE)
     if not PartialState().is_main_process:
         return
     if as_json:
@@ -181,9 +169,7 @@ def train(
 
 
 @app.command()
-def doctor(
-    as_json: Json = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Look at this machine: versions, devices, memory, what is missing, and known traps."""
     from hfgpt.system.doctor import examine, render
 
@@ -202,9 +188,8 @@ def compare(
     picture: Annotated[Path, typer.Option(help="PNG file to draw the curves in.")] = Path("compare.png"),
     as_json: Json = False,
 ) -> None:
-    """Put runs side by side: a table, their curves as a picture, and the knobs in which they differ."""
+    """Put runs side by side: a table, their curves as a picture, and the options in which they differ."""
     from hfgpt.results.compare import compare_runs, render
-    from hfgpt.system.console import print_status
 
     comparison = compare_runs(runs, picture)
     for warning in comparison["warnings"]:

@@ -3,7 +3,6 @@
 Whatever is misspelt, impossible or without effect is refused, before anything is loaded or written.
 """
 
-import difflib
 import io
 import math
 import re
@@ -17,9 +16,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hfgpt.config.recipes import find_recipe
-from hfgpt.config.schema import MODEL_FIELDS, RunConfig
+from hfgpt.config.schema import RunConfig
 from hfgpt.config.validation import check
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
+from hfgpt.system.suggest import did_you_mean
+
+MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -30,7 +32,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is.
 
     Raises:
-        ValueError: no such recipe, an unknown key, a value of the wrong type, or knobs that contradict one another.
+        ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
     try:
         merged = OmegaConf.structured(RunConfig)
@@ -47,17 +49,18 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
     """What the recipe says, and then each override: values by key, checked, under the fields' names."""
     path = find_recipe(recipe)
-    return [canonical_layer(layer) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))]
+    return [
+        read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
+    ]
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
     recipe_layer, *override_layers = read_layers(recipe, overrides)
     origins = dict.fromkeys(flatten(asdict(config)), "default")
-    for origin, layers in [("recipe", [recipe_layer]), ("override", override_layers)]:
-        for key in (key for layer in layers for key in flatten(layer)):
-            origins[key] = origin
-    return {key: origin for key, origin in origins.items() if key in flatten(asdict(config))}
+    for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
+        origins |= {key: origin for key in flatten(layer) if key in origins}
+    return origins
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,7 +73,7 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """The run as YAML, every value written out, in the order of this file."""
+    """The run as YAML, every value written out, in the order of schema.py."""
     return yaml.dump(asdict(config), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -175,45 +178,39 @@ def unescape(value: Any) -> Any:
     return value
 
 
-def canonical_layer(layer: Mapping[Any, Any]) -> dict[str, Any]:
-    """Check the keys of one layer against `RunConfig` and write the model's aliases under their fields' names.
+def read_section(values: Any, section: type, name: str = "the recipe") -> dict[str, Any]:
+    """Check the keys of a section against its class, and of those in it; write the model's aliases as its fields.
 
     Raises:
-        ValueError: an unknown key, with the nearest known one.
+        ValueError: it is no section, or has an unknown key, which is named with the nearest known one.
     """
-    check_keys(layer, RunConfig, "")
-    result = {str(key): value for key, value in layer.items()}
-    if result.get("model") is not None:
-        if not isinstance(result["model"], Mapping):
-            raise ValueError(f"`model` must hold `field: value` lines, got {result['model']!r}.")
-        for name in result["model"]:
-            if name not in MODEL_FIELDS:
-                nearest = difflib.get_close_matches(str(name), MODEL_FIELDS, n=1)
-                hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
-                raise ValueError(f"`model`: unknown field `{name}`.{hint}")
-        result["model"] = whole_numbers(canonical_fields(result["model"]), HFGPTConfig.__annotations__)
-    return whole_numbers(result, get_type_hints(RunConfig))
-
-
-def check_keys(layer: Mapping[Any, Any], section: Any, name: str) -> None:
-    known = get_type_hints(section)
-    for key, value in layer.items():
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`{name}` must hold `key: value` lines, got {values!r}.")
+    known, result = get_type_hints(section), {}
+    for key, value in values.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean '{nearest[0]}'?" if nearest else f" It has {sorted(known)}."
-            raise ValueError(f"Key '{key}' not in '{name or 'the recipe'}'.{hint}")
+            hint = did_you_mean(str(key), known) or f" It has {sorted(known)}."
+            raise ValueError(f"Key '{key}' not in '{name}'.{hint}")
         if is_dataclass(known[key]):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"`{key}` must hold `key: value` lines, got {value!r}.")
-            check_keys(value, known[key], str(key))
-
-
-def whole_numbers(layer: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Read 1e3 as a whole number where one is meant."""
-    result = dict(layer)
-    for key, value in layer.items():
-        if is_dataclass(hints[key]):
-            result[key] = whole_numbers(value, get_type_hints(hints[key]))
-        elif isinstance(value, float) and value.is_integer() and hints[key] in (int, int | None, Any):
-            result[key] = int(value)
+            result[key] = read_section(value, known[key], key)
+        elif (section, key) == (RunConfig, "model") and value is not None:
+            result[key] = read_model(value)
+        else:
+            result[key] = whole_number(value, known[key])
     return result
+
+
+def read_model(values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`model` must hold `field: value` lines, got {values!r}.")
+    for name in values:
+        if name not in MODEL_FIELDS:
+            raise ValueError(f"`model`: unknown field `{name}`.{did_you_mean(str(name), MODEL_FIELDS)}")
+    kinds = HFGPTConfig.__annotations__
+    return {name: whole_number(value, kinds[name]) for name, value in canonical_fields(values).items()}
+
+
+def whole_number(value: Any, kind: Any) -> Any:
+    """Read 1e3 as a whole number where one is meant."""
+    is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
+    return int(value) if is_meant else value

@@ -1,16 +1,19 @@
-"""`RunConfig`: every knob of a run, its default and its unit, on one screen."""
+"""`RunConfig`: every option of a run, its default, its range and its unit, on one screen.
 
+Imports no library, because the shell's completion imports it. What options mean together is in validation.py.
+"""
+
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.config.ranges import at_least, one_of, steps_or_epoch
 
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
-MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
 LARGEST_SEED = 2**32 - 2**16
 """NumPy takes seeds below 2**32; each process adds its number to the run's."""
+BETAS = {"two numbers in [0, 1)": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas)}
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class TokenizerConfig:
 
     name: str | None = None
     """Hub id or folder of a tokenizer; null trains one."""
-    vocab_size: int = 4096
+    vocab_size: int = field(default=4096, metadata=at_least(257))
     """Token ids of a trained tokenizer, `<|endoftext|>` included."""
 
 
@@ -41,25 +44,25 @@ class DataConfig:
     """Split of a Hub data set to train on."""
     validation_split: str | None = None
     """Split of a Hub data set to validate on; null takes `validation_fraction` of the training split."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = field(default=0.1, metadata={"between 0 and 1": lambda share: 0 < share < 1})
     """Share of the documents (of the characters, if there is only one), taken from the end, in (0, 1)."""
     shuffle_documents: bool = True
     """Whether documents are shuffled by `seed` before they are split and joined."""
-    block_size: int = 128
+    block_size: int = field(default=128, metadata=at_least(1))
     """Targets in one row, in tokens."""
-    stride: int | None = None
+    stride: int | None = field(default=None, metadata=at_least(1))
     """Tokens from the start of one row to the next, 1 to `block_size`; null means `block_size`."""
-    packing: str = "contiguous"
+    packing: str = field(default="contiguous", metadata=one_of("contiguous", "isolated", "padded"))
     """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but no token sees another document; `padded`: a document never shares a row, and short rows are filled up."""  # noqa: E501
     streaming: bool = False
     """Whether the training text is read as it comes and never stored, for sets larger than the disk."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = field(default=1000, metadata=at_least(1))
     """With `streaming`: documents in memory, among which the next one is drawn."""
-    validation_documents: int = 1000
+    validation_documents: int = field(default=1000, metadata=at_least(1))
     """With `streaming`: the validation text is so many documents from the beginning, unless it is named."""
-    num_proc: int = 1
+    num_proc: int = field(default=1, metadata=at_least(1))
     """Processes that tokenize."""
-    num_workers: int = 0
+    num_workers: int = field(default=0, metadata=at_least(0))
     """Processes that load rows; 0 loads them in the training process, fast enough for what is memory-mapped."""
 
 
@@ -69,17 +72,17 @@ class OptimConfig:
 
     name: str = "adamw"
     """A key of `hfgpt.training.optim.OPTIMIZERS`."""
-    learning_rate: float = 1.0e-3
+    learning_rate: float = field(default=1.0e-3, metadata={"finite and above 0": lambda rate: 0 < rate < math.inf})
     """Peak of the schedule."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=BETAS)
     """AdamW's averaging of gradients and of their squares, each in [0, 1)."""
-    weight_decay: float = 0.1
+    weight_decay: float = field(default=0.1, metadata=at_least(0))
     """Decay of matrices and embeddings; norms and biases never decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=at_least(0))
     """Gradients are scaled down to this norm; 0 never scales."""
     schedule: str = "cosine"
     """A key of `hfgpt.training.optim.SCHEDULES`."""
-    warmup_steps: int = 50
+    warmup_steps: int = field(default=50, metadata=at_least(0))
     """Steps over which the learning rate rises from 0 to its peak."""
 
 
@@ -87,35 +90,35 @@ class OptimConfig:
 class TrainConfig:
     """How long, how many rows at a time, how often to look."""
 
-    max_steps: int | None = None
+    max_steps: int | None = field(default=None, metadata=at_least(1))
     """Optimizer steps. Give this or `epochs`."""
-    epochs: int | None = None
+    epochs: int | None = field(default=None, metadata=at_least(1))
     """Passes over the training rows."""
-    batch_size: int = 16
+    batch_size: int = field(default=16, metadata=at_least(1))
     """Rows per device and micro-batch."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=at_least(1))
     """Micro-batches per optimizer step."""
-    precision: str = "fp32"
+    precision: str = field(default="fp32", metadata=one_of("fp32", "bf16", "fp16"))
     """fp32, bf16 or fp16 (autocast)."""
     shard: bool = False
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each process holds them whole (DDP)."""  # noqa: E501
     compile: bool = False
     """Whether the model runs through torch.compile; its first micro-batch is compared with eager code before step 1."""
-    log_every: int = 1
+    log_every: int = field(default=1, metadata=at_least(1))
     """Steps between two training lines in metrics.jsonl."""
-    eval_every: Any = 100
+    eval_every: Any = field(default=100, metadata=steps_or_epoch(1))
     """Steps between two evaluations, or `epoch`."""
-    eval_rows: int = 128
+    eval_rows: int = field(default=128, metadata=at_least(0))
     """At most this many rows of each split are scored at an evaluation during training; 0 scores all. The final one always scores all."""  # noqa: E501
-    save_every: Any = 200
+    save_every: Any = field(default=200, metadata=steps_or_epoch(0))
     """Steps between two checkpoints, or `epoch`; 0 keeps none."""
-    keep_last: int = 2
+    keep_last: int = field(default=2, metadata=at_least(1))
     """Checkpoints that are kept."""
-    patience: int | None = None
+    patience: int | None = field(default=None, metadata=at_least(1))
     """Training ends when so many evaluations in a row have not lowered the validation loss, and the folder then holds the best weights instead of the last; null trains to the end and keeps the last."""  # noqa: E501
-    on_nonfinite: str = "stop"
+    on_nonfinite: str = field(default="stop", metadata=one_of("stop", "skip"))
     """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt, `skip` leaves the step out and goes on, ten times in a row at most."""  # noqa: E501
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list, metadata=one_of("tensorboard", "trackio", "wandb", "mlflow"))
     """Where the lines of metrics.jsonl go besides: `tensorboard`, `trackio`, `wandb`, `mlflow`."""
 
 
@@ -124,11 +127,11 @@ class SampleConfig:
     """The text that is written at every evaluation."""
 
     prompt: str = "The"
-    max_new_tokens: int = 80
+    max_new_tokens: int = field(default=80, metadata=at_least(0))
     """Tokens to write; 0 writes no samples."""
-    temperature: float = 0.8
+    temperature: float = field(default=0.8, metadata=at_least(0))
     """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 50
+    top_k: int = field(default=50, metadata=at_least(0))
     """Likeliest tokens to draw from; 0 draws from all."""
 
 
@@ -138,9 +141,9 @@ class RunConfig:
 
     output_dir: str = "out/run"
     """Folder that the run leaves; it becomes the Hub repository."""
-    loop: str = "accelerate"
+    loop: str = field(default="accelerate", metadata=one_of("accelerate", "trainer"))
     """`accelerate` (hfgpt/training/loop.py) or `trainer` (transformers' Trainer): the same run, step for step."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=at_least(0, LARGEST_SEED))
     """Fixes weights, dropout, the order of the data and the samples."""
     init_from: str | None = None
     """Hub id or folder of a model to go on from (hfgpt or GPT-2); `model` may then set only dropouts."""

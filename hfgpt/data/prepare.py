@@ -1,4 +1,4 @@
-"""A run's text made ready: read, split, tokenized once, and laid out in rows.
+"""A run's text made ready: read, split, tokenized once, and cut into rows.
 
 Documents are tokenized losslessly into one array with `<|endoftext|>` between them (rows.py). Rows are T + 1 ids of it
 that overlap by one, so that each has T targets and no target is skipped.
@@ -8,7 +8,8 @@ Shape letters: T `block_size`.
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,15 +22,19 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
-from hfgpt.data.tokenizer import check_end_of_text, encode_arrays, load_tokenizer, tokenizer_hash, train_tokenizer
+from hfgpt.data.tokenizer import check_end_of_text, encode_documents, load_tokenizer, tokenizer_hash, train_tokenizer
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What became of the tokens of one split."""
+    """What one split of a text has become."""
 
+    documents: int
+    """Documents that are not empty."""
+    rows: int
+    """Of `data.block_size` targets."""
     tokens: int
     """Ids of all documents, and one `<|endoftext|>` between two of them."""
     targets: int
@@ -45,11 +50,11 @@ class Rows:
     """The rows of a run."""
 
     train: TokenRows
-    """Those to train on; with `stream` only some of them, to be scored beside the validation rows."""
+    """Those to train on; with `streamed` only some of them, to be scored beside the validation rows."""
     validation: TokenRows
     train_counts: SplitCounts
     validation_counts: SplitCounts
-    stream: StreamedRows | None = None
+    streamed: StreamedRows | None = None
     """Where the rows to train on come from, if they are not stored; this process's share."""
 
 
@@ -61,21 +66,20 @@ def stream_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int,
     """
     samples = sample_documents(data, seed)
     stream = StreamedRows(data, hashes(samples.validation), tokenizer, seed, rank, world_size)
-    return replace(load_rows(samples, tokenizer, data), stream=stream)
+    return replace(load_rows(samples, tokenizer, data), streamed=stream)
 
 
 def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> Rows:
-    """Tokenize documents, which is done once and then read from the cache of `datasets`, and lay rows over them.
+    """Tokenize documents, which is done once and then read from the cache of `datasets`, and cut them into rows.
 
     The cache's key is made of the text and the tokenizer. Of several processes, let one call this first.
 
     Raises:
         ValueError: a split is shorter than one row.
     """
-    train, train_counts = lay_rows(tokenize(documents.train, tokenizer, data, "training"), data, "training")
-    validation, validation_counts = lay_rows(
-        tokenize(documents.validation, tokenizer, data, "validation"), data, "validation"
-    )
+    train, train_counts = make_rows(tokenize(documents.train, tokenizer, data, "training"), data, "training")
+    tokens = tokenize(documents.validation, tokenizer, data, "validation")
+    validation, validation_counts = make_rows(tokens, data, "validation")
     return Rows(train, validation, train_counts, validation_counts)
 
 
@@ -98,38 +102,40 @@ def tokenize(
     return TokenArray(token_ids)
 
 
-def lay_rows(stream: TokenArray, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
-    """The rows of one split, by `data.packing`, and what became of its tokens.
+def make_rows(tokens: TokenArray, data: DataConfig, split: str) -> tuple[TokenRows, SplitCounts]:
+    """Cut one split into rows, by `data.packing`, and count what became of its tokens.
 
     Raises:
         ValueError: it is shorter than one row.
     """
-    block_size, tokens = data.block_size, len(stream) - 1  # there is nothing before the first document to end
+    block_size, documents = data.block_size, len(tokens.document_starts)
+    count = len(tokens) - 1  # there is nothing before the first document to end
     if data.packing == "padded":
-        rows = one_document_a_row(stream, block_size)
-        targets = tokens + 1  # the last document is ended too
-        return rows, SplitCounts(tokens, targets, remainder=0, padding=len(rows) * block_size - targets)
-    if tokens < block_size + 1:
+        rows = padded_rows(tokens, block_size)
+        targets = count + 1  # the last document is ended too
+        padding = len(rows) * block_size - targets
+        return rows, SplitCounts(documents, len(rows), count, targets, remainder=0, padding=padding)
+    if count < block_size + 1:
         raise ValueError(
-            f"the {split} split has {tokens} tokens, fewer than one block of {block_size + 1} (`data.block_size` "
+            f"the {split} split has {count} tokens, fewer than one block of {block_size + 1} (`data.block_size` "
             f"and one): lower `data.block_size` ({block_size}) or give more text."
         )
     stride = data.stride or block_size
-    starts = range(1, len(stream) - block_size, stride)
-    rows = TokenRows(stream, block_size, starts, is_isolated=data.packing == "isolated")
-    remainder = tokens - (len(rows) - 1) * stride - (block_size + 1)
-    return rows, SplitCounts(tokens, len(rows) * block_size, remainder, padding=0)
+    starts = range(1, len(tokens) - block_size, stride)
+    rows = TokenRows(tokens, block_size, starts, is_isolated=data.packing == "isolated")
+    remainder = count - (len(rows) - 1) * stride - (block_size + 1)
+    return rows, SplitCounts(documents, len(rows), count, len(rows) * block_size, remainder, padding=0)
 
 
-def one_document_a_row(stream: TokenArray, block_size: int) -> TokenRows:
+def padded_rows(tokens: TokenArray, block_size: int) -> TokenRows:
     """Rows from the `<|endoftext|>` before a document to the one behind it; documents longer than T take several."""
-    begins = stream.document_starts
-    ends = np.append(begins[1:], len(stream))  # where the `<|endoftext|>` behind each stands; behind the last, nothing
+    begins = tokens.document_starts
+    ends = np.append(begins[1:], len(tokens))  # where the `<|endoftext|>` behind each stands; behind the last, nothing
     counts = -(-(ends - begins) // block_size)
     nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # number of a row in its document
     starts = np.repeat(begins, counts) + nth * block_size
     stops = np.minimum(starts + block_size + 1, np.repeat(ends, counts) + 1)
-    return TokenRows(stream, block_size, starts, stops)
+    return TokenRows(tokens, block_size, starts, stops)
 
 
 def cache_key(*parts: str) -> str:
@@ -137,8 +143,7 @@ def cache_key(*parts: str) -> str:
 
 
 def encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
-    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    return {"input_ids": [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]}
+    return {"input_ids": encode_documents(tokenizer, texts)}
 
 
 def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
@@ -147,7 +152,7 @@ def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
     Raises:
         ValueError: `rows` hold an id of `vocab_size` or more.
     """
-    largest = rows.stream.largest()
+    largest = rows.tokens.largest()
     if largest >= vocab_size:
         raise ValueError(
             f"the {name} rows hold the id {largest}, but the model's `vocab_size` is {vocab_size}. "
@@ -155,37 +160,16 @@ def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
         )
 
 
-def load_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, Rows]:
-    """The tokenizer of a run, and its text as rows."""
+def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTokenizerFast, Rows]:
+    """The tokenizer of a run, or of the checkpoint that it goes on from, and its text as rows."""
     process = PartialState()
     if config.data.streaming:
-        tokenizer = existing_tokenizer(config)
-        assert tokenizer is not None  # config.check_streaming
+        tokenizer = existing_tokenizer(config, resume_from)
+        assert tokenizer is not None  # config.validation.check_streaming
         return tokenizer, stream_rows(config.data, tokenizer, config.seed, process.process_index, process.num_processes)
     documents = load_documents(config.data, config.seed)
-    tokenizer = make_tokenizer(config, documents.train)
+    tokenizer = make_tokenizer(config, documents.train, resume_from)
     return tokenizer, load_rows(documents, tokenizer, config.data)
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """What one split of a text has become.
-
-    Attributes:
-        documents: documents that are not empty.
-        rows: of `data.block_size` targets.
-        tokens: see `hfgpt.data.prepare.SplitCounts`, as for the rest.
-        targets: see there.
-        remainder: see there.
-        padding: see there.
-    """
-
-    documents: int
-    rows: int
-    tokens: int
-    targets: int
-    remainder: int
-    padding: int
 
 
 @dataclass(frozen=True)
@@ -201,8 +185,8 @@ class PreparedText:
         tokenizing_seconds: until the ids were stored, or found in the cache.
     """
 
-    train: PreparedSplit
-    validation: PreparedSplit
+    train: SplitCounts
+    validation: SplitCounts
     token_ids: int
     reading_seconds: float
     tokenizer_seconds: float
@@ -224,18 +208,35 @@ def prepare_text(config: RunConfig) -> PreparedText:
     trained_at = time.perf_counter()
     rows = load_rows(documents, tokenizer, config.data)
     done_at = time.perf_counter()
-    train, validation = (
-        PreparedSplit(documents=len(part.stream.document_starts), rows=len(part), **asdict(counts))
-        for part, counts in ((rows.train, rows.train_counts), (rows.validation, rows.validation_counts))
-    )
     return PreparedText(
-        train, validation, len(tokenizer), read_at - started_at, trained_at - read_at, done_at - trained_at
+        train=rows.train_counts,
+        validation=rows.validation_counts,
+        token_ids=len(tokenizer),
+        reading_seconds=read_at - started_at,
+        tokenizer_seconds=trained_at - read_at,
+        tokenizing_seconds=done_at - trained_at,
     )
 
 
-def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the recipe names, or that of the model to go on from; None if it is to be trained."""
-    name = config.tokenizer.name or config.init_from
+def render(prepared: PreparedText) -> str:
+    """The counts and times as lines to read."""
+    lines = [
+        f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
+        f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
+        for name, split in (("train", prepared.train), ("validation", prepared.validation))
+    ]
+    speed = (prepared.train.tokens + prepared.validation.tokens) / prepared.tokenizing_seconds
+    times = (
+        f"documents in {prepared.reading_seconds:.1f} s, tokenizer of {prepared.token_ids:,} ids in "
+        f"{prepared.tokenizer_seconds:.1f} s, tokens in {prepared.tokenizing_seconds:.1f} s "
+        f"({speed:,.0f} tokens/s; what is in the cache already takes no time)"
+    )
+    return "\n".join([*lines, times])
+
+
+def existing_tokenizer(config: RunConfig, resume_from: Path | None = None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a checkpoint, that which the recipe names, or that of its model; None if it is to be trained."""
+    name = str(resume_from) if resume_from is not None else config.tokenizer.name or config.init_from
     if name is None:
         return None
     tokenizer = load_tokenizer(name)
@@ -243,9 +244,11 @@ def existing_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast | None:
     return tokenizer
 
 
-def make_tokenizer(config: RunConfig, train_documents: Dataset) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    config: RunConfig, train_documents: Dataset, resume_from: Path | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer that there is, or one trained on the training split."""
-    tokenizer = existing_tokenizer(config)
+    tokenizer = existing_tokenizer(config, resume_from)
     if tokenizer is not None:
         return tokenizer
     longest = HFGPTConfig(**config.model).max_position_embeddings

@@ -1,6 +1,6 @@
-"""Rows of token ids, as views of a stream that lies memory-mapped on the disk: nothing is copied to make them.
+"""Rows of token ids: slices of one memory-mapped array, so that making them copies nothing.
 
-The stream of a split is every document behind its `<|endoftext|>`: e d1 d1 d1 e d2 d2 e ... All rows are slices of it.
+The array of a split holds every document behind its `<|endoftext|>`: e d1 d1 d1 e d2 d2 e ...
 
 Shape letters: N rows, T `block_size`.
 """
@@ -16,7 +16,7 @@ from hfgpt.loss import IGNORE_INDEX
 
 
 class TokenArray:
-    """The ids of all documents, each behind an end-of-text, in one line of int32.
+    """The ids of all documents, each behind an end-of-text, as one int32 array.
 
     Args:
         token_ids: memory-mapped, with one column `input_ids`: a list of ids for each document, end-of-text first.
@@ -40,9 +40,9 @@ class TokenArray:
         return self.length
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """The ids from `start` to before `stop`: a view, but where it lies across two parts of the file.
+        """The ids from `start` to before `stop`: a view, or a copy where they lie in two parts of the file.
 
-        Behind the last document there is one more end-of-text, that of the next one, which does not come.
+        One id more than the array holds may be asked for: an end-of-text behind the last document.
         """
         pieces = []
         part = bisect_right(self.part_ends, start)
@@ -62,27 +62,27 @@ class TokenArray:
 
 
 class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
-    """Rows by index, as `input_ids` of shape (T + 1,); the index after the last one is a filler that nothing counts.
+    """Rows by index, as `input_ids` of shape (T + 1,); the index after the last one is a filler without a target.
 
-    A filler lets every process run as many micro-batches as the others when the rows do not divide evenly.
+    With fillers every process runs as many micro-batches as the others when the rows do not divide evenly.
 
     Args:
-        stream: that the rows are slices of.
+        tokens: that the rows are slices of.
         block_size: targets in a row, T.
-        starts: where in the stream each row begins, (N,).
+        starts: where in them each row begins, (N,).
         stops: where it ends at the latest, (N,); shorter rows are filled up. None: all are whole.
         is_isolated: whether rows come with `position_ids` (T,), which begin again with each document.
     """
 
     def __init__(
         self,
-        stream: TokenArray,
+        tokens: TokenArray,
         block_size: int,
         starts: Sequence[int] | np.ndarray,
         stops: np.ndarray | None = None,
         is_isolated: bool = False,
     ) -> None:
-        self.stream, self.block_size, self.starts, self.stops = stream, block_size, starts, stops
+        self.tokens, self.block_size, self.starts, self.stops = tokens, block_size, starts, stops
         self.is_isolated = is_isolated
 
     def __len__(self) -> int:
@@ -93,36 +93,47 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        whole = self.block_size + 1
         if index == len(self):
             ids, start = np.empty(0, dtype=np.int32), 0
         elif not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} rows, got {index}.")
         else:
             start = int(self.starts[index])
-            ids = self.stream.slice(start, start + whole if self.stops is None else int(self.stops[index]))
-        if len(ids) < whole:
-            ids = np.concatenate([ids, np.full(whole - len(ids), IGNORE_INDEX, dtype=np.int32)])
-        row = {"input_ids": ids}
+            ids = self.tokens.slice(
+                start, start + self.block_size + 1 if self.stops is None else int(self.stops[index])
+            )
+        row = {"input_ids": fill_row(ids, self.block_size)}
         if self.is_isolated:
             row["position_ids"] = self.positions(start)
         return row
 
     def positions(self, start: int) -> np.ndarray:
-        """Positions (T,) of a row that begins at `start`: from 0 on, and again from 0 at each document's beginning."""
-        starts = self.stream.document_starts
+        """Positions (T,) of a row that begins at `start`."""
+        starts = self.tokens.document_starts
         first, last = np.searchsorted(starts, [start + 1, start + self.block_size])
-        begins = np.zeros(self.block_size, dtype=np.int64)
-        begins[starts[first:last] - start] = starts[first:last] - start
-        return np.arange(self.block_size) - np.maximum.accumulate(begins)
+        is_begin = np.zeros(self.block_size, dtype=bool)
+        is_begin[starts[first:last] - start] = True
+        return restarting_positions(is_begin)
 
     def first(self, count: int) -> "TokenRows":
         """The first `count` rows."""
         stops = None if self.stops is None else self.stops[:count]
-        return TokenRows(self.stream, self.block_size, self.starts[:count], stops, self.is_isolated)
+        return TokenRows(self.tokens, self.block_size, self.starts[:count], stops, self.is_isolated)
 
     def pairs(self) -> np.ndarray:
         """Every target behind the id before it, int32 (targets, 2)."""
         rows = np.stack([row["input_ids"] for row in self])
         pairs = np.stack([rows[:, :-1].ravel(), rows[:, 1:].ravel()], axis=1)
         return pairs[pairs[:, 1] != IGNORE_INDEX]
+
+
+def fill_row(ids: np.ndarray, block_size: int) -> np.ndarray:
+    """At most T + 1 ids as exactly T + 1; what is missing is -100, which is no target."""
+    missing = block_size + 1 - len(ids)
+    return np.concatenate([ids, np.full(missing, IGNORE_INDEX, dtype=np.int32)]) if missing else ids
+
+
+def restarting_positions(is_begin: np.ndarray) -> np.ndarray:
+    """Positions (T,) that count from 0, and again from 0 wherever a document begins, bool (T,)."""
+    place = np.arange(len(is_begin))
+    return place - np.maximum.accumulate(np.where(is_begin, place, 0))

@@ -1,7 +1,7 @@
 """Rows from text that is read as it comes, for sets larger than the disk; they go on exactly where they stopped.
 
-Each process reads its own share of the documents, again and again, shuffles them through a buffer, and cuts the same
-rows from them as hfgpt/data/rows.py. All that decides what comes next is in `StreamedRows.state_dict`.
+Each process reads its own share of the documents, again and again, shuffles them through a buffer, and cuts them into
+the same rows as hfgpt/data/rows.py. All that decides what comes next is in `StreamedRows.state_dict`.
 
 Shape letters: T `block_size`.
 """
@@ -18,9 +18,9 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.schema import DataConfig
+from hfgpt.data.rows import fill_row, restarting_positions
 from hfgpt.data.text import Documents, named_validation, stream_texts
-from hfgpt.data.tokenizer import encode_arrays
-from hfgpt.loss import IGNORE_INDEX
+from hfgpt.data.tokenizer import encode_documents
 
 READ_AT_ONCE = 64  # documents that are tokenized together
 
@@ -68,7 +68,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
 
     Args:
         data: where the text comes from, and how it becomes rows.
-        held_out: documents that are left out, by `text_hash`: those of the validation text.
+        held_out: `text_hash` of the documents to leave out, those of the validation text.
         tokenizer: with an end-of-text token.
         seed: of the run; fixes the order.
         rank: number of this process, from 0.
@@ -117,9 +117,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
             self.append(self.next_document())
         row: dict[str, np.ndarray] = {"input_ids": self.ids[: block_size + 1]}
         if self.data.packing == "isolated":
-            place = np.arange(block_size)
-            begins = np.where(self.begins[:block_size], place, 0)
-            row["position_ids"] = place - np.maximum.accumulate(begins)
+            row["position_ids"] = restarting_positions(self.begins[:block_size])
         self.ids, self.begins = self.ids[block_size:], self.begins[block_size:]
         return row
 
@@ -130,13 +128,11 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
             self.ids = np.append(self.next_document(), np.int32(self.tokenizer.eos_token_id))
         ids = self.ids[: block_size + 1]
         self.ids = self.ids[block_size:]
-        return {"input_ids": np.concatenate([ids, np.full(block_size + 1 - len(ids), IGNORE_INDEX, dtype=np.int32)])}
+        return {"input_ids": fill_row(ids, block_size)}
 
     def append(self, ids: np.ndarray) -> None:
-        begins = np.zeros(len(ids), dtype=bool)
-        begins[0] = True
         self.ids = np.concatenate([self.ids, ids])
-        self.begins = np.concatenate([self.begins, begins])
+        self.begins = np.concatenate([self.begins, np.arange(len(ids)) == 0])
 
     def next_document(self) -> np.ndarray:
         """The ids of a document behind its end-of-text, drawn from the buffer."""
@@ -179,8 +175,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
             own = batch["text"][(self.first - self.read) % self.every :: self.every]
             self.read += len(batch["text"])
             texts = [text for text in own if text_hash(text) not in self.held_out]
-            end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
-            self.arrived = [np.concatenate([end, ids]) for ids in encode_arrays(self.tokenizer, texts)][::-1]
+            self.arrived = encode_documents(self.tokenizer, texts)[::-1]
             self.has_given = self.has_given or bool(texts)
         return True
 

@@ -1,4 +1,7 @@
-"""Where a run's text comes from: files, a Hub data set, Python's documentation; read losslessly, and split."""
+"""Where a run's text comes from: files, a Hub data set, Python's documentation; read losslessly, and split.
+
+`load_documents` stores the text as a whole; `stream_texts` reads it as it comes, for streaming.py.
+"""
 
 import glob
 import hashlib
@@ -196,16 +199,25 @@ def select_texts(table: datasets.Dataset, column: str, name: Any) -> datasets.Da
     """
     if "__index_level_0__" in table.column_names:  # pandas' name for fields in front of the first named column
         raise ValueError(f"{name}: the rows have more fields than the header. Quote texts that hold a comma.")
-    if column not in table.column_names:
-        raise ValueError(f"{name} has no column {column!r}, only {table.column_names}. Set `data.text_column`.")
+    check_column(table.column_names, column, name)
     table = table.select_columns(column).rename_columns({column: "text"})
     is_text = table.features["text"] in (datasets.Value("string"), datasets.Value("large_string"))
     if not is_text or table.data.column("text").null_count > 0:
-        row, value = next((row, value) for row, value in enumerate(table["text"]) if not isinstance(value, str))
-        raise ValueError(f"{name}: row {row} (the first is 0) of column {column!r} must be a text, got {value!r}.")
+        for row, value in enumerate(table["text"]):
+            check_text(value, f"{name}: row {row} (the first is 0) of column {column!r}")
     if table.features != TEXT:
         table = table.cast(TEXT)
     return table.filter(is_filled, input_columns=["text"], desc="Leaving out empty documents")
+
+
+def check_column(columns: list[str], column: str, name: Any) -> None:
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}, only {columns}. Set `data.text_column`.")
+
+
+def check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a text, got {value!r}.")
 
 
 def stream_texts(data: DataConfig, shuffle_seed: int | None) -> datasets.IterableDataset:
@@ -220,7 +232,7 @@ def stream_texts(data: DataConfig, shuffle_seed: int | None) -> datasets.Iterabl
         ValueError: a source that cannot be read or has no such column; while it is read, a row that holds no text.
         OSError: while it is read, the source breaks off.
     """
-    name = str(data.source or data.files)
+    name, column = str(data.source or data.files), data.text_column
     if data.source is not None:
         stream = load_table(name, data.source, data.name, split=data.split, streaming=True)
     else:
@@ -229,14 +241,14 @@ def stream_texts(data: DataConfig, shuffle_seed: int | None) -> datasets.Iterabl
         if len(kinds) != 1:
             raise ValueError(f"`data.streaming` reads files of one kind at a time, {name} are {kinds or 'empty'}.")
         if kinds == ["text"]:
+            column = "text"
             stream = datasets.IterableDataset.from_generator(text_files, features=TEXT, gen_kwargs={"paths": paths})
         else:
             patterns = [glob.escape(str(path)) for path in paths]
-            options = reading_options(kinds[0], data.text_column)
+            options = reading_options(kinds[0], column)
             stream = load_table(name, kinds[0], data_files=patterns, split="train", streaming=True, **options)
-    column = data.text_column if data.source is not None or kinds != ["text"] else "text"
-    if stream.column_names is not None and column not in stream.column_names:
-        raise ValueError(f"{name} has no column {column!r}, only {stream.column_names}. Set `data.text_column`.")
+    if stream.column_names is not None:
+        check_column(stream.column_names, column, name)
     if shuffle_seed is not None:
         stream = stream.shuffle(seed=shuffle_seed, buffer_size=1)
     checked = partial(checked_text, column=column, name=name)
@@ -250,8 +262,7 @@ def text_files(paths: list[Path]) -> Iterator[dict[str, str]]:
 
 
 def checked_text(example: dict[str, Any], column: str, name: str) -> dict[str, str]:
-    if not isinstance(example[column], str):
-        raise ValueError(f"{name}: every row of column {column!r} must be a text, got {example[column]!r}.")
+    check_text(example[column], f"{name}: every row of column {column!r}")
     return {"text": example[column]}
 
 

@@ -82,6 +82,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer {name_or_folder!r} is a {type(tokenizer).__name__}, without a tokenizer.json.")
     if tokenizer.vocab_size == 0:  # transformers 5.23 makes an empty one for a config.json of a known model alone.
         raise ValueError(f"no tokenizer {name_or_folder!r}: there is a model's config.json, but no tokenizer.json.")
+    for name in ("is_local", "local_files_only"):  # how it was loaded here; transformers (5.23) would save that with it
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
@@ -112,6 +114,12 @@ def bytes_of_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     lengths = np.array([len(token.encode()) if token in added else len(token) for token in tokens])
     lengths[tokenizer.all_special_ids] = 0
     return lengths
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each document behind its end-of-text, int32 (1 + tokens,): what rows are cut from."""
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]
 
 
 def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:

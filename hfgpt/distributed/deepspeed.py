@@ -58,7 +58,7 @@ def is_asked_for() -> bool:
 
 
 def backend() -> str | None:
-    """What DeepSpeed's processes talk through on CPUs; None elsewhere, where accelerate (1.15) knows it."""
+    """The backend of DeepSpeed's processes on CPUs; None elsewhere, where accelerate (1.15) knows it."""
     if not is_asked_for() or torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
         return None
     import deepspeed
@@ -68,14 +68,14 @@ def backend() -> str | None:
 
 
 def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlugin | None:
-    """What the launcher says about DeepSpeed, completed by the recipe; None if it asks for another engine.
+    """DeepSpeed's plugin, of the launcher's settings and the recipe's; None if another engine is asked for.
 
     Args:
         config: the recipe.
         accumulation_steps: micro-batches by which DeepSpeed is to divide a loss that it is given.
 
     Raises:
-        ValueError: the launcher says what the recipe says otherwise, or what hfgpt does not drive.
+        ValueError: the launcher contradicts the recipe, or asks for what hfgpt does not drive.
     """
     if not is_asked_for():
         return None
@@ -93,15 +93,6 @@ def deepspeed_plugin(config: RunConfig, accumulation_steps: int) -> DeepSpeedPlu
     if train.precision == "bf16":  # autocast, as without DeepSpeed: weights, gradients and what is exchanged stay fp32
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return plugin
-
-
-def check_deepspeed(config: RunConfig) -> None:
-    """Refuse what `deepspeed_plugin` would, before anything is written.
-
-    Raises:
-        ValueError: as there.
-    """
-    deepspeed_plugin(config, accumulation_steps=1)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -129,30 +120,30 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_numbers(settings: dict[str, Any], config: RunConfig) -> None:
-    """Refuse numbers that the recipe says otherwise.
+    """Refuse numbers that contradict the recipe.
 
     Raises:
         ValueError: naming both.
     """
     train = config.train
     rows_per_step = train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes
-    for name, value, knob in [
+    for name, value, option in [
         ("train_batch_size", rows_per_step, "the recipe's rows per step"),
         ("train_micro_batch_size_per_gpu", train.batch_size, "`train.batch_size`"),
         ("gradient_accumulation_steps", train.gradient_accumulation_steps, "`train.gradient_accumulation_steps`"),
         ("gradient_clipping", config.optim.max_grad_norm or 0.0, "`optim.max_grad_norm`"),
     ]:
         asked = settings.get(name, "auto")
-        is_default = (name, asked) == ("gradient_accumulation_steps", 1)  # what a launcher says that was told nothing
+        is_default = (name, asked) == ("gradient_accumulation_steps", 1)  # a launcher's default
         if asked not in ("auto", value) and not is_default:
-            raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, {knob}: {value}. Make it "auto".')
+            raise ValueError(f'the launcher\'s DeepSpeed has `{name}` {asked}, {option}: {value}. Make it "auto".')
 
 
 def check_combination(config: RunConfig, stage: int) -> None:
     """Refuse recipes that DeepSpeed, or this stage of it, is not driven with.
 
     Raises:
-        ValueError: naming the knob.
+        ValueError: naming the option.
     """
     train = config.train
     if stage not in (1, 2, 3):
@@ -185,7 +176,7 @@ def clear_overflow(optimizer: Any) -> None:
     """Let the schedule count a step that was left out because its gradients are not finite, as with other engines.
 
     Args:
-        optimizer: accelerate's, which tells that DeepSpeed has left a step out; nothing happens without DeepSpeed.
+        optimizer: accelerate's; nothing happens without DeepSpeed.
     """
     if is_running():
         optimizer.optimizer.overflow = False

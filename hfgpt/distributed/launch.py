@@ -1,12 +1,14 @@
-"""A launch of several processes: how they find one another, and what the launcher may say beside the recipe."""
+"""A launch of several processes: how they find one another, and which options of the launcher a recipe allows."""
 
 import os
+from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hfgpt.config.schema import RunConfig
@@ -50,7 +52,7 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End what the processes talk through, once there is nothing more to say; all of them call it.
+    """Destroy the process group at the end of a command; all processes call it.
 
     Left to the end of the interpreter, gloo may abort a process that has done its work (pytorch issue 190489).
     """
@@ -59,8 +61,68 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+def join_launch(config: RunConfig) -> None:
+    """`join_processes` for a run: refuse what the launcher asks and the recipe, or the engine, denies.
+
+    Raises:
+        ValueError: see `check_launcher`, `join_processes` and `hfgpt.distributed.deepspeed.deepspeed_plugin`.
+    """
+    check_launcher(config)
+    join_processes()
+    deepspeed.deepspeed_plugin(config, accumulation_steps=1)  # refuses by itself, before anything is written
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """An Accelerator with the precision of the recipe and the engine of the launcher.
+
+    Raises:
+        ValueError: see `configure_engine`.
+    """
+    plugin = deepspeed.deepspeed_plugin(config, accumulation_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.train.precision] if plugin is None else "no",
+        deepspeed_plugin=plugin,
+        dynamo_backend="inductor" if config.train.compile else "no",
+        # Accumulation is the loop's; a launcher's variable must not divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    configure_engine(accelerator)
+    return accelerator
+
+
+@dataclass(frozen=True)
+class TrainerEngine:
+    """The same for transformers' Trainer, which makes an Accelerator of its own.
+
+    Attributes:
+        arguments: of `TrainingArguments`.
+        plugin: to set as its `deepspeed_plugin`; None leaves Trainer's, which is made of the launcher's words alone.
+        environment: variables to make arguments and Trainer under; they hold against a launcher's.
+    """
+
+    arguments: dict[str, Any]
+    plugin: Any
+    environment: dict[str, str]
+
+
+def trainer_engine(config: RunConfig) -> TrainerEngine:
+    """Device, precision and engine of a recipe, for Trainer."""
+    precision = config.train.precision
+    plugin = deepspeed.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
+    arguments = {
+        # Trainer wants `use_cpu` before it takes bf16 on a CPU; that turns DeepSpeed off.
+        "use_cpu": PartialState().device.type == "cpu" and plugin is None,
+        "ddp_backend": deepspeed.backend(),
+        "bf16": precision == "bf16" and plugin is None,
+        "fp16": precision == "fp16",
+    }
+    # Trainer would take the precision from a launcher; DeepSpeed has it in its plugin.
+    environment = {"ACCELERATE_MIXED_PRECISION": PRECISIONS[precision] if plugin is None else "no"}
+    return TrainerEngine(arguments, plugin, environment)
+
+
 def configure_engine(accelerator: Accelerator) -> None:
-    """Refuse another engine than the launcher was asked for, and let it compute as the recipe says; before `prepare`.
+    """Check that the engine is the one asked for, and set its precision by the recipe; call it before `prepare`.
 
     Raises:
         ValueError: see `check_engine`.
@@ -111,14 +173,14 @@ WITHOUT_WORD = {
     "XLA_USE_BF16": ("mixed_precision", "0"),
 }
 """Variables that would change what a run computes or leaves, and that no recipe speaks of: what accelerate calls each,
-and what it says when nothing is asked for."""
+and its value when nothing is asked for."""
 
 ENGINES = {
     "--use_deepspeed": "ACCELERATE_USE_DEEPSPEED",
     "--use_fsdp": "ACCELERATE_USE_FSDP",
     "--use_megatron_lm": "ACCELERATE_USE_MEGATRON_LM",
 }
-"""Words that ask for an engine, and the variables that say so in its processes."""
+"""Options that ask for an engine, and the variables that its processes get."""
 
 PARTS = {
     "--use_deepspeed": ("zero_stage", "zero3_", "offload_", "deepspeed_"),
@@ -155,15 +217,15 @@ def check_launcher(config: RunConfig) -> None:
     if train.compile and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # A compiled model that accelerate (1.15) has split cannot be put together for a checkpoint: saving hangs.
         raise ValueError("`train.compile` does not go with FSDP2. Set `train.compile=false`, or launch without it.")
-    # DeepSpeed alone is told these two; without it accelerate (1.15) drops them.
-    for name, knob, value, ignored in [
+    # DeepSpeed alone gets these two; without it accelerate (1.15) drops them.
+    for name, option, value, ignored in [
         ("gradient_accumulation_steps", "train.gradient_accumulation_steps", train.gradient_accumulation_steps, "1"),
         ("gradient_clipping", "optim.max_grad_norm", config.optim.max_grad_norm, "none"),
     ]:
         said = words.get(name, os.environ.get(f"ACCELERATE_{name.upper()}", "auto")).lower()
         if said not in ("auto", ignored) and float(said) != value:
             raise ValueError(
-                f"the launcher asks for `{name}` {said}, the recipe for `{knob}` {value}. Set `{knob}={said}`, or "
+                f"the launcher asks for `{name}` {said}, the recipe for `{option}` {value}. Set `{option}={said}`, or "
                 f"launch with `--{name} {value}`."
             )
     for variable, (name, default) in WITHOUT_WORD.items():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -124,6 +125,22 @@ def exchange_gradients(accelerator: Accelerator, model: nn.Module, is_last: bool
     if is_last:
         return nullcontext()
     return without_exchange(model) if isinstance(model, FSDPModule) else accelerator.no_sync(model)
+
+
+def for_own_gradients(
+    accelerator: Accelerator, model: nn.Module, inner: nn.Module, precision: str
+) -> tuple[nn.Module, AbstractContextManager[Any]]:
+    """What to run, and under which context, for gradients that are no step's: processes exchange nothing.
+
+    Args:
+        accelerator: has prepared `model`.
+        model: what is trained.
+        inner: the same, not wrapped.
+        precision: of the recipe.
+    """
+    if deepspeed.is_running():  # its engine, which casts, would take any backward pass for one of training
+        return inner, torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return model, accelerator.no_sync(model)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
-from jinja2 import Environment, StrictUndefined, Undefined, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined, UndefinedError
 
 from hfgpt.config.recipes import package_file
-from hfgpt.results.records import PLOT_FILE, RESULTS_FILE, fenced
+from hfgpt.results.records import PLOT_FILE, RESULTS_FILE, fenced, read_results
 from hfgpt.system.storage import write_atomically, write_json
 
 TEMPLATE = "cards/model_card.md"
@@ -46,12 +46,18 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
     Raises:
         ValueError: the template shows something that `results` do not have, or a number that is none.
     """
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        loader=FileSystemLoader(package_file("cards")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {
         "count": count,
         "decimal": decimal,
         "duration": duration,
         "fenced": fenced,
+        "one_line": lambda text: text.strip().replace("\n", " "),
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),  # JSON's escapes are Python's too
         "scientific": lambda value: f"{number(value):.2e}",
         "short": short,
@@ -201,16 +207,6 @@ def card_paths(source: str | Path) -> tuple[Path, Path, str]:
     if not results.is_file():
         raise ValueError(f"{source} holds no {RESULTS_FILE}: a card says what was measured. Train first.")
     return results, source / CARD_FILE, PLOT_FILE
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} is not what a run leaves: it must be a JSON object.")
-    return results
 
 
 def render_files(card: Path, results: Mapping[str, Any], picture: str) -> dict[Path, str]:

@@ -1,9 +1,8 @@
-"""Runs beside one another: a table, a picture, and in which knobs they differ.
+"""Runs beside one another: a table, a picture, and in which options they differ.
 
 Nothing is computed that a run did not measure, and what cannot be compared is said.
 """
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,27 +11,25 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from hfgpt.config.loading import flatten, load_config
-from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis
-from hfgpt.results.records import best_evaluation, comparable_lines, read_metrics
-from hfgpt.system.storage import write_atomically
+from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis, label_tokens, set_loss_range, write_png
+from hfgpt.results.records import RESULTS_FILE, best_evaluation, comparable_lines, read_metrics, read_results
+from hfgpt.system.console import align_columns
 
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
 MADE_BY = "hfgpt compare"
 """Stands in every picture as its `Software`, so that only such a one is ever replaced."""
-LOSS_KNOBS = (
+LOSS_OPTIONS = (
     *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
     *("data.streaming", "data.validation_documents"),
     *("data.block_size", "tokenizer.name", "tokenizer.vocab_size", "init_from", "seed"),
 )
-"""Knobs that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
+"""Options that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class RunSummary:
         parameters: None before the end.
         tokens_per_second: the median over the training lines.
         elapsed_seconds: None before the end.
-        knobs: every knob, as `section.name`.
+        options: every option, as `section.name`.
     """
 
     name: str
@@ -65,7 +62,7 @@ class RunSummary:
     parameters: int | None
     tokens_per_second: float | None
     elapsed_seconds: float | None
-    knobs: dict[str, Any]
+    options: dict[str, Any]
 
 
 def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any]:
@@ -76,8 +73,8 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
         picture: the PNG to draw, or None. One that this has drawn before is replaced.
 
     Returns:
-        `runs`, a list of `RunSummary` as dictionaries without their knobs; `differing_knobs`, for each name the value
-        of every run; and `warnings`, on what cannot be compared.
+        `runs`, a list of `RunSummary` as dictionaries without their options; `differing_options`, for each name the
+        value of every run; and `warnings`, on what cannot be compared.
 
     Raises:
         ValueError: a folder holds no run, or one without an evaluation, or `picture` is another file.
@@ -88,18 +85,19 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
         check_picture(picture)
     names = short_names(folders)
     metrics = [read_run_metrics(folder) for folder in folders]
-    results = [read_results(folder) for folder in folders]
+    paths = [folder / RESULTS_FILE for folder in folders]
+    results = [read_results(path) if path.is_file() else {} for path in paths]
     runs = [summarize(*each) for each in zip(folders, names, metrics, results, strict=True)]
-    differing = differing_knobs(runs)
+    differing = differing_options(runs)
     warnings = [
         f"`{name}` differs: the losses may be of different text or different tokens, and then do not compare"
         for name in differing
-        if name in LOSS_KNOBS
+        if name in LOSS_OPTIONS
     ]
     if picture is not None:
         draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)], picture)
-    shown = [{key: value for key, value in asdict(run).items() if key != "knobs"} for run in runs]
-    return {"runs": shown, "differing_knobs": differing, "warnings": warnings}
+    shown = [{key: value for key, value in asdict(run).items() if key != "options"} for run in runs]
+    return {"runs": shown, "differing_options": differing, "warnings": warnings}
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -132,12 +130,6 @@ def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """What results.json holds; nothing before the end of a run."""
-    path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: dict[str, Any]) -> RunSummary:
     """Put together what a run has come to."""
     evaluations = [line for line in metrics if "val_loss" in line]
@@ -156,14 +148,16 @@ def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: d
         parameters=results.get("parameters"),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         elapsed_seconds=results.get("elapsed_seconds"),
-        knobs={name: value for name, value in flatten(asdict(load_config(folder / "run.yaml"))).items() if value != {}},
+        options={
+            name: value for name, value in flatten(asdict(load_config(folder / "run.yaml"))).items() if value != {}
+        },
     )
 
 
-def differing_knobs(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
-    """For every knob that is not the same in all runs, its values in their order; None where a run has none."""
-    names = dict.fromkeys(name for run in runs for name in run.knobs if name != "output_dir")
-    values = {name: [run.knobs.get(name) for run in runs] for name in names}
+def differing_options(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
+    """For every option that is not the same in all runs, its values in their order; None where a run has none."""
+    names = dict.fromkeys(name for run in runs for name in run.options if name != "output_dir")
+    values = {name: [run.options.get(name) for run in runs] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
@@ -171,7 +165,7 @@ def render(comparison: dict[str, Any]) -> str:
     """The comparison as a table to read: a column for each run."""
     runs = comparison["runs"]
     rows = [["", *(run["name"] for run in runs)]]
-    for label, write in [
+    for label, shown in [
         ("state", lambda run: "finished" if run["is_finished"] else "unfinished"),
         ("validation loss", lambda run: f"{run['val_loss']:.4f}"),
         ("perplexity", lambda run: f"{run['val_perplexity']:,.2f}"),
@@ -184,17 +178,10 @@ def render(comparison: dict[str, Any]) -> str:
         ("tokens/s", lambda run: written(run["tokens_per_second"])),
         ("seconds", lambda run: written(run["elapsed_seconds"])),
     ]:
-        rows.append([label, *(write(run) for run in runs)])
-    for name, values in comparison["differing_knobs"].items():
+        rows.append([label, *map(shown, runs)])
+    for name, values in comparison["differing_options"].items():
         rows.append([name, *(json.dumps(value, ensure_ascii=False) for value in values)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return align_columns(rows, numbers=True)
 
 
 def written(number: float | None) -> str:
@@ -240,17 +227,11 @@ def draw(runs: Sequence[RunSummary], metrics: Sequence[list[dict[str, Any]]], pa
         for key in ("val_loss", "train_loss")
         if key in line and line["tokens"] >= 0.02 * max(each["tokens"] for each in lines)
     ]
-    low, high = min(settled), max(settled)
-    margin = 0.05 * (high - low) or 0.1
-    left.set_ylim(low - margin, high + margin)
-    left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
-    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    set_loss_range(left, min(settled), max(settled))
+    label_tokens(left, most=6)
     add_perplexity_axis(right)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) < 5 else 3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": MADE_BY})
-    write_atomically(path, buffer.getvalue())
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(runs) < 5 else 3)
+    write_png(figure, path, software=MADE_BY)
 
 
 def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str, color: str) -> None:
@@ -261,23 +242,14 @@ def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str,
         width = max(1, len(batches) // 100)
         kernel = np.ones(width) / width
         if len(batches) >= width:
-            axes.plot(
-                np.convolve([line["tokens"] for line in batches], kernel, "valid"),
-                np.convolve([line["loss"] for line in batches], kernel, "valid"),
-                color=color,
-                linewidth=0.7,
-                alpha=0.45,
+            smooth_tokens, smooth_losses = (
+                np.convolve([line[name] for line in batches], kernel, "valid") for name in ("tokens", "loss")
             )
+            axes.plot(smooth_tokens, smooth_losses, color=color, linewidth=0.7, alpha=0.45)
     label = f"{run.name}: validation loss {run.val_loss:.3f}, perplexity {run.val_perplexity:,.1f}"
     label += "" if run.is_finished else " (unfinished)"
-    axes.plot(
-        [line["tokens"] for line in evaluations],
-        [line[key] for line in evaluations],
-        color=color,
-        marker="o",
-        markersize=3.5,
-        label=label,
-    )
+    tokens, losses = ([line[name] for line in evaluations] for name in ("tokens", key))
+    axes.plot(tokens, losses, color=color, marker="o", markersize=3.5, label=label)
     best = [line for line in evaluations if line["step"] == run.best_step]
     if best and key == "val_loss":
         axes.plot(best[0]["tokens"], best[0][key], color=color, marker="*", markersize=13, linestyle="")

@@ -16,8 +16,6 @@ from hfgpt.system.storage import write_atomically
 
 FIGURE_SIZE = (9.0, 5.5)
 """Width and height of loss.png, in inches."""
-
-
 FIGURE_DPI = 120
 
 
@@ -49,58 +47,88 @@ def plot_losses(
     evaluations = [record for record in metrics if "val_loss" in record]
     if not training and not evaluations:
         raise ValueError(f"`metrics` ({len(metrics)} lines) holds neither training nor evaluation lines to draw.")
-    baseline_losses = {name: math.log(perplexity) for name, perplexity in (baselines or {}).items()}
     figure = Figure(figsize=FIGURE_SIZE, dpi=FIGURE_DPI, layout="constrained")
     axes = figure.add_subplot(
         title="Training and evaluation loss", xlabel="tokens seen", ylabel="loss (nats per token)"
     )
-    last_tokens = max(record["tokens"] for record in training + evaluations)
-    losses, settled_losses = list(baseline_losses.values()), list(baseline_losses.values())
-    lone_marker = "." if len(training) == 1 else ""  # a line through one point is not to be seen
-    curves: list[tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = [
-        ("training batches", training, "loss", {"color": "C0", "linewidth": 0.7, "alpha": 0.6, "marker": lone_marker}),
-        ("evaluation on training rows", evaluations, "train_loss", {"color": "C0", "marker": "o", "markersize": 4}),
-        ("evaluation on validation rows", evaluations, "val_loss", {"color": "C1", "marker": "o", "markersize": 4}),
-    ]
-    for label, records, key, style in curves:
-        if records:
-            axes.plot(
-                [record["tokens"] for record in records], [record[key] for record in records], label=label, **style
-            )
-            losses += [record[key] for record in records]
-            settled_losses += [record[key] for record in records if record["tokens"] >= 0.02 * last_tokens]
-    tokens, validation = [record["tokens"] for record in evaluations], [record["val_loss"] for record in evaluations]
-    axes.fill_between(
-        tokens, [record["train_loss"] for record in evaluations], validation, color="0.5", alpha=0.15, linewidth=0
-    )
-    for record in evaluations:
-        if record["step"] == best_step:
-            label = f"best: step {best_step:,}, validation loss {record['val_loss']:.3f}"
-            axes.plot(
-                record["tokens"], record["val_loss"], label=label, linestyle="", marker="*", markersize=13, color="C1"
-            )
-            break
+    points = draw_curves(axes, training, evaluations)
+    last_tokens = max(tokens for tokens, _ in points)
+    mark_best(axes, evaluations, best_step)
     if final_val_loss is not None:
         label = f"all validation rows: {final_val_loss:.3f}"
-        axes.plot(tokens[-1], final_val_loss, label=label, linestyle="", marker="D", color="C1", markerfacecolor="none")
-        losses.append(final_val_loss)
-        settled_losses.append(final_val_loss)
-    for index, (name, loss) in enumerate(baseline_losses.items()):
-        label = f"{name} (perplexity {math.exp(loss):,.1f})"
-        axes.axhline(loss, color="0.3", linewidth=1, linestyle=("--", ":", "-.")[index % 3], label=label)
-    low, high = min(losses), max(settled_losses)
-    margin = 0.05 * (high - low) or 0.1  # a single value needs a range around it
-    axes.set_ylim(low - margin, high + margin)
+        last_evaluation = evaluations[-1]["tokens"]
+        axes.plot(
+            last_evaluation, final_val_loss, label=label, linestyle="", marker="D", color="C1", markerfacecolor="none"
+        )
+        points.append((last_tokens, final_val_loss))
+    for index, (name, perplexity) in enumerate((baselines or {}).items()):
+        label, style = f"{name} (perplexity {perplexity:,.1f})", ("--", ":", "-.")[index % 3]
+        axes.axhline(math.log(perplexity), color="0.3", linewidth=1, linestyle=style, label=label)
+        points.append((last_tokens, math.log(perplexity)))
+    low = min(loss for _, loss in points)
+    set_loss_range(axes, low, max(loss for tokens, loss in points if tokens >= 0.02 * last_tokens))
     width = max(1, last_tokens)  # before the first step there are no tokens
     axes.set_xlim(-0.02 * width, 1.02 * width)
-    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    label_tokens(axes)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
     add_step_axis(axes, training + evaluations)
     add_perplexity_axis(axes)
+    write_png(figure, path, software=None)  # no version of matplotlib in the bytes
+
+
+def draw_curves(
+    axes: Axes, training: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+) -> list[tuple[int, float]]:
+    """Draw the three losses, and the gap between those of the evaluations.
+
+    Returns:
+        Tokens and loss of each point drawn.
+    """
+    points = []
+    lone_marker = "." if len(training) == 1 else ""  # a line through one point is not to be seen
+    batches: dict[str, Any] = {"color": "C0", "linewidth": 0.7, "alpha": 0.6, "marker": lone_marker}
+    evaluated: dict[str, Any] = {"marker": "o", "markersize": 4}
+    for label, records, key, style in [
+        ("training batches", training, "loss", batches),
+        ("evaluation on training rows", evaluations, "train_loss", {"color": "C0", **evaluated}),
+        ("evaluation on validation rows", evaluations, "val_loss", {"color": "C1", **evaluated}),
+    ]:
+        curve = [(record["tokens"], record[key]) for record in records]
+        if curve:
+            axes.plot(*zip(*curve, strict=True), label=label, **style)
+        points += curve
+    tokens, train_losses, val_losses = (
+        [record[key] for record in evaluations] for key in ("tokens", "train_loss", "val_loss")
+    )
+    axes.fill_between(tokens, train_losses, val_losses, color="0.5", alpha=0.15, linewidth=0)
+    return points
+
+
+def mark_best(axes: Axes, evaluations: list[dict[str, Any]], best_step: int | None) -> None:
+    """Draw a star at the evaluation of a step."""
+    best = next((record for record in evaluations if record["step"] == best_step), None)
+    if best is not None:
+        label = f"best: step {best_step:,}, validation loss {best['val_loss']:.3f}"
+        axes.plot(best["tokens"], best["val_loss"], label=label, linestyle="", marker="*", markersize=13, color="C1")
+
+
+def set_loss_range(axes: Axes, low: float, high: float) -> None:
+    """Show these losses and a little around them."""
+    margin = 0.05 * (high - low) or 0.1  # a single value needs a range around it
+    axes.set_ylim(low - margin, high + margin)
+
+
+def label_tokens(axes: Axes, most: int = 10) -> None:
+    """Label the lower edge with at most so many round numbers of tokens."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def write_png(figure: Figure, path: str | Path, software: str | None) -> None:
+    """Write a picture that says which software made it; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # no version of matplotlib in the bytes
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": software})
     write_atomically(path, buffer.getvalue())
 
 

@@ -14,7 +14,6 @@ from hfgpt.system.storage import encode_json, write_atomically
 
 RESULTS_FILE, PLOT_FILE = "results.json", "loss.png"
 
-
 # One sample in samples.md, as `SamplesFile.append` writes it. Its text holds no run of backticks as long as its fence.
 SAMPLE_SECTION = re.compile(r"\n## step (\d+) \([^\n]*\)\n\n(`{3,})text\n(.*?)\n\2\n", re.DOTALL)
 
@@ -148,6 +147,21 @@ def fenced(text: str) -> str:
     """`text` as a Markdown code block, whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a results.json holds.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} is not what a run leaves: it must be a JSON object.")
+    return results
 
 
 def comparable_lines(metrics: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:

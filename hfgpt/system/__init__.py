@@ -1,1 +1,1 @@
-"""What the machine is asked: files, devices, terminal, network, installed packages."""
+"""Files, devices, terminal, network and installed packages of this machine."""

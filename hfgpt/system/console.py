@@ -1,32 +1,34 @@
-"""The terminal: results alone go to stdout, what is said to a person goes to stderr.
+"""The terminal: results alone go to stdout, messages for a person go to stderr.
 
-While a command runs, whatever else is written to stdout comes out on stderr: libraries print when they are imported, at
-work, from C and from child processes, and as the program ends, which would spoil a result that a program reads.
+While a command runs, whatever else is written to stdout comes out on stderr. Libraries print when they are imported,
+while they work, from C, from child processes and at the end of the program; a result that a program reads must not be
+mixed with that.
 """
 
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from rich.table import Table
 
 _reserved: TextIO | None = None
 
 
 def result_stream() -> TextIO:
-    """Where results are written: stdout, also while it is kept from everybody else."""
+    """Where results are written: stdout, also while `reserve_stdout` keeps it from everything else."""
     return _reserved or sys.stdout
 
 
 @contextmanager
 def reserve_stdout() -> Iterator[None]:
-    """Keep everybody from stdout who does not ask for `result_stream`.
+    """Send what is written to stdout to stderr, except through `result_stream`.
 
-    Of a program of its own the file descriptor is taken, and not given back: the last to talk do so when Python ends.
-    Where a caller has put a stream of its own in the place of stdout, that one is taken, for as long as this lasts.
+    In a program, the file descriptor itself is taken, and is not given back, because libraries print until Python ends.
+    Where a caller has replaced `sys.stdout`, only that object is taken, and it is given back at the end.
     """
     global _reserved
     if _reserved is not None:  # a command that calls another
@@ -49,7 +51,25 @@ def reserve_stdout() -> Iterator[None]:
 
 
 def print_status(text: str) -> None:
-    """Tell the person at the terminal something, on stderr; of several processes the first one does."""
-    accelerate = sys.modules.get("accelerate")  # importing it takes seconds, and a process without it is alone
+    """Print a message to stderr; of several processes only the main one does."""
+    accelerate = sys.modules.get("accelerate")  # not imported: that takes seconds, and a process without it is alone
     if accelerate is None or accelerate.PartialState().is_main_process:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Lines of text with the cells of each column below one another.
+
+    Args:
+        rows: all with as many cells.
+        numbers: whether all columns but the first stand to the right.
+    """
+    table = Table.grid(padding=(0, 2))
+    for column in range(len(rows[0])):
+        table.add_column(justify="right" if numbers and column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=1_000_000, color_system=None, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table, highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))

@@ -1,6 +1,6 @@
 """What a person needs to know of a machine before a run: versions, devices, memory, what is missing, and known traps.
 
-Nothing is downloaded, changed or told on: of secrets only whether they are there.
+Nothing is downloaded, changed or sent; of a token only whether there is one.
 """
 
 import importlib.metadata
@@ -17,6 +17,7 @@ from accelerate.commands.config.config_args import default_config_file
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
+from hfgpt.system.console import align_columns
 from hfgpt.system.extras import extras, install_command, requirements
 from hfgpt.system.machine import cpu_name, environment, matmul_peak
 
@@ -137,111 +138,85 @@ def accelerate_config() -> dict[str, Any] | None:
 
 
 def findings(report: dict[str, Any]) -> list[Finding]:
-    """The known traps that this machine has laid, faults first."""
-    found = [
-        Finding(True, f"{package} is needed and not installed in that version.") for package in missing_packages(None)
-    ]
-    found += device_findings(report["devices"])
-    found += accelerate_findings(report["accelerate"], report["devices"])
-    if report["disk"]["free_bytes"] < LITTLE_DISK_BYTES:
-        found.append(
-            Finding(False, f"the disk has {gigabytes(report['disk']['free_bytes'])} left: few checkpoints fit.")
-        )
-    if report["memory"]["available_bytes"] < LITTLE_MEMORY_BYTES:
-        free = gigabytes(report["memory"]["available_bytes"])
-        found.append(Finding(False, f"{free} of memory are free: a GPT-2 of 124M takes about 2 GB to train."))
+    """The known traps on this machine, faults first."""
+    faults = [f"{package} is needed and not installed in that version." for package in missing_packages(None)]
+    hints = []
     if not report["hub"]["cache_is_writable"]:
-        found.append(Finding(True, "the cache of the Hub cannot be written: set HF_HOME to a folder that can."))
+        faults.append("the cache of the Hub cannot be written: set HF_HOME to a folder that can.")
+    free_disk, free_memory = report["disk"]["free_bytes"], report["memory"]["available_bytes"]
+    if free_disk < LITTLE_DISK_BYTES:
+        hints.append(f"the disk has {gigabytes(free_disk)} left: few checkpoints fit.")
+    if free_memory < LITTLE_MEMORY_BYTES:
+        hints.append(f"{gigabytes(free_memory)} of memory are free: a GPT-2 of 124M takes about 2 GB to train.")
     if report["hub"]["is_offline"]:
-        found.append(Finding(False, "HF_HUB_OFFLINE is set: models and data sets come from the cache only."))
+        hints.append("HF_HUB_OFFLINE is set: models and data sets come from the cache only.")
     elif not report["hub"]["has_token"]:
-        found.append(Finding(False, "no token for the Hub: reading is fine, `hfgpt push` needs `hf auth login`."))
+        hints.append("no token for the Hub: reading is fine, `hfgpt push` needs `hf auth login`.")
+    found = device_findings(report["devices"]) + accelerate_findings(report["accelerate"], report["devices"])
+    found += [Finding(True, text) for text in faults] + [Finding(False, text) for text in hints]
     return sorted(found, key=lambda finding: not finding.is_fault)
 
 
 def device_findings(seen: dict[str, Any]) -> list[Finding]:
     """Traps between torch and the machine's processors."""
-    found = []
+    found, threads, cores = [], seen["threads"], seen["usable_cpu_count"]
     if shutil.which("nvidia-smi") and not seen["gpus"]:
         if torch.version.cuda is None:
             text = f"there is an NVIDIA driver, but torch {torch.__version__} has no CUDA: install torch's CUDA build."
         else:
             text = "there is an NVIDIA driver, but torch sees no GPU: look at CUDA_VISIBLE_DEVICES and `nvidia-smi`."
         found.append(Finding(True, text))
-    if not seen["gpus"] and seen["used"] == "cpu" and seen["threads"] < seen["usable_cpu_count"]:
-        found.append(
-            Finding(
-                False,
-                f"torch uses {seen['threads']} of {seen['usable_cpu_count']} cores: OMP_NUM_THREADS may be set.",
-            )
-        )
-    if seen["threads"] > seen["usable_cpu_count"]:
-        found.append(
-            Finding(
-                False,
-                f"torch uses {seen['threads']} threads on {seen['usable_cpu_count']} cores, which is slow: set "
-                f"OMP_NUM_THREADS={seen['usable_cpu_count']}.",
-            )
-        )
+    if not seen["gpus"] and seen["used"] == "cpu" and threads < cores:
+        found.append(Finding(False, f"torch uses {threads} of {cores} cores: OMP_NUM_THREADS may be set."))
+    if threads > cores:
+        text = f"torch uses {threads} threads on {cores} cores, which is slow: set OMP_NUM_THREADS={cores}."
+        found.append(Finding(False, text))
     return found
 
 
 def accelerate_findings(config: dict[str, Any] | None, seen: dict[str, Any]) -> list[Finding]:
-    """Traps in what `accelerate launch` does when it is told nothing."""
+    """Traps in the default config of `accelerate launch`."""
     if config is None:
         return []
     if not config["is_readable"]:
         return [Finding(True, "the default config of accelerate cannot be read: run `accelerate config` again.")]
     kind, processes = str(config["distributed_type"]), config["num_processes"] or 1
+    asks, gpus = f"the default config of accelerate asks for {processes} processes", len(seen["gpus"])
     if kind == "MULTI_CPU" or (config["use_cpu"] and processes > 1 and kind != "MULTI_GPU"):
-        return [
-            Finding(
-                True,
-                f"the default config of accelerate asks for {processes} processes on a CPU, and accelerate would start "
-                "one: use ACCELERATE_USE_CPU=true and `--multi_gpu`, as the README does.",
-            )
-        ]
-    if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and not config["use_cpu"] and processes > max(1, len(seen["gpus"])):
-        return [
-            Finding(
-                True,
-                f"the default config of accelerate asks for {processes} processes ({kind}), and there are "
-                f"{len(seen['gpus'])} GPUs here: run `accelerate config` again.",
-            )
-        ]
+        way = "use ACCELERATE_USE_CPU=true and `--multi_gpu`, as the README does."
+        return [Finding(True, f"{asks} on a CPU, and accelerate would start one: {way}")]
+    if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and not config["use_cpu"] and processes > max(1, gpus):
+        return [Finding(True, f"{asks} ({kind}), and there are {gpus} GPUs here: run `accelerate config` again.")]
     return []
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines to read."""
     seen, hub, accelerate = report["devices"], report["hub"], report["accelerate"]
-    lines = [
+    memory, disk = report["memory"], report["disk"]
+    default = {name: value for name, value in (accelerate or {}).items() if name != "is_readable"}
+    rows = [
         ("versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value is not None)),
         ("cpu", f"{seen['cpu']}; {seen['usable_cpu_count']} of {seen['cpu_count']} cores, {seen['threads']} threads"),
         ("gpu", ", ".join(f"{gpu['name']} ({gigabytes(gpu['memory_bytes'])})" for gpu in seen["gpus"]) or "none"),
         ("runs use", f"{seen['used']}, measured {seen['matmul_peak_fp32'] / 1e9:,.0f} GFLOP/s in fp32 matrix products"),
-        (
-            "memory",
-            f"{gigabytes(report['memory']['available_bytes'])} of {gigabytes(report['memory']['total_bytes'])} free",
-        ),
-        ("disk", f"{gigabytes(report['disk']['free_bytes'])} of {gigabytes(report['disk']['total_bytes'])} free"),
+        ("memory", f"{gigabytes(memory['available_bytes'])} of {gigabytes(memory['total_bytes'])} free"),
+        ("disk", f"{gigabytes(disk['free_bytes'])} of {gigabytes(disk['total_bytes'])} free"),
         ("Hub", ("a token is set" if hub["has_token"] else "no token") + (", offline" if hub["is_offline"] else "")),
         (
             "accelerate",
             "no default config"
             if accelerate is None
-            else ", ".join(f"{name} {value}" for name, value in accelerate.items() if name != "is_readable"),
+            else ", ".join(f"{name} {value}" for name, value in default.items()),
         ),
     ]
     for name, missing in report["extras"].items():
         state = "installed" if not missing else "not here"
         if missing and name != "test":
             state += f": `{install_command(missing)}`"
-        lines.append((f"[{name}]", f"{state}  ({EXTRAS.get(name, 'more')})"))
-    for finding in report["findings"]:
-        lines.append(("FAULT" if finding["is_fault"] else "hint", finding["text"]))
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+        rows.append((f"[{name}]", f"{state}  ({EXTRAS.get(name, 'more')})"))
+    rows += [("FAULT" if finding["is_fault"] else "hint", finding["text"]) for finding in report["findings"]]
+    return align_columns(rows)
 
 
 def gigabytes(number: int) -> str:

@@ -1,7 +1,7 @@
-"""What hfgpt's extras bring, and the command that installs what is missing right where hfgpt runs.
+"""What hfgpt's extras bring, and the command that installs a missing package into the Python that runs hfgpt.
 
-The command names packages, not `hfgpt[extra]`: that would be looked up in a registry, and hfgpt may have come from a
-clone, a wheel or an address.
+The command names packages, not `hfgpt[extra]`, which pip would look up in a registry: hfgpt may have come from a clone,
+a wheel or a URL.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ def requirements(extra: str | None = None) -> list[Requirement]:
 
 
 def brought_by(package: str) -> tuple[str, Requirement] | None:
-    """The extra that brings a package, and in which versions; None if none does."""
+    """The extra that brings a package, and its requirement; None if none does."""
     for extra in sorted(extras(), key="test".__eq__):  # which brings what all the others do
         for requirement in requirements(extra):
             if canonicalize_name(requirement.name) == canonicalize_name(package):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS, PRODUCTS, MOST_SECONDS = 0.1, 20, 1.0
-"""How long and how often to measure at least, and how long at most. The fastest product counts."""
+"""Measure for at least so long and so many products, but no longer than `MOST_SECONDS`. The fastest one counts."""
 
 
 def training_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
@@ -88,7 +88,7 @@ PACKAGES = ("hfgpt", "torch", "transformers", "datasets", "accelerate", "tokeniz
 
 
 def environment() -> dict[str, Any]:
-    """What produced a result: versions, platform, device, threads and commit. It is published, so it names nobody.
+    """What produced a result: versions, platform, device, threads and commit. It is published: no names in it.
 
     `commit` is None when hfgpt does not run from its own git checkout, or git is not installed.
     """

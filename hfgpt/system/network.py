@@ -1,4 +1,4 @@
-"""How long this process waits for the Hub, and for the name of its machine."""
+"""How long this process waits for the Hub to answer, and for its name to be resolved."""
 
 import socket
 from functools import cache
@@ -6,9 +6,7 @@ from urllib.request import getproxies
 
 import httpx2
 from huggingface_hub import set_client_factory
-from huggingface_hub.errors import (
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
 ANSWER_SECONDS = 60.0
@@ -17,9 +15,9 @@ ANSWER_SECONDS = 60.0
 
 @cache
 def limit_waiting() -> None:
-    """Let this process wait for no answer longer than `ANSWER_SECONDS`, and not at all where no names are resolved.
+    """Let requests to the Hub fail after `ANSWER_SECONDS`, and at once where its name is not resolved.
 
-    It is done once: it closes the client that other threads may be using.
+    Done once per process: it closes the HTTP client, which other threads may be using.
     """
     set_client_factory(make_client)
 
@@ -32,10 +30,10 @@ def make_client() -> httpx2.Client:
 
 
 def check_name_service(request: httpx2.Request) -> None:
-    """Take a machine without name service for offline: huggingface_hub (2.4) would try for 23 s, file by file.
+    """Treat a machine without name service as offline: huggingface_hub (2.4) would retry for 23 s, file by file.
 
     Raises:
-        OfflineModeIsEnabled: what huggingface_hub raises when HF_HUB_OFFLINE is set; what is cached can be used.
+        OfflineModeIsEnabled: as huggingface_hub does when HF_HUB_OFFLINE is set; it then takes what is cached.
     """
     if getproxies():  # they resolve the names
         return
@@ -47,9 +45,9 @@ def check_name_service(request: httpx2.Request) -> None:
 
 @cache
 def resolve(host: str) -> None:
-    """Look a name up, once.
+    """Look a name up, once; a failure is not remembered.
 
     Raises:
-        OSError: nobody knows it; that is asked again.
+        OSError: the name is not known.
     """
     socket.getaddrinfo(host, None)

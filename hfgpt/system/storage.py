@@ -1,4 +1,4 @@
-"""Files and folders: written so that a reader, a kill or a power cut never meets half of one; manifests."""
+"""Files and folders that are complete or absent, even after a kill or a power cut; manifests with checksums."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def check_new_file(path: Path, ending: str, overwrite: bool) -> None:
-    """Refuse a name that a file should not be written under, before the work that it is for.
+    """Refuse a path that a file should not be written to, before the work that makes its content.
 
     Raises:
         ValueError: it ends in something else.
@@ -50,7 +50,7 @@ def check_new_file(path: Path, ending: str, overwrite: bool) -> None:
 
 @contextmanager
 def new_path(dest: Path) -> Iterator[Path]:
-    """Where to write a file or folder that gets its name only once it is whole.
+    """Yield a temporary path to write a file or folder at, which is renamed to `dest` once it is complete.
 
     Raises:
         FileExistsError: it exists.
@@ -72,7 +72,7 @@ def new_path(dest: Path) -> Iterator[Path]:
 
 
 def check_absent(path: Path) -> None:
-    """Refuse a place that is taken, if only by a link that leads nowhere.
+    """Refuse a path that exists, also as a broken link.
 
     Raises:
         FileExistsError: naming it.
@@ -113,10 +113,10 @@ def seal(manifest: dict[str, Any]) -> str:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """What `seal` was given.
+    """The manifest that `seal` was given.
 
     Raises:
-        ValueError: it is not that any more.
+        ValueError: it has changed since.
     """
     manifest = json.loads(text)
     digest = manifest.pop("sha256")
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def amended_manifest(folder: Path, contents: Mapping[str, bytes]) -> bytes:
-    """What the manifest of a folder has to say once these of its files have this content.
+    """The manifest of a folder after these of its files got this content.
 
     Raises:
         ValueError: it is not what was written.

@@ -10,7 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ SPACE_FACTOR = 1.2  # of the newest checkpoint's size that must be free to begin
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where in a run a checkpoint stands.
+    """Where in a run training stands.
 
     Attributes:
         step: optimizer steps done.
@@ -54,17 +54,19 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The manifest of a checkpoint.
 
     Attributes:
-        position: where the run stood.
+        state: where the run stood.
         identity: what must be the same to go on from here: tokenizer, rows, rows per step.
         val_loss: nats per token, if the validation rows were scored at this step.
+        origins: where model and tokenizer came from when the run began, see `hfgpt.training.run.Run`.
     """
 
-    position: TrainState
+    state: TrainState
     identity: dict[str, Any]
     val_loss: float | None = None
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -92,8 +94,8 @@ def save_checkpoint(
         OSError: it cannot be written, such as on a full disk; the checkpoints before it stay, and nothing half done.
     """
     process = PartialState()
-    staging = folder / f"{STAGING_PREFIX}{manifest.position.step}"
-    final = folder / f"checkpoint-{manifest.position.step}"
+    staging = folder / f"{STAGING_PREFIX}{manifest.state.step}"
+    final = folder / f"checkpoint-{manifest.state.step}"
     if process.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
         check_disk_space(folder)
@@ -150,9 +152,25 @@ def commit(staging: Path, final: Path, manifest: Manifest) -> None:
     sync(staging / MANIFEST)
     sync(staging)
     if final.exists():  # from a run that was resumed at an earlier step and came here again
-        os.rename(final, final.with_name(f"{STAGING_PREFIX}{manifest.position.step}-replaced"))
+        os.rename(final, final.with_name(f"{STAGING_PREFIX}{manifest.state.step}-replaced"))
     os.rename(staging, final)
     sync(final.parent)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; its files are not looked at.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    content = read_manifest(folder)
+    del content["files"]
+    try:
+        return Manifest(**{**content, "state": TrainState(**content["state"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
@@ -161,13 +179,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
     Raises:
         ValueError: naming the folder and the first fault.
     """
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
-    content = read_manifest(folder)
-    try:
-        manifest = Manifest(TrainState(**content["position"]), content["identity"], content["val_loss"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {' '.join(str(error).split())}.") from error
+    manifest = load_manifest(folder)
     check_files(folder)
     return manifest
 
@@ -185,7 +197,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None; `warn` hears why others were passed over."""
+    """The newest checkpoint that verifies, or None; `warn` is called with the reason for each that was skipped."""
     for path in checkpoints(folder):
         try:
             verify_checkpoint(path)
@@ -225,9 +237,9 @@ def best_checkpoint(folder: Path) -> Path | None:
         try:
             content = unseal((path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # damaged: it is nobody's best
+            continue  # damaged
         if content.get("val_loss") is not None:
-            scored.append((content["val_loss"], content["position"]["step"], path))
+            scored.append((content["val_loss"], content["state"]["step"], path))
     return min(scored)[2] if scored else None
 
 

@@ -1,17 +1,15 @@
-"""Which evaluation was the best, and when there is no use in going on.
+"""When to stop early, and which weights are the best so far.
 
 Everything follows from the evaluation lines of metrics.jsonl, so a run that was stopped decides as one that was not.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from hfgpt.results.records import best_evaluation
 from hfgpt.training.recorder import Recorder
-from hfgpt.training.run import Run
 
 
 def is_patience_spent(evaluations: Sequence[dict[str, Any]], patience: int) -> bool:
@@ -24,24 +22,26 @@ def is_patience_spent(evaluations: Sequence[dict[str, Any]], patience: int) -> b
     return best is not None and sum(line["step"] > best["step"] for line in evaluations) >= patience
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the evaluations of a run with patience say.
+class EarlyStopping:
+    """`train.patience`: training ends when so many evaluations in a row were no better than the best.
 
-    Attributes:
-        is_best: the newest is the best so far: a checkpoint must keep its weights.
-        is_enough: too many in a row were no better: training is over.
+    Args:
+        patience: evaluations to wait; None never stops early, and marks none as the best.
+        recorder: knows the evaluations, on the main process.
     """
 
-    is_best: bool = False
-    is_enough: bool = False
+    def __init__(self, patience: int | None, recorder: Recorder) -> None:
+        self.patience, self.recorder = patience, recorder
 
+    def update(self) -> tuple[bool, bool]:
+        """Look at the evaluations so far; every process calls it and gets the same.
 
-def judge(run: Run, recorder: Recorder) -> Verdict:
-    """Judge the evaluations so far; every process calls it and hears the same."""
-    patience = run.config.train.patience
-    if patience is None:
-        return Verdict()
-    lines = recorder.evaluations
-    verdict = Verdict(bool(lines) and best_evaluation(lines) == lines[-1], is_patience_spent(lines, patience))
-    return broadcast_object_list([verdict])[0]
+        Returns:
+            Whether the newest evaluation is the best so far, so that a checkpoint must keep its weights; and whether
+            training should stop.
+        """
+        if self.patience is None:
+            return False, False
+        lines = self.recorder.evaluations
+        answer = (bool(lines) and best_evaluation(lines) == lines[-1], is_patience_spent(lines, self.patience))
+        return broadcast_object_list([answer])[0]

@@ -1,8 +1,7 @@
-"""The end of a run: all rows scored, the model saved, and what results.json and the card say of it."""
+"""The end of a run: all rows scored, the model saved, and results.json and the card written."""
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,16 @@ from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
 from hfgpt.system.storage import write_json
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
-from hfgpt.training.evaluate import record_evaluation, score, stopped
+from hfgpt.training.control import TrainingControl
+from hfgpt.training.evaluate import record_evaluation, score
 from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import METRICS_FILE, Recorder
-from hfgpt.training.run import Run
+from hfgpt.training.run import Run, origin
 from hfgpt.training.saving import save_model
-from hfgpt.training.signals import Stopped, StopRequest
+from hfgpt.training.signals import Stopped
 from hfgpt.weights import load
+
+NGRAMS = ("unigram", "bigram")
 
 SHAPE_FIELDS = (
     *("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -42,96 +44,112 @@ SHAPE_FIELDS = (
 )
 
 
-def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
-    """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
-    if rows.stream is not None:
-        return {}
-    baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
-    return {"unigram": baselines.unigram, "bigram": baselines.bigram}
-
-
-def finish_run(run: Run, recorder: Recorder, position: TrainState, stop: StopRequest) -> dict[str, Any]:
+def finish_run(run: Run, recorder: Recorder, control: TrainingControl) -> dict[str, Any]:
     """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
 
     Args:
         run: the run, trained.
         recorder: its records.
-        position: where training ended.
-        stop: asked for in the middle, it leaves the end for another time.
+        control: knows where training ended. A stop that is asked for leaves the end for another time.
 
     Returns:
-        What results.json holds.
+        What results.json holds, on the main process.
 
     Raises:
         Stopped: a stop was asked for.
     """
-    is_best_wanted = run.config.train.patience is not None
-    trained, last_step = position, position.step
-    if is_best_wanted:
-        position = restore_best(run, recorder)
+    keeps_best = run.config.train.patience is not None
+    state = restore_best(run, recorder) if keeps_best else control.state
+    limit = run.config.train.eval_rows
+    is_same = not limit or limit >= len(run.rows.validation)
     try:
-        line = score(run, position, limit=0, stop=stop)
+        line = score(run, state, limit=0, stop=control.stop)
         # Compared with the other evaluations on their rows, not on all.
-        limit = run.config.train.eval_rows
-        is_same = not limit or limit >= len(run.rows.validation)
-        comparable = line if is_same else score(run, position, limit, stop)
+        comparable = line if is_same else score(run, state, limit, control.stop)
     except Stopped:
-        raise stopped(run, trained) from None
-    check_finite_weights(run.model, position.step)
-    if is_best_wanted:
+        raise control.stopped() from None
+    check_finite_weights(run.model, state.step)
+    if keeps_best:
         reshard(run.model)
     else:  # with the best weights the lines would go back to an earlier step
         record_evaluation(run, recorder, line, comparable)
     results: dict[str, Any] = {}
     save_model(run, run.folder)
     if PartialState().is_main_process:
-        best = best_evaluation([*recorder.evaluations, comparable])
-        assert best is not None
-        baselines = score_ngrams(run.rows, run.model.config.vocab_size)
         metrics = read_metrics(run.folder / METRICS_FILE)
-        targets = run.rows.validation.pairs()[:, 1]
-        results = {
-            **line,
-            "loss_gap": line["val_loss"] - line["train_loss"],
-            "last_step": last_step,
-            "best_step": best["step"],
-            "best_val_loss": best["val_loss"],
-            "eval_rows_train_loss": comparable["train_loss"],
-            "eval_rows_val_loss": comparable["val_loss"],
-            "skipped_steps": sum("skipped" in each for each in metrics),
-            "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
-            **{f"{name}_perplexity": perplexity for name, perplexity in baselines.items()},
-            "parameters": count_parameters(run.model),
-            **({"train_tokens": run.rows.train_counts.tokens} if run.rows.stream is None else {}),
-            "validation_tokens": run.rows.validation_counts.tokens,
-            "checks": next((each["checks"] for each in metrics if "checks" in each), None),
-            "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "tokens_per_second": training_speed(metrics),
-            "elapsed_seconds": recorder.elapsed_seconds(),
-            "run": describe_run(run, position),
-            "samples": [{"step": step, "text": text} for step, text in progress(recorder.samples.read())],
-            "card": {"license": None, "language": "en" if run.config.data.source == "pydoc" else None, "repo_id": None},
-            "verified": None,
-            "environment": {**environment(), "processes": PartialState().num_processes, "engine": engine(run.model)},
-        }
+        summary = summarize(run, recorder, state, line, comparable, metrics)
+        results = {**line, "last_step": control.state.step, **summary}
         plot_losses(
             comparable_lines(metrics, results),
             run.folder / PLOT_FILE,
-            baselines=baselines,
-            best_step=best["step"],
-            final_val_loss=None if is_same or is_best_wanted else line["val_loss"],
+            baselines={name: results[f"{name}_perplexity"] for name in NGRAMS if run.rows.streamed is None},
+            best_step=results["best_step"],
+            final_val_loss=None if is_same or keeps_best else line["val_loss"],
         )
-        say_what_is_kept(recorder, best, comparable, last_step)
+        print_kept_weights(recorder, results)
         if not leave_card(run.folder, results):
-            recorder.say(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
+            recorder.print_status(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
     PartialState().wait_for_everyone()
     return results
 
 
+def summarize(
+    run: Run,
+    recorder: Recorder,
+    state: TrainState,
+    line: dict[str, Any],
+    comparable: dict[str, Any],
+    metrics: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What results.json holds besides the evaluation of the weights that are kept.
+
+    Args:
+        run: the run.
+        recorder: its records.
+        state: of the weights that are kept.
+        line: their evaluation, on all rows.
+        comparable: the same on the rows of all other evaluations.
+        metrics: all lines of metrics.jsonl.
+    """
+    best = best_evaluation([*recorder.evaluations, comparable])
+    assert best is not None
+    targets = run.rows.validation.pairs()[:, 1]
+    return {
+        "loss_gap": line["val_loss"] - line["train_loss"],
+        "best_step": best["step"],
+        "best_val_loss": best["val_loss"],
+        "eval_rows_train_loss": comparable["train_loss"],
+        "eval_rows_val_loss": comparable["val_loss"],
+        "skipped_steps": sum("skipped" in each for each in metrics),
+        "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
+        **score_ngrams(run.rows, run.model.config.vocab_size),
+        "parameters": count_parameters(run.model),
+        **({"train_tokens": run.rows.train_counts.tokens} if run.rows.streamed is None else {}),
+        "validation_tokens": run.rows.validation_counts.tokens,
+        "checks": next((each["checks"] for each in metrics if "checks" in each), None),
+        "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "tokens_per_second": training_speed(metrics),
+        "elapsed_seconds": recorder.elapsed_seconds(),
+        "run": describe_run(run, state),
+        "samples": [{"step": step, "text": text} for step, text in progress(recorder.samples.read())],
+        "card": {"license": None, "language": "en" if run.config.data.source == "pydoc" else None, "repo_id": None},
+        "verified": None,
+        "environment": {**environment(), "processes": PartialState().num_processes, "engine": engine(run.model)},
+    }
+
+
+def score_ngrams(rows: Rows, vocab_size: int) -> dict[str, float]:
+    """Perplexities of n-gram models of the training rows on the validation rows; none of a stream, never seen whole."""
+    if rows.streamed is not None:
+        return {}
+    baselines = ngram_perplexities(rows.train.pairs(), rows.validation.pairs(), vocab_size)
+    return {f"{name}_perplexity": getattr(baselines, name) for name in NGRAMS}
+
+
 def restore_best(run: Run, recorder: Recorder) -> TrainState:
-    """Give the model the weights of its best checkpoint, and say where that stands; every process calls it.
+    """Give the model the weights of its best checkpoint, and return where it stood; every process calls it.
 
     Raises:
         ValueError: that checkpoint is damaged.
@@ -144,51 +162,44 @@ def restore_best(run: Run, recorder: Recorder) -> TrainState:
         )
     manifest = checkpoint.verify_checkpoint(best)
     load_weights(run.model, load(best).state_dict())
-    return manifest.position
+    return manifest.state
 
 
-def say_what_is_kept(recorder: Recorder, best: dict[str, Any], comparable: dict[str, Any], last_step: int) -> None:
-    """Say which weights the folder holds, where those are not the best and the last at once.
-
-    Args:
-        recorder: says it, and knows the evaluations.
-        best: the best evaluation.
-        comparable: that of the weights that the folder holds, on the same rows.
-        last_step: where training ended.
-    """
-    lowest = f"the validation loss was lowest at step {best['step']} of {last_step} ({best['val_loss']:.3f}"
-    if comparable["step"] < last_step:
-        recorder.say(f"{lowest}); the folder holds those weights")
-    elif best["step"] < last_step:
-        recorder.say(
-            f"{lowest}, and {comparable['val_loss']:.3f} at the end): the model has begun to learn its text by heart. "
-            "The folder holds the last weights; `train.patience` stops in time and keeps the best"
+def print_kept_weights(recorder: Recorder, results: dict[str, Any]) -> None:
+    """Tell which weights the folder holds, where those are not the best and the last at once."""
+    best_step, last_step, best_loss = (results[name] for name in ("best_step", "last_step", "best_val_loss"))
+    lowest = f"the validation loss was lowest at step {best_step} of {last_step} ({best_loss:.3f}"
+    if results["step"] < last_step:
+        recorder.print_status(f"{lowest}); the folder holds those weights")
+    elif best_step < last_step:
+        recorder.print_status(
+            f"{lowest}, and {results['eval_rows_val_loss']:.3f} at the end): the model has begun to learn its text by "
+            "heart. The folder holds the last weights; `train.patience` stops in time and keeps the best"
         )
     start = next((line["val_loss"] for line in recorder.evaluations if line["step"] == 0), None)
-    if start is not None and best["val_loss"] >= start:
-        recorder.say(f"no evaluation was better than the one before training ({start:.3f})")
+    if start is not None and best_loss >= start:
+        recorder.print_status(f"no evaluation was better than the one before training ({start:.3f})")
 
 
-def describe_run(run: Run, position: TrainState) -> dict[str, Any]:
-    """What was trained, on what and how, as results.json says it: no path of this machine, nothing that was measured.
+def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
+    """What was trained, on what and how, for results.json: no path of this machine, nothing that was measured.
 
     It is the same in both loops, and for a run that was interrupted.
     """
     config, model = run.config, run.model.config
     is_pydoc = config.data.source == "pydoc"
-    tokenizer = config.tokenizer.name or config.init_from
     return {
-        **starting_point(config.init_from, "base_model"),
+        **describe_origin(run.origins["model"], config.init_from, "base_model"),
         "seed": config.seed,
         "model": {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DROPOUT_FIELDS)},
         "tokenizer": {
-            **starting_point(tokenizer, "name"),
+            **describe_origin(run.origins["tokenizer"], config.tokenizer.name or config.init_from, "name"),
             "vocab_size": len(run.tokenizer),
             "sha256": run.identity["tokenizer"],
         },
         "data": {
             "source": "pydoc" if is_pydoc else None,
-            "hub_id": None if is_pydoc else starting_point(config.data.source, "hub_id")["hub_id"],
+            "hub_id": config.data.source if not is_pydoc and origin(config.data.source) == "hub" else None,
             **{name: getattr(config.data, name) for name in ("name", "split", "validation_split")},
             **{name: getattr(config.data, name) for name in ("block_size", "stride", "packing")},
             "streaming": config.data.streaming,
@@ -198,16 +209,15 @@ def describe_run(run: Run, position: TrainState) -> dict[str, Any]:
         "optim": asdict(config.optim),
         "train": {
             "rows_per_step": run.identity["number of rows per step"],
-            "epochs": None if config.data.streaming else position.epoch + position.rows / len(run.rows.train),
+            "epochs": None if config.data.streaming else state.epoch + state.rows / len(run.rows.train),
             "precision": config.train.precision,
         },
         "sample": asdict(config.sample),
     }
 
 
-def starting_point(name: str | None, key: str) -> dict[str, str | None]:
-    """Where something comes from, nothing, a folder of this machine, which is not named, or the Hub."""
-    kind = "nothing" if name is None else "folder" if Path(name).exists() else "hub"
+def describe_origin(kind: str, name: str | None, key: str) -> dict[str, str | None]:
+    """Where a model or a tokenizer came from; only a name of the Hub is given, no folder of this machine."""
     return {"starts_from": kind, key: name if kind == "hub" else None}
 
 
@@ -223,7 +233,7 @@ def bits_per_byte(loss: float, targets: np.ndarray, lengths: np.ndarray | None) 
     Args:
         loss: nats per token, the mean over `targets`.
         targets: (N,) token ids; those that stand for no text count with their loss.
-        lengths: bytes that each id stands for, or None if nobody knows.
+        lengths: bytes that each id stands for, or None if that is not known.
     """
     num_bytes = 0 if lengths is None else int(lengths[targets].sum())
     return loss * len(targets) / math.log(2) / num_bytes if num_bytes else None

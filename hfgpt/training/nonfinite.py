@@ -1,6 +1,6 @@
-"""What a run does about NaN and infinity: it stops or leaves the step out, and says where they came from first.
+"""NaN and infinity in training: the run stops or skips the step, and names where they first came from.
 
-And about gradients of exactly 0: it stops, for nothing is learnt.
+Gradients of exactly 0 stop it too: nothing is learnt.
 """
 
 import math
@@ -35,7 +35,7 @@ class NonFiniteGuard:
     Args:
         model: whose steps they are.
         train: the policy and the precision.
-        recorder: hears of steps that were left out; it knows of those before a run went on.
+        recorder: logs steps that were left out; it knows those before the run went on.
     """
 
     def __init__(self, model: PreTrainedModel, train: TrainConfig, recorder: Recorder) -> None:
@@ -46,12 +46,12 @@ class NonFiniteGuard:
         self.in_a_row, self.zeros_in_a_row = broadcast_object_list(counts)
 
     def should_step(
-        self, position: TrainState, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
+        self, state: TrainState, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
     ) -> bool:
         """Whether the optimizer may take a step; if not, its gradients must be dropped.
 
         Args:
-            position: after the step.
+            state: after the step.
             grad_norm: of the step, before clipping.
             batches: micro-batches of the step; they are only run again if the norm is not finite.
             targets: in the whole step, over all processes.
@@ -63,7 +63,7 @@ class NonFiniteGuard:
         norm = float(grad_norm)
         if math.isfinite(norm):
             self.in_a_row = 0
-            self.check_zero_gradients(position, norm, targets)
+            self.check_zero_gradients(state, norm, targets)
             return True
         if self.is_scaled:  # the scaler leaves the step out
             return True
@@ -72,18 +72,18 @@ class NonFiniteGuard:
         unknown = "a split model is not searched" if is_sharded(self.model) else "the same step done again is finite"
         origin = next((each for each in found if each), unknown)
         self.in_a_row += 1
-        where = f"the gradient norm is {norm} at step {position.step} ({origin})"
+        where = f"the gradient norm is {norm} at step {state.step} ({origin})"
         if not self.skips or spoilt:
             raise FloatingPointError(f"{where}: {DIVERGED}")
         if self.in_a_row > MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{where}, as in {MOST_SKIPPED_IN_A_ROW} steps before it, which were left out: {DIVERGED}"
             )
-        self.recorder.skipped(position.step, position.tokens, norm, origin)
+        self.recorder.log_skipped_step(state.step, state.tokens, norm, origin)
         return False
 
-    def check_zero_gradients(self, position: TrainState, norm: float, targets: Any) -> None:
-        """Stop a run that learns nothing. A step without targets says neither that it does nor that it does not.
+    def check_zero_gradients(self, state: TrainState, norm: float, targets: Any) -> None:
+        """Stop a run that learns nothing. A step without targets does not count.
 
         Raises:
             FloatingPointError: saying what it usually means.
@@ -100,7 +100,7 @@ class NonFiniteGuard:
         if self.is_compiled:
             meaning = f"code that torch {torch.__version__} compiles without gradients (try `train.compile=false`)"
         raise FloatingPointError(
-            f"the gradient norm is exactly 0 at step {position.step}, as in the steps before it: nothing is learnt. "
+            f"the gradient norm is exactly 0 at step {state.step}, as in the steps before it: nothing is learnt. "
             f"That is usually {meaning}."
         )
 
@@ -114,7 +114,7 @@ def first_nonfinite_weight(model: nn.Module) -> str | None:
 
 
 def repeat_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], targets: Any) -> str | None:
-    """Do a step's forward and backward passes again and say where NaN or infinity comes up first; None if nowhere.
+    """Repeat a step's forward and backward passes and name where NaN or infinity comes up first; None if nowhere.
 
     Nothing that training uses is changed: gradients are made apart, random numbers are put back. Where the
     model is split over processes only its weights are looked at, not this.

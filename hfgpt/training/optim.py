@@ -7,8 +7,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from hfgpt.config.ranges import check_choice
 from hfgpt.config.schema import OptimConfig
-from hfgpt.config.validation import check_choice
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

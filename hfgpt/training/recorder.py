@@ -1,6 +1,6 @@
-"""What a run says while it trains: lines of metrics.jsonl, samples.md, and progress on the terminal.
+"""The records of a run while it trains: metrics.jsonl, samples.md, and progress on the terminal.
 
-Only the main process speaks and writes.
+Only the main process writes.
 """
 
 import math
@@ -18,8 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Column
 from rich.text import Text
 
+from hfgpt.data.prepare import Rows
+from hfgpt.distributed.sharding import count_parameters
 from hfgpt.results.records import MetricsLog, SamplesFile, best_evaluation
+from hfgpt.system.machine import matmul_peak, training_flops_per_token
 from hfgpt.training.checkpoint import TrainState
+from hfgpt.training.run import Run
 from hfgpt.training.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
@@ -63,7 +67,7 @@ class Recorder:
         started_at: `time.perf_counter()` when this process began with the run; now, if it is not given.
         peak_tokens_per_second: what the machine would reach if it did nothing but multiply matrices, as fast as it
             can; None leaves the share of it out.
-        trackers: hear every line too; None on processes that have none.
+        trackers: get every line too; None on processes that have none.
     """
 
     def __init__(
@@ -81,12 +85,12 @@ class Recorder:
         self.start = start
         self.tokens = start.tokens
         self.peak_tokens_per_second, self.trackers = peak_tokens_per_second, trackers
-        self.speaks = PartialState().is_main_process
+        self.is_main = PartialState().is_main_process
         self.began_at = self.started_at = time.perf_counter()
         self.process_started_at = self.began_at if started_at is None else started_at
         self.seconds_before = 0.0
         self.evaluations: list[dict[str, Any]] = []
-        if not self.speaks:
+        if not self.is_main:
             return
         self.metrics = MetricsLog(folder / METRICS_FILE)
         self.samples = SamplesFile(folder / SAMPLES_FILE, prompt, settings)
@@ -116,12 +120,12 @@ class Recorder:
         self.task = self.bar.add_task("", total=total_steps, completed=start.step)
         self.bar.start()
 
-    def say(self, text: str) -> None:
-        """Say something beside the progress bar."""
-        if self.speaks:
+    def print_status(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.is_main:
             self.console.print(text)
 
-    def training(self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int) -> None:
+    def log_step(self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int) -> None:
         """Write a training line.
 
         Args:
@@ -132,7 +136,7 @@ class Recorder:
             tokens: targets trained on so far, over all processes.
         """
         check_finite_loss("loss", loss, step)
-        if not self.speaks:
+        if not self.is_main:
             return
         now = time.perf_counter()
         line = {
@@ -157,10 +161,10 @@ class Recorder:
         self.bar.update(self.task, completed=step, description=text)
         if self.bar.disable and step % max(1, self.total_steps // PLAIN_LINES) == 0:
             left = (now - self.began_at) / (step - self.start.step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
+            self.print_status(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
 
-    def skipped(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
-        """Write and say that a step was left out.
+    def log_skipped_step(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
+        """Log that a step was left out.
 
         Args:
             step: optimizer steps done, this one included.
@@ -168,10 +172,10 @@ class Recorder:
             grad_norm: what was not finite.
             origin: where that comes from.
         """
-        if not self.speaks:
+        if not self.is_main:
             return
         self.write({"step": step, "skipped": origin, "tokens": tokens}, "train")
-        self.say(f"step {step}/{self.total_steps}  left out: the gradient norm is {grad_norm} ({origin})")
+        self.print_status(f"step {step}/{self.total_steps}  left out: the gradient norm is {grad_norm} ({origin})")
 
     def skipped_in_a_row(self) -> int:
         """Steps left out just before where training starts, one after the other; 0 on other than the main process."""
@@ -182,10 +186,10 @@ class Recorder:
         return self.in_a_row(lambda line: line.get("grad_norm") == 0)
 
     def in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
-        steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.speaks else set()
+        steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.is_main else set()
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
-    def evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:
+    def log_evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:
         """Write an evaluation line and its sample text; the main process calls it.
 
         Args:
@@ -199,7 +203,7 @@ class Recorder:
             self.samples.append(line["step"], line["tokens"], line["val_loss"], sample)
         best = best_evaluation(self.evaluations)
         gap = line["val_loss"] - line["train_loss"]
-        self.say(
+        self.print_status(
             f"step {line['step']}/{self.total_steps}  train loss {line['train_loss']:.3f}  "
             f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}  "
             f"gap {gap:.3f}"
@@ -207,14 +211,14 @@ class Recorder:
             + ("" if best in (None, comparable or line) else f"  (best {best['val_loss']:.3f} at step {best['step']})")
         )
         if sample:
-            self.say("  " + " ".join(sample.split()))
+            self.print_status("  " + " ".join(sample.split()))
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is written; the main process calls it."""
         return any(line["step"] == step for line in self.evaluations)
 
     def write(self, line: dict[str, Any], kind: str) -> None:
-        """Append a line to metrics.jsonl, and send it to the trackers; `kind` says of what it is, to them."""
+        """Append a line to metrics.jsonl, and send it to the trackers, under `kind`."""
         line = {**line, "elapsed_seconds": self.elapsed_seconds()}
         self.metrics.write(line)
         if self.trackers is not None:
@@ -234,7 +238,46 @@ class Recorder:
 
     def close(self) -> None:
         """Take the progress bar away, and let the trackers end."""
-        if self.speaks:
+        if self.is_main:
             self.bar.stop()
         if self.trackers is not None:
             self.trackers.finish()
+
+
+def open_recorder(run: Run, started_at: float) -> Recorder:
+    """Open the run's records where training starts: a resumed run drops the lines that it will write again.
+
+    Args:
+        run: the run.
+        started_at: `time.perf_counter()` when this process began with it.
+    """
+    config, process = run.config, PartialState()
+    peak = process.num_processes * matmul_peak(process.device, config.train.precision)
+    recorder = Recorder(
+        folder=run.folder,
+        total_steps=run.total_steps,
+        prompt=config.sample.prompt,
+        settings={name: getattr(config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
+        start=run.start,
+        started_at=started_at,
+        peak_tokens_per_second=peak / training_flops_per_token(run.model, config.data.block_size),
+        trackers=Trackers(config, run.folder, run.start.step) if process.is_main_process else None,
+    )
+    recorder.print_status(
+        f"{count_parameters(run.model):,} parameters, {len(run.tokenizer):,} token ids; {describe(run.rows)}"
+    )
+    if run.resume_from is not None:
+        recorder.print_status(f"going on from {run.resume_from} at step {run.start.step}")
+    return recorder
+
+
+def describe(rows: Rows) -> str:
+    """How much text there is."""
+    train, validation = (
+        f"{name} {count.tokens:,} tokens in {len(part):,} rows, {count.remainder} left over"
+        for name, count, part in (
+            ("train", rows.train_counts, rows.train),
+            ("validation", rows.validation_counts, rows.validation),
+        )
+    )
+    return f"train from a stream; {validation}" if rows.streamed is not None else f"{train}; {validation}"

@@ -1,6 +1,7 @@
 """A run made ready: folder, text, tokenizer, rows, model. Both loops start from here."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,14 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.config.loading import config_yaml, flatten, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
-from hfgpt.data.prepare import (
-    Rows,
-    check_ids,
-    load_text,
-)
+from hfgpt.data.prepare import Rows, check_ids, load_text
 from hfgpt.data.rows import TokenRows
 from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
-from hfgpt.distributed.deepspeed import check_deepspeed
-from hfgpt.distributed.launch import check_launcher, join_processes
+from hfgpt.distributed.launch import join_launch
 from hfgpt.distributed.sharding import shard_model
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.results.records import RESULTS_FILE
@@ -48,17 +44,15 @@ class Run:
     """One run, ready to train.
 
     Attributes:
-        config: every knob.
+        config: every option.
         folder: what the run leaves.
         tokenizer: of the model.
         rows: training and validation rows.
         model: with its first weights, or those of the checkpoint to go on from.
-        position: where training starts.
+        start: where training starts.
         resume_from: the checkpoint to go on from, or None.
         identity: what must be the same to go on: tokenizer, rows, rows per step.
-        global_batch: rows in a micro-batch, over all processes.
-        steps_per_epoch: optimizer steps; the last one of an epoch may hold fewer rows.
-        total_steps: optimizer steps of the whole run.
+        origins: where model and tokenizer come from: "nothing", "folder" or "hub".
         lock: held while the run writes into its folder; on the main process.
     """
 
@@ -67,19 +61,32 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
     model: HFGPTForCausalLM
-    position: TrainState
+    start: TrainState
     resume_from: Path | None
     identity: dict[str, Any]
-    global_batch: int
-    steps_per_epoch: int
-    total_steps: int
+    origins: dict[str, str]
     lock: FileLock | None
+
+    @property
+    def global_batch(self) -> int:
+        """Rows in a micro-batch, over all processes."""
+        return self.config.train.batch_size * PartialState().num_processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; the last one of an epoch may hold fewer rows."""
+        return math.ceil(len(self.rows.train) / (self.global_batch * self.config.train.gradient_accumulation_steps))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.max_steps or (self.config.train.epochs or 0) * self.steps_per_epoch
 
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""
         train, process = self.config.train, PartialState()
-        if self.rows.stream is not None:
-            return stream_loader(self.rows.stream, train.batch_size)
+        if self.rows.streamed is not None:
+            return stream_loader(self.rows.streamed, train.batch_size)
         return train_loader(
             self.rows.train,
             train.batch_size,
@@ -89,20 +96,23 @@ class Run:
             self.config.data.num_workers,
         )
 
-    def next_position(self, position: TrainState, micro_batches: int, targets: int) -> TrainState:
-        """The position after one more step of so many micro-batches and, over all processes, targets."""
-        rows = position.rows + micro_batches * self.global_batch
-        is_epoch_done = self.rows.stream is None and rows >= len(self.rows.train)
+    def next_state(self, state: TrainState, micro_batches: int, targets: int) -> TrainState:
+        """Where training stands after one more step of so many micro-batches and, over all processes, targets."""
+        rows = state.rows + micro_batches * self.global_batch
+        is_epoch_done = self.rows.streamed is None and rows >= len(self.rows.train)
         return TrainState(
-            step=position.step + 1,
-            epoch=position.epoch + is_epoch_done,
+            step=state.step + 1,
+            epoch=state.epoch + is_epoch_done,
             rows=0 if is_epoch_done else rows,
-            tokens=position.tokens + targets,
+            tokens=state.tokens + targets,
         )
 
 
 def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
-    """Make a run ready: folder, text, tokenizer, rows, model.
+    """Make a run ready: its folder, its text, its model, and a lock on the folder.
+
+    A run that goes on needs its text and its checkpoint, which holds weights and tokenizer; not the model that it
+    started from.
 
     Args:
         config: a checked config, from `load_config`.
@@ -118,9 +128,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     """
     check_optim(config.optim)
     check_trackers(config.train.trackers)
-    check_launcher(config)
-    join_processes()
-    check_deepspeed(config)
+    join_launch(config)
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("`train.precision` is fp16, which a CPU does not compute in. Use fp32 or bf16.")
     folder = Path(config.output_dir)
@@ -134,68 +142,90 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         return None
 
     with PartialState().main_process_first():
-        tokenizer, rows = load_text(config)
+        tokenizer, rows = load_text(config, resume_from)
     set_seed(config.seed)
-    model = make_model(config, tokenizer)
-    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # else no id can be too large: spare the look
-        check_ids(rows.train, model.config.vocab_size, "the training split")
-        check_ids(rows.validation, model.config.vocab_size, "the validation split")
-    check_prompt(config, tokenizer, model)
-
-    global_batch = config.train.batch_size * PartialState().num_processes
-    rows_per_step = global_batch * config.train.gradient_accumulation_steps
-    steps_per_epoch = -(-len(rows.train) // rows_per_step)
-    total_steps = config.train.max_steps or (config.train.epochs or 0) * steps_per_epoch
-    check_warmup(config.optim, total_steps)
-    identity = {
-        "tokenizer": tokenizer_hash(tokenizer),
-        "training rows": rows_hash(rows.train),
-        "validation rows": rows_hash(rows.validation),
-        "number of rows per step": rows_per_step,  # so that every step sees the same rows, on however many processes
-    }
-    if rows.stream is not None:
-        identity["number of processes"] = PartialState().num_processes  # each reads a share of its own
-    position = TrainState()
-    if resume_from is not None:
-        manifest = checkpoint.verify_checkpoint(resume_from)
-        for name, value in identity.items():
-            if manifest.identity.get(name) != value:
-                raise ValueError(
-                    f"{resume_from} was written with another {name}: {manifest.identity.get(name)}, now {value}. "
-                    "Go on with the same, or start in another `output_dir`."
-                )
-        position = manifest.position
-        model.load_state_dict(load(resume_from).state_dict())
-    if config.train.shard and PartialState().num_processes > 1:
-        model = shard_model(model)
-    else:
-        model.to(PartialState().device)
-        if config.train.shard:
-            print_status("`train.shard` has no effect on one process: there is nothing to split.")
-    lock = None
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-        check_folder(config, folder, resume)  # another run may have begun here in the meantime
-        write_atomically(folder / RUN_FILE, config_yaml(config).encode())
-        if resume_from is not None:
-            checkpoint.supersede(folder, position.step)
-            checkpoint.prune(folder, config.train.keep_last)  # what a run that was killed has not come to
-    PartialState().wait_for_everyone()
-    return Run(
+    model = make_model(config, tokenizer, resume_from)
+    check_fit(config, tokenizer, rows, model)
+    run = Run(
         config=config,
         folder=folder,
         tokenizer=tokenizer,
         rows=rows,
         model=model,
-        position=position,
+        start=TrainState(),
         resume_from=resume_from,
-        identity=identity,
-        global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        lock=lock,
+        identity=identify(config, tokenizer, rows),
+        origins={"model": origin(config.init_from), "tokenizer": origin(config.tokenizer.name or config.init_from)},
+        lock=None,
     )
+    check_warmup(config.optim, run.total_steps)
+    if resume_from is not None:
+        manifest = checkpoint.load_manifest(resume_from)
+        check_same_run(run, manifest)
+        run = replace(run, start=manifest.state, origins=manifest.origins)
+    return lock_run(place_model(run), resume)
+
+
+def identify(config: RunConfig, tokenizer: PreTrainedTokenizerFast, rows: Rows) -> dict[str, Any]:
+    """What must be the same for a run to go on, by its name in messages."""
+    process, train = PartialState(), config.train
+    identity = {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "training rows": rows_hash(rows.train),
+        "validation rows": rows_hash(rows.validation),
+        # So that every step sees the same rows, on however many processes.
+        "number of rows per step": train.batch_size * process.num_processes * train.gradient_accumulation_steps,
+    }
+    if rows.streamed is not None:
+        identity["number of processes"] = process.num_processes  # each reads a share of its own
+    return identity
+
+
+def origin(name: str | None) -> str:
+    """Where a model or a tokenizer of a recipe comes from: nothing, a folder of this machine, or the Hub."""
+    return "nothing" if name is None else "folder" if Path(name).exists() else "hub"
+
+
+def check_same_run(run: Run, manifest: checkpoint.Manifest) -> None:
+    """Refuse to go on from a checkpoint with another tokenizer, other rows or other steps.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name, value in run.identity.items():
+        if manifest.identity.get(name) != value:
+            raise ValueError(
+                f"{run.resume_from} was written with another {name}: {manifest.identity.get(name)}, now {value}. "
+                "Go on with the same, or start in another `output_dir`."
+            )
+
+
+def place_model(run: Run) -> Run:
+    """Bring the model to this process's device, or, with `train.shard`, each process a part of it."""
+    if run.config.train.shard and PartialState().num_processes > 1:
+        return replace(run, model=shard_model(run.model))
+    run.model.to(PartialState().device)
+    if run.config.train.shard:
+        print_status("`train.shard` has no effect on one process: there is nothing to split.")
+    return run
+
+
+def lock_run(run: Run, resume: bool | str) -> Run:
+    """Lock the folder, and begin to write into it: run.yaml, and checkpoints that are no longer part of the run go.
+
+    Raises:
+        ValueError: another process writes there, or another run has begun there in the meantime.
+    """
+    if PartialState().is_main_process:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run = replace(run, lock=lock_folder(run.folder))
+        check_folder(run.config, run.folder, resume)
+        write_atomically(run.folder / RUN_FILE, config_yaml(run.config).encode())
+        if run.resume_from is not None:
+            checkpoint.supersede(run.folder, run.start.step)
+            checkpoint.prune(run.folder, run.config.train.keep_last)  # what a run that was killed has not come to
+    PartialState().wait_for_everyone()
+    return run
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -240,30 +270,17 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
             there = replace(there, train=replace(there.train, **elastic))
     except ValueError as error:
         raise ValueError(f"`output_dir` ({folder}) holds another run, unreadable: {error}") from error
-    difference = first_difference(asdict(there), asdict(config))
-    if difference is not None:
-        name, old, new = difference
-        raise ValueError(
-            f"`output_dir` ({folder}) holds another run: its `{name}` is {old!r}, this one's {new!r}. "
-            "Name another folder."
-        )
+    old, new = flatten(asdict(there)), flatten(asdict(config))
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"`output_dir` ({folder}) holds another run: its `{name}` is {old.get(name)!r}, this one's "
+                f"{new.get(name)!r}. Name another folder."
+            )
     if not (folder / RESULTS_FILE).is_file() and not resume:
         raise ValueError(
             f"`output_dir` ({folder}) holds this run, unfinished. Add `--resume` to go on, or name another folder."
         )
-
-
-def first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first knob in which two runs differ, and its two values."""
-    for name in dict.fromkeys([*there, *here]):
-        old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = first_difference(old, new)
-            if inner is not None:
-                return f"{name}.{inner[0]}", inner[1], inner[2]
-        elif old != new:
-            return name, old, new
-    return None
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
@@ -286,12 +303,14 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     return path
 
 
-def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> HFGPTForCausalLM:
-    """A new model of the recipe's shape, or the one to go on from, in fp32.
+def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_from: Path | None) -> HFGPTForCausalLM:
+    """The model of the checkpoint, a new one of the recipe's shape, or the one to start from, in fp32.
 
     Raises:
         ValueError: the tokenizer knows more ids than the model, or a row is longer than the model's positions.
     """
+    if resume_from is not None:
+        return load(resume_from, dtype=torch.float32)
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if config.init_from is None:
         return HFGPTForCausalLM(HFGPTConfig(vocab_size=len(tokenizer), **token_ids, **config.model))
@@ -319,8 +338,15 @@ def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.T
     return torch.tensor([ids or [tokenizer.eos_token_id]])
 
 
-def check_prompt(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: HFGPTForCausalLM) -> None:
-    """Refuse a sample that does not fit the model's positions."""
+def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, rows: Rows, model: HFGPTForCausalLM) -> None:
+    """Refuse ids that the model does not know, and a sample that does not fit its positions.
+
+    Raises:
+        ValueError: naming the numbers.
+    """
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # else no id can be too large: spare the look
+        check_ids(rows.train, model.config.vocab_size, "the training split")
+        check_ids(rows.validation, model.config.vocab_size, "the validation split")
     wanted = prompt_ids(config, tokenizer).shape[1] + config.sample.max_new_tokens
     if config.sample.max_new_tokens and wanted > model.config.max_position_embeddings:
         raise ValueError(

@@ -9,40 +9,31 @@ from hfgpt.distributed.sharding import gather_full_state_dict, is_sharded
 from hfgpt.system.storage import make_readable, write_json
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
-from hfgpt.training.evaluate import (
-    is_due,
-)
 from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
 
 
-def is_checkpoint_due(step: int, run: Run) -> bool:
-    """Whether this step ends with a checkpoint; the last one does, unless the recipe wants none."""
-    every = run.config.train.save_every
-    return every != 0 and (is_due(every, step, run) or step == run.total_steps)
-
-
 def save_checkpoint(
-    run: Run, recorder: Recorder, position: TrainState, states: dict[str, Any], val_loss: float | None
+    run: Run, recorder: Recorder, state: TrainState, states: dict[str, Any], val_loss: float | None
 ) -> None:
     """Write a checkpoint that is also a model folder; every process calls it.
 
     Raises:
         FloatingPointError: a weight is no number; the checkpoints before this one stay.
     """
-    check_finite_weights(run.model, position.step)
+    check_finite_weights(run.model, state.step)
 
     def write(folder: Path) -> None:
         save_model(run, folder)
         # Where transformers' Trainer reads its place from, and what it compares with its arguments.
-        place = {"global_step": position.step, "epoch": position.epoch, "train_batch_size": run.config.train.batch_size}
+        place = {"global_step": state.step, "epoch": state.epoch, "train_batch_size": run.config.train.batch_size}
         if PartialState().is_main_process:
             write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
-    manifest = checkpoint.Manifest(position, run.identity, val_loss)
-    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.stream)
+    manifest = checkpoint.Manifest(state, run.identity, val_loss, run.origins)
+    checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.streamed)
     recorder.resume()
 
 

@@ -1,4 +1,4 @@
-"""Stopping when asked: a signal is noted, the step is finished, a checkpoint is written, and the exit code says so."""
+"""Stopping by a signal: it is noted, the step is finished, a checkpoint written, and the exit code is 75."""
 
 import signal
 from types import FrameType, TracebackType
@@ -16,7 +16,7 @@ RESUMABLE = 75
 
 
 class Stopped(Exception):
-    """A run has stopped because it was asked to; it says where it can go on."""
+    """A run has stopped because a signal asked it to; the message names where it goes on."""
 
 
 class StopRequest:
@@ -48,7 +48,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def is_made(self) -> bool:
-        """Whether any process was asked; all processes call it together and hear the same."""
+        """Whether any process was asked; all processes call it together and get the same answer."""
         process = PartialState()
         if process.num_processes == 1:
             return self.signal is not None

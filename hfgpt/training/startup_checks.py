@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
 from hfgpt.data.rows import TokenArray, TokenRows
-from hfgpt.distributed import deepspeed
-from hfgpt.distributed.sharding import is_sharded, reshard
+from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.training.recorder import Recorder
@@ -52,16 +51,16 @@ class Check:
 
 
 def check_start(run: Run, recorder: Recorder) -> None:
-    """Look at a run that has not begun, after its first evaluation; write and say what was found.
+    """Check a run that has not begun, after its first evaluation; log what was found.
 
     Every process calls it, the main one speaks. Nothing is drawn from the random number generators of training.
     """
     recorder.pause()
     rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
-    if recorder.speaks or is_sharded(run.model):  # a model that is split runs on all processes together
+    if recorder.is_main or is_sharded(run.model):  # a model that is split runs on all processes together
         next_token = check_next_token(run.model, rows)
         reshard(run.model)
-    if not recorder.speaks:
+    if not recorder.is_main:
         return
     (start,) = (line for line in recorder.evaluations if line["step"] == 0)
     is_new = run.config.init_from is None
@@ -72,13 +71,13 @@ def check_start(run: Run, recorder: Recorder) -> None:
         "next_token_loss": next_token,
         "ids_out_of_range": check_range(rows, vocab_size),
         "padding": check_padding(run.rows.train_counts.padding, run.rows.train_counts.targets),
-        "duplicates": check_duplicates(run.rows.train.stream, run.rows.validation.stream),
+        "duplicates": check_duplicates(run.rows.train.tokens, run.rows.validation.tokens),
     }
     recorder.write({"step": 0, "tokens": 0, "checks": {name: asdict(check) for name, check in checks.items()}}, "check")
-    recorder.say("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))
+    recorder.print_status("checks: " + "; ".join(check.text for check in checks.values() if check.is_normal))
     for check in checks.values():
         if not check.is_normal:
-            recorder.say(f"warning: {check.text}")
+            recorder.print_status(f"warning: {check.text}")
     recorder.resume()
 
 
@@ -212,7 +211,7 @@ def check_compiled(
 
     Args:
         run: whose step it is.
-        recorder: hears how far apart they are, and how long that took.
+        recorder: prints how far apart they are, and how long that took.
         accelerator: has prepared `model`.
         model: what is trained, around `run.model`.
         batch: the first micro-batch of this process.
@@ -230,12 +229,7 @@ def check_compiled(
     set_all(run.model.config, dict.fromkeys(DROPOUT_FIELDS, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
-    context = accelerator.no_sync(model)
-    if (
-        deepspeed.is_running()
-    ):  # its engine, which casts, would take a backward pass from its output for one of training
-        model, is_half = run.model, run.config.train.precision == "bf16"
-        context = torch.autocast(device.type, torch.bfloat16, enabled=is_half)
+    model, context = for_own_gradients(accelerator, model, run.model, run.config.train.precision)
     try:
         with context, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             loss, gradients = differentiate(model, parameters, batch, targets)
@@ -270,7 +264,7 @@ def check_compiled(
     first = next((each for each in gather_object([problem]) if each), None)
     if first is not None:
         raise ValueError(first)
-    recorder.say(
+    recorder.print_status(
         f"the compiled step is the eager one: gradient norm {norm:.4g} and {eager_norm:.4g}, {apart:.1e} apart "
         f"({seconds:.0f} s)"
     )

@@ -1,6 +1,6 @@
 """The lines of metrics.jsonl, sent to trackers as well, through accelerate's own classes for them.
 
-They hear numbers and knobs, nothing else: no environment variable, no path above the last name, no address with its
+They get numbers and options, nothing else: no environment variable, no path above the last name, no address with its
 password. Both loops speak to them through the recorder.
 """
 
@@ -63,10 +63,10 @@ class Trackers:
             id_file = folder / TRACKERS_FOLDER / f"{name}.id"
             run_id = id_file.read_text(encoding="utf-8") if step and id_file.is_file() else None
             tracker = LOGGER_TYPE_TO_CLASS[name](**settings(name, folder, step, run_id))
-            with redirect_stdout(sys.stderr):  # where results are printed, nobody else talks
+            with redirect_stdout(sys.stderr):  # stdout is for results
                 tracker.start()
                 if not step:
-                    tracker.store_init_configuration(public_knobs(config))
+                    tracker.store_init_configuration(public_options(config))
             if name in RUN_IDS:
                 id_file.parent.mkdir(exist_ok=True)
                 id_file.write_text(RUN_IDS[name](tracker), encoding="utf-8")
@@ -85,7 +85,7 @@ class Trackers:
         """Bring everything to where it belongs."""
         for tracker in self.started:
             with redirect_stdout(sys.stderr):
-                if tracker.name == "trackio":  # 0.43 ends a run again when the program does, unless told itself
+                if tracker.name == "trackio":  # 0.43 would end the run again when the program ends
                     import trackio
 
                     trackio.finish()
@@ -121,20 +121,20 @@ def settings(name: str, folder: Path, step: int, run_id: str | None) -> dict[str
     return {"experiment_name": PROJECT, "run_name": folder.name, "run_id": run_id, "tags": tags}
 
 
-def public_knobs(config: RunConfig) -> dict[str, int | float | str | bool]:
-    """Every knob of a run as `section.name`, without what names a folder, a user or a password."""
-    knobs = {
+def public_options(config: RunConfig) -> dict[str, int | float | str | bool]:
+    """Every option of a run as `section.name`, without what names a folder, a user or a password."""
+    options = {
         name: ", ".join(last_name(str(item)) for item in value) if isinstance(value, list) else value
         for name, value in flatten(asdict(config)).items()
         if value is not None and value != {}
     }
     for name in PATHS:
-        if name in knobs:
-            knobs[name] = last_name(str(knobs[name]))
-    source = knobs.get("data.source")
+        if name in options:
+            options[name] = last_name(str(options[name]))
+    source = options.get("data.source")
     if source is not None and not HUB_ID.fullmatch(str(source)):
-        knobs["data.source"] = last_name(str(source))
-    return knobs
+        options["data.source"] = last_name(str(source))
+    return options
 
 
 def last_name(path: str) -> str:

@@ -25,7 +25,7 @@ from hfgpt.generation import decoding
 from hfgpt.loss import linear_cross_entropy
 from hfgpt.system.machine import environment
 from hfgpt.system.storage import write_json
-from hfgpt.training.checkpoint import Manifest, Position, checkpoints, load_states, save_checkpoint, verify_checkpoint
+from hfgpt.training.checkpoint import Manifest, TrainState, checkpoints, load_states, save_checkpoint, verify_checkpoint
 from hfgpt.weights import load
 
 from .book import make_model, prepare
@@ -294,7 +294,7 @@ def training(lecture: Lecture) -> dict[str, Any]:
             lecture.loaders,
             config.train,
             lambda: lecture.write_on(model, config.sample.max_new_tokens),
-            Position(),
+            TrainState(),
             config.train.epochs or 1,
         )
         figures = {"records": records, "elapsed_seconds": perf_counter() - started_at}
@@ -389,7 +389,7 @@ def resume(lecture: Lecture) -> dict[str, Any]:
         lecture.loaders,
         config.train,
         lambda: lecture.write_on(model, config.sample.max_new_tokens),
-        manifest.position,
+        manifest.state,
         epochs=1,
     )
     return {"records": records}

@@ -23,7 +23,7 @@ from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import Rows
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.system.storage import write_atomically
-from hfgpt.training.checkpoint import Position
+from hfgpt.training.checkpoint import TrainState
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def train(
     loaders: Loaders,
     config: TrainConfig,
     write_sample: Callable[[], str],
-    position: Position,
+    position: TrainState,
     epochs: int,
-) -> tuple[list[dict[str, Any]], Position]:
+) -> tuple[list[dict[str, Any]], TrainState]:
     """Train for some epochs, and print what the book prints.
 
     Args:

@@ -1,4 +1,4 @@
-"""A recipe: which layer wins, what text means, and which knobs are refused with which words."""
+"""A recipe: which layer wins, what text means, and which options are refused with which words."""
 
 import dataclasses
 from dataclasses import asdict
@@ -64,7 +64,7 @@ def test_the_last_of_two_overrides_wins(recipe):
     assert load(recipe, "seed=1", "seed=2").seed == 2
 
 
-def test_an_alias_and_its_field_are_one_knob_between_layers(recipe):
+def test_an_alias_and_its_field_are_one_option_between_layers(recipe):
     path = recipe(BASE + "model: {hidden_size: 192, n_layer: 2}\n")
 
     config = load_config(path, ["model.n_embd=252", "model.num_hidden_layers=3", "model.n_head=2", "model.n_head=4"])
@@ -217,9 +217,9 @@ def test_interpolations_in_a_recipe_are_text(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rat=1", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
-        ("trian.max_steps=1", "Key 'trian' not in 'the recipe'. Did you mean 'train'?"),
-        ("train.epoch=1", "Key 'epoch' not in 'train'. Did you mean 'epochs'?"),
+        ("optim.learning_rat=1", "Key 'learning_rat' not in 'optim'. Did you mean `learning_rate`?"),
+        ("trian.max_steps=1", "Key 'trian' not in 'the recipe'. Did you mean `train`?"),
+        ("train.epoch=1", "Key 'epoch' not in 'train'. Did you mean `epochs`?"),
         ("model.n_layers=6", "`model`: unknown field `n_layers`. Did you mean `n_layer`?"),
         ("model.hiden_size=6", "`model`: unknown field `hiden_size`. Did you mean `hidden_size`?"),
         ("model.xyzzy=true", "`model`: unknown field `xyzzy`."),
@@ -240,7 +240,7 @@ def test_an_unknown_key_without_a_near_one_is_answered_with_all_there_are(recipe
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("optim: {learning_rat: 1}", "Key 'learning_rat' not in 'optim'. Did you mean 'learning_rate'?"),
+        ("optim: {learning_rat: 1}", "Key 'learning_rat' not in 'optim'. Did you mean `learning_rate`?"),
         ("optim: 3", "`optim` must hold `key: value` lines, got 3."),
         ("model: [n_layer]", "`model` must hold `field: value` lines"),
         ("model: {n_layers: 6}", "Did you mean `n_layer`?"),
@@ -342,7 +342,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSALS, ids=[override for override, _ in REFUSALS])
-def test_what_no_run_can_be_is_refused_with_the_knob_and_its_value(recipe, override, message):
+def test_what_no_run_can_be_is_refused_with_the_option_and_its_value(recipe, override, message):
     found = refusal(recipe, override)
 
     assert message in found
@@ -365,7 +365,7 @@ WITHOUT_EFFECT = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), WITHOUT_EFFECT, ids=[" ".join(words) for words, _ in WITHOUT_EFFECT])
-def test_a_knob_without_effect_is_refused(recipe, overrides, message):
+def test_an_option_without_effect_is_refused(recipe, overrides, message):
     assert message in refusal(recipe, *overrides)
 
 

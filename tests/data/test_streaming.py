@@ -152,7 +152,7 @@ def test_another_seed_is_another_order_and_the_same_seed_the_same(streamed, toke
 def test_the_stored_sample_has_as_many_training_documents_as_validation_documents(streamed, tokenizer):
     rows = stream_rows(streamed(), tokenizer, seed=0, rank=0, world_size=1)
 
-    [batch] = take(stream_loader(rows.stream, 3), 1)
+    [batch] = take(stream_loader(rows.streamed, 3), 1)
 
     assert rows.train_counts.tokens > 0
     assert batch["input_ids"].shape == (3, 16)
@@ -223,7 +223,7 @@ def test_files_of_two_kinds_make_no_stream(tmp_path):
         ("data.streaming=false", r"`data.shuffle_buffer` \(5\) has no effect: `data.streaming` is false"),
     ],
 )
-def test_a_knob_that_fits_no_stream_is_refused(tmp_path, override, message):
+def test_an_option_that_fits_no_stream_is_refused(tmp_path, override, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: {files: x.jsonl, streaming: true, shuffle_buffer: 5}\ntokenizer: {name: gpt2}\ntrain: {max_steps: 100}\n"

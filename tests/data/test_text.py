@@ -34,9 +34,9 @@ def jsonl(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def in_order(files, **knobs):
+def in_order(files, **options):
     """Both parts of the text, joined again in the order of the source."""
-    documents = load_documents(DataConfig(files=files, shuffle_documents=False, **knobs), seed=0)
+    documents = load_documents(DataConfig(files=files, shuffle_documents=False, **options), seed=0)
     return [*documents.train["text"], *documents.validation["text"]]
 
 

@@ -22,7 +22,8 @@ from hfgpt.config.recipes import package_file
 from hfgpt.data.tokenizer import bytes_of_ids, encode_ids, load_tokenizer
 from hfgpt.results.card import MARKER, TEMPLATE, compare_card, render_card, render_evaluation, write_card
 from hfgpt.results.records import training_speed
-from hfgpt.training.finish import bits_per_byte, progress, starting_point
+from hfgpt.training.finish import bits_per_byte, describe_origin, progress
+from hfgpt.training.run import origin
 from hfgpt.training.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -267,9 +268,12 @@ def test_a_card_names_nothing_of_the_machine_and_no_file_of_the_users(run):
 
 
 def test_a_model_on_this_machine_is_not_named_and_one_on_the_hub_is(tmp_path):
-    assert starting_point(str(tmp_path), "base_model") == {"starts_from": "folder", "base_model": None}
-    assert starting_point("user/gpt", "base_model") == {"starts_from": "hub", "base_model": "user/gpt"}
-    assert starting_point(None, "base_model") == {"starts_from": "nothing", "base_model": None}
+    def described(name):
+        return describe_origin(origin(name), name, "base_model")
+
+    assert described(str(tmp_path)) == {"starts_from": "folder", "base_model": None}
+    assert described("user/gpt") == {"starts_from": "hub", "base_model": "user/gpt"}
+    assert described(None) == {"starts_from": "nothing", "base_model": None}
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])

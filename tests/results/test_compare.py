@@ -8,15 +8,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from hfgpt.results import compare as module
+from hfgpt.results import plots
 from hfgpt.results.compare import check_picture, compare_runs, render, short_names
 
 
-def make_run(folder, *, best=60, steps=100, speed=1000.0, finished=True, **knobs):
+def make_run(folder, *, best=60, steps=100, speed=1000.0, finished=True, **options):
     """What a run leaves of itself: a validation loss that is lowest at step `best`."""
     folder.mkdir(parents=True)
     config = {"output_dir": str(folder), "data": {"files": "text.txt"}, "train": {"max_steps": steps}}
-    for name, value in knobs.items():
+    for name, value in options.items():
         section, key = name.split("__")
         config.setdefault(section, {})[key] = value
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -57,7 +57,7 @@ def test_the_table_holds_what_the_runs_wrote(runs, tmp_path):
         None,
         None,
     )
-    assert comparison["differing_knobs"] == {"model.hidden_size": [None, 96], "optim.learning_rate": [0.001, 0.002]}
+    assert comparison["differing_options"] == {"model.hidden_size": [None, 96], "optim.learning_rate": [0.001, 0.002]}
     assert comparison["warnings"] == []
     lines = [line.split() for line in render(comparison).splitlines()]
     assert lines[0] == ["small", "wide"]
@@ -78,12 +78,12 @@ def test_losses_of_different_text_or_tokens_are_said_not_to_compare(tmp_path):
 def figure_drawn(monkeypatch, runs, path):
     figures = []
 
-    class Canvas(module.FigureCanvasAgg):
+    class Canvas(plots.FigureCanvasAgg):
         def __init__(self, figure):
             figures.append(figure)
             super().__init__(figure)
 
-    monkeypatch.setattr(module, "FigureCanvasAgg", Canvas)
+    monkeypatch.setattr(plots, "FigureCanvasAgg", Canvas)
     compare_runs(runs, path)
     return figures[0]
 

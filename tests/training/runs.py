@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState
 
 from hfgpt.config.loading import load_config
 from hfgpt.results.card import compare_card
-from hfgpt.training.recorder import Recorder
 from hfgpt.training.signals import Stopped
 from hfgpt.training.train import train
 
@@ -22,12 +21,29 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
-def run(recipe, name, *overrides, resume=False):
+def run(recipe, name, *overrides, resume=False, on_step=lambda step: None):
     """Run the recipe into `recipe.parent / name`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = recipe.parent / name
-    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume=resume)
+    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume, on_step)
     return folder
+
+
+def stop_after(step):
+    """An `on_step` that ends a run as a kill would, once a step is done."""
+
+    def stop(number):
+        if number == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def run_until_killed(recipe, name, step, *overrides):
+    """Run the recipe until a step is done; what comes after the step, such as its checkpoint, does not."""
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, name, *overrides, on_step=stop_after(step))
+    return recipe.parent / name
 
 
 def metrics(folder):
@@ -99,22 +115,13 @@ def send(name):
     os.kill(os.getpid(), getattr(signal, name))
 
 
-def at_step(monkeypatch, step, name):
-    """Send a signal while the line of a step is written."""
-    training = Recorder.training
-
-    def with_signal(recorder, number, *rest):
-        training(recorder, number, *rest)
-        if number == step:
-            send(name)
-
-    monkeypatch.setattr(Recorder, "training", with_signal)
+def send_after(step, name):
+    """An `on_step` that sends this process a signal, once a step is done."""
+    return lambda number: send(name) if number == step else None
 
 
 def run_to_step(recipe, name, step, *overrides, resume=False):
     """Run the recipe, and stop it by a signal at a step."""
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, "SIGTERM")
-        with pytest.raises(Stopped):
-            run(recipe, name, *overrides, resume=resume)
+    with pytest.raises(Stopped):
+        run(recipe, name, *overrides, resume=resume, on_step=send_after(step, "SIGTERM"))
     return recipe.parent / name

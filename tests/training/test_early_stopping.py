@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from runs import DROPOUT, LOOPS, assert_same_run, metrics, run
+from runs import DROPOUT, LOOPS, assert_same_run, metrics, run, run_until_killed
 from safetensors.torch import load_file
 
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.results.records import best_evaluation
 from hfgpt.training.early_stopping import is_patience_spent
-from hfgpt.training.recorder import Recorder
 from hfgpt.training.signals import Stopped
 
 # A learning rate that spoils the model after a few steps, so that the best evaluation lies in the middle.
@@ -76,12 +75,7 @@ def test_a_run_ends_by_itself_in_both_loops_alike_and_holds_the_best_weights(rec
 def test_a_stop_anywhere_changes_nothing_of_when_it_ends(recipe, monkeypatch, losses_of, loop):
     whole = run(recipe, "whole", f"loop={loop}", *PATIENT)
     last = max(losses_of(whole))
-    training, calls = Recorder.training, []
-
-    def between_evaluations(recorder, step, *rest):
-        training(recorder, step, *rest)
-        if step == last - 1:
-            raise KeyboardInterrupt
+    calls = []
 
     def while_evaluating(model, batches):
         calls.append(model)
@@ -92,8 +86,10 @@ def test_a_stop_anywhere_changes_nothing_of_when_it_ends(recipe, monkeypatch, lo
     def after_the_end(*_):
         raise KeyboardInterrupt
 
+    run_until_killed(recipe, "between evaluations", last - 1, f"loop={loop}", *PATIENT)
+    resumed = run(recipe, "between evaluations", f"loop={loop}", *PATIENT, resume=True)
+    assert_same_run(whole, resumed)
     for place, stop in [
-        ("hfgpt.training.recorder.Recorder.training", between_evaluations),
         ("hfgpt.training.evaluate.score_batches", while_evaluating),
         ("hfgpt.training.finish.ngram_perplexities", after_the_end),
     ]:

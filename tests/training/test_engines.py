@@ -97,7 +97,7 @@ def test_a_run_goes_from_one_process_to_an_engine_and_back(recipe, launch, engin
     os.kill(process.pid, signal.SIGTERM)  # the launcher, as a scheduler does; it passes it on
     assert process.wait(timeout=120) != 0
     assert "as asked. It goes on from checkpoint-" in log_of(other), log_of(other)[-3000:]
-    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step < 200
+    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).state.step < 200
     run(recipe, "other", "train.batch_size=8", *steps, resume=True)
 
     assert_same_path(other, one)
@@ -113,7 +113,7 @@ def test_a_run_goes_on_under_another_stage(recipe, launch, launched):
     wait_for_step(other, 20, process)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) != 0
-    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step < 100
+    assert 20 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).state.step < 100
     launched("other", *steps, engine="zero1", resume=True)
 
     assert_same_path(other, one)
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, launch, launched, engine, loop
     wait_for_step(killed, 20, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    assert 18 <= verify_checkpoint(checkpoints(killed)[0]).position.step < 60
+    assert 18 <= verify_checkpoint(checkpoints(killed)[0]).state.step < 60
     launched("killed", *overrides, engine=engine, resume=True)
 
     assert_same_run(whole, killed)

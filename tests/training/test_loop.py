@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import DROPOUT, LOOPS, NO_DROPOUT, TIMINGS, assert_same_run, files, metrics, run, training_lines
+from runs import (
+    DROPOUT,
+    LOOPS,
+    NO_DROPOUT,
+    TIMINGS,
+    assert_same_run,
+    files,
+    metrics,
+    run,
+    run_until_killed,
+    training_lines,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +28,6 @@ from hfgpt.data.loaders import eval_loader
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.training.checkpoint import checkpoints
 from hfgpt.training.evaluate import score_split
-from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import open_run
 from hfgpt.training.signals import StopRequest
 from hfgpt.training.train import train
@@ -56,21 +66,11 @@ def test_micro_batches_of_the_tests_hold_unequal_numbers_of_targets(recipe):
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("stopped_at", [7, 10, 3])
-def test_resuming_equals_never_stopping_with_dropout_in_the_middle_of_an_epoch(recipe, monkeypatch, loop, stopped_at):
+def test_resuming_equals_never_stopping_with_dropout_in_the_middle_of_an_epoch(recipe, loop, stopped_at):
     overrides = [f"loop={loop}", "train.gradient_accumulation_steps=2", *(f"model.{k}={v}" for k, v in DROPOUT.items())]
     whole = run(recipe, "whole", *overrides)
 
-    with monkeypatch.context() as patch:
-        training = Recorder.training
-
-        def stop(recorder, step, *rest):
-            training(recorder, step, *rest)
-            if step == stopped_at:
-                raise KeyboardInterrupt
-
-        patch.setattr(Recorder, "training", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "stopped", *overrides)
+    run_until_killed(recipe, "stopped", stopped_at, *overrides)
     assert not (recipe.parent / "stopped" / "results.json").exists()
     stopped = run(recipe, "stopped", *overrides, resume=True)
 
@@ -96,20 +96,10 @@ def test_resuming_a_run_that_was_stopped_after_its_last_step_equals_never_stoppi
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_lines_are_the_same_after_a_stop_between_two_of_them(recipe, monkeypatch, loop):
+def test_lines_are_the_same_after_a_stop_between_two_of_them(recipe, loop):
     overrides = [f"loop={loop}", "train.log_every=3", "train.save_every=4", "train.epochs=1"]
     whole = run(recipe, "whole", *overrides)
-    training = Recorder.training
-
-    def stop(recorder, step, *rest):
-        if step == 6:
-            raise KeyboardInterrupt
-        training(recorder, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "training", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "stopped", *overrides)
+    run_until_killed(recipe, "stopped", 5, *overrides)
 
     assert_same_run(whole, run(recipe, "stopped", *overrides, resume=True))
 
@@ -150,19 +140,9 @@ def test_going_on_with_other_rows_per_step_is_refused(recipe):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_going_on_with_smaller_micro_batches_sees_the_same_rows_in_every_step(recipe, monkeypatch, loop):
+def test_going_on_with_smaller_micro_batches_sees_the_same_rows_in_every_step(recipe, loop):
     whole = run(recipe, "whole", f"loop={loop}")
-    training = Recorder.training
-
-    def stop(recorder, step, *rest):
-        training(recorder, step, *rest)
-        if step == 10:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "training", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "other", f"loop={loop}")
+    run_until_killed(recipe, "other", 10, f"loop={loop}")
     other = run(
         recipe, "other", f"loop={loop}", "train.batch_size=2", "train.gradient_accumulation_steps=2", resume=True
     )
@@ -191,19 +171,9 @@ def test_fp16_on_a_cpu_is_refused(recipe):
         run(recipe, "out", "train.precision=fp16")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_and_repeats_no_line(recipe, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_again_and_repeats_no_line(recipe):
     whole = run(recipe, "whole", "train.save_every=0")
-    training = Recorder.training
-
-    def stop(recorder, step, *rest):
-        training(recorder, step, *rest)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "training", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "stopped", "train.save_every=0")
+    run_until_killed(recipe, "stopped", 6, "train.save_every=0")
     stopped = run(recipe, "stopped", "train.save_every=0", resume=True)
 
     assert_same_run(whole, stopped)
@@ -298,16 +268,34 @@ def test_a_finished_run_is_left_as_it_is(recipe):
     assert (files(folder), metrics(folder)) == before
 
 
-def test_fine_tuning_goes_on_from_a_gpt2_folder_with_its_tokenizer(recipe, random_gpt2, tokenizer):
+@pytest.fixture
+def tuned(recipe, random_gpt2, tokenizer):
+    """A recipe that starts from a GPT-2 folder, `recipe.parent / "gpt2"`, with its tokenizer."""
     source = recipe.parent / "gpt2"
     random_gpt2.save_pretrained(source)
     tokenizer.save_pretrained(source)
     config = yaml.safe_load(recipe.read_text())
     config["model"] = NO_DROPOUT
     config["tokenizer"] = {}
-    tuned = recipe.parent / "tuned.yaml"
-    tuned.write_text(yaml.safe_dump({**config, "init_from": str(source)}))
+    path = recipe.parent / "tuned.yaml"
+    path.write_text(yaml.safe_dump({**config, "init_from": str(source)}))
+    return path
 
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_fine_tuned_run_goes_on_bit_for_bit_without_the_model_that_it_started_from(tuned, loop):
+    overrides = [f"loop={loop}", "data.block_size=32", "train.epochs=2"]
+    whole = run(tuned, "whole", *overrides)
+    stopped = run_until_killed(tuned, "stopped", 9, *overrides)
+    (tuned.parent / "gpt2").rename(tuned.parent / "moved away")
+
+    run(tuned, "stopped", *overrides, resume=True)
+
+    assert_same_run(whole, stopped)
+    assert json.loads((stopped / "results.json").read_text())["run"]["starts_from"] == "folder"
+
+
+def test_fine_tuning_goes_on_from_a_gpt2_folder_with_its_tokenizer(tuned, tokenizer):
     folder = run(tuned, "out", "data.block_size=32", "train.epochs=2")
 
     model = HFGPTForCausalLM.from_pretrained(folder)

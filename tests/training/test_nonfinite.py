@@ -12,6 +12,7 @@ from runs import (
     metrics,
     run,
     run_to_step,
+    run_until_killed,
     start_at_first_checkpoint,
     training_lines,
 )
@@ -132,20 +133,10 @@ def test_checkpoints_from_before_the_first_step_that_counted_change_nothing(reci
     assert_same_run(often, again)
 
 
-def test_too_many_in_a_row_stop_the_run_also_across_a_resume(recipe, poisoned, monkeypatch):
+def test_too_many_in_a_row_stop_the_run_also_across_a_resume(recipe, poisoned):
     poisoned(lambda input_ids: True)
-    skipped = Recorder.skipped
-
-    def stop(recorder, step, *rest):
-        skipped(recorder, step, *rest)
-        if step == 4:
-            raise KeyboardInterrupt
-
     overrides = ["train.on_nonfinite=skip", "train.save_every=1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "skipped", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "out", *overrides)
+    run_until_killed(recipe, "out", 4, *overrides)
     with pytest.raises(FloatingPointError, match=r"at step 11 .*as in 10 steps before it, which were left out"):
         run(recipe, "out", *overrides, resume=True)
 
@@ -164,7 +155,7 @@ def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
 
     first = recorder(0)
     for step in (2, 3, 5, 6, 7):
-        first.skipped(step, step, float("nan"), "somewhere")
+        first.log_skipped_step(step, step, float("nan"), "somewhere")
 
     for step, count in [(7, 3), (6, 2), (4, 0), (3, 2), (0, 0)]:
         assert recorder(step).skipped_in_a_row() == count  # each cuts what is after it
@@ -173,9 +164,9 @@ def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_weights_that_are_spoilt_already_stop_the_run_under_either_policy(recipe, monkeypatch, policy):
-    def spoil(run, recorder, stop):
+    def spoil(run, control):
         run.model.model.layers[0].self_attn.k_proj.weight.data[0, 0] = torch.nan
-        return run_loop(run, recorder, stop)
+        return run_loop(run, control)
 
     from hfgpt.training.loop import run_loop
 

@@ -45,7 +45,7 @@ def test_a_run_goes_from_one_process_to_two_and_back_and_sees_the_same_rows(reci
     for worker in workers_of(process):
         os.kill(worker, signal.SIGTERM)
     assert process.wait(timeout=120) != 0
-    stopped_at = verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step
+    stopped_at = verify_checkpoint(newest_checkpoint(other, pytest.fail)).state.step
     assert 20 <= stopped_at < 200, (recipe.parent / "other.log").read_text()[-3000:]
     assert "stopped at step" in (recipe.parent / "other.log").read_text()
     assert "exitcode  : 75" in (recipe.parent / "other.log").read_text()
@@ -67,7 +67,7 @@ def test_a_model_split_over_two_processes_takes_the_same_steps_and_goes_on_in_on
     assert process.wait(timeout=120) != 0
     log = (recipe.parent / "other.log").read_text()
     assert "as asked. It goes on from checkpoint-" in log, log[-3000:]
-    assert 12 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).position.step < 60
+    assert 12 <= verify_checkpoint(newest_checkpoint(other, pytest.fail)).state.step < 60
     run(recipe, "other", "train.batch_size=8", *steps, resume=True)
 
     assert_same_path(other, one)
@@ -87,7 +87,7 @@ def test_a_run_whose_process_is_killed_ends_and_goes_on_bit_for_bit(recipe, laun
     assert process.wait(timeout=60) != 0
     assert time.monotonic() - started < 60
 
-    assert 18 <= verify_checkpoint(checkpoints(killed)[0]).position.step < 150
+    assert 18 <= verify_checkpoint(checkpoints(killed)[0]).state.step < 150
     process = launch("killed", *overrides, resume=True)
     assert process.wait(timeout=240) == 0, (recipe.parent / "killed.log").read_text()[-3000:]
     assert_same_run(recipe.parent / "whole", killed)

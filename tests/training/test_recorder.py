@@ -24,7 +24,7 @@ def lines(folder):
 
 
 def test_a_training_line_holds_what_was_measured(recorder, tmp_path):
-    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
+    recorder.log_step(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
 
     (line,) = lines(tmp_path)
     speed, seconds = line.pop("tokens_per_second"), line.pop("elapsed_seconds")
@@ -43,12 +43,12 @@ def test_the_time_of_a_run_is_that_of_all_its_processes(tmp_path, monkeypatch):
     first = recorder(0, started_at=90.0)
     for second in (105.0, 110.0, 140.0):  # the last of them is killed before there is a checkpoint of it
         now[0] = second
-        first.training(step=int(second - 100) // 5, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=int(second))
+        first.log_step(step=int(second - 100) // 5, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=int(second))
     first.close()
     now[0] = 5.0  # another process, another clock
     second = recorder(2, started_at=3.0)
     now[0] = 10.0
-    second.training(step=3, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=300)
+    second.log_step(step=3, loss=2.5, grad_norm=1.0, learning_rate=0.1, tokens=300)
     second.close()
 
     assert [line["elapsed_seconds"] for line in lines(tmp_path)] == [15.0, 20.0, 27.0]
@@ -64,13 +64,13 @@ def test_time_spent_on_evaluation_is_no_training_time(recorder, tmp_path, monkey
     now[0] = 111.0
     recorder.resume()
     now[0] = 112.0
-    recorder.training(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
+    recorder.log_step(step=1, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=640)
 
     assert lines(tmp_path)[0]["tokens_per_second"] == pytest.approx(640 / 2)
 
 
 def test_a_norm_that_overflowed_in_fp16_is_left_out(recorder, tmp_path):
-    recorder.training(step=1, loss=2.5, grad_norm=float("inf"), learning_rate=1e-3, tokens=640)
+    recorder.log_step(step=1, loss=2.5, grad_norm=float("inf"), learning_rate=1e-3, tokens=640)
 
     assert "grad_norm" not in lines(tmp_path)[0]
 
@@ -78,15 +78,15 @@ def test_a_norm_that_overflowed_in_fp16_is_left_out(recorder, tmp_path):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_run_that_diverged_stops_and_says_what_to_do(recorder, tmp_path, loss):
     with pytest.raises(FloatingPointError, match=r"at step 7: training diverged\. Lower `optim\.learning_rate`"):
-        recorder.training(step=7, loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=640)
+        recorder.log_step(step=7, loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=640)
 
     assert lines(tmp_path) == []
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(recorder, tmp_path):
     for step in range(1, 6):
-        recorder.training(step=step, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=step * 10)
-    recorder.evaluation(
+        recorder.log_step(step=step, loss=2.5, grad_norm=0.5, learning_rate=1e-3, tokens=step * 10)
+    recorder.log_evaluation(
         {"step": 5, "tokens": 50, "train_loss": 2.0, "val_loss": 2.0, "val_perplexity": 7.4}, "The end."
     )
 
@@ -98,7 +98,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(recorder, tmp_path):
 
 def test_without_a_terminal_there_are_plain_lines_and_no_bar(recorder, capsys, monkeypatch):
     for step in range(1, 101):
-        recorder.training(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
+        recorder.log_step(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
 
     said = capsys.readouterr().err.splitlines()
     assert 20 <= len(said) <= 60
@@ -118,7 +118,7 @@ def test_on_a_terminal_of_any_width_the_bar_shows_the_step_and_the_time_left(tmp
     monkeypatch.setattr("sys.stderr", terminal)
     recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings=SETTINGS, start=TrainState())
     for step in range(1, 4):
-        recorder.training(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
+        recorder.log_step(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
     recorder.bar.refresh()
     recorder.close()
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from runs import DROPOUT, LOOPS, assert_same_run, at_step, metrics, run, send
+from runs import DROPOUT, LOOPS, assert_same_run, metrics, run, send, send_after
 
 from hfgpt.cli import app
 from hfgpt.config.loading import load_config
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.training.checkpoint import best_checkpoint, checkpoints, newest_checkpoint, verify_checkpoint
+from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import open_run
 from hfgpt.training.signals import RESUMABLE, SIGNALS, Stopped, StopRequest
 from hfgpt.training.train import train
@@ -21,19 +22,17 @@ WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_in_training_leaves_a_checkpoint_within_one_step(recipe, monkeypatch, loop, name):
+def test_a_signal_in_training_leaves_a_checkpoint_within_one_step(recipe, loop, name):
     overrides = [f"loop={loop}", "train.save_every=1000", "train.eval_every=1000", *WITH_DROPOUT]
     whole = run(recipe, "whole", *overrides)
     before = signal.getsignal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, name)
-        with pytest.raises(Stopped, match=r"stopped at step [78] of 40, as asked. It goes on from checkpoint-[78]"):
-            run(recipe, "stopped", *overrides)
+    with pytest.raises(Stopped, match=r"stopped at step [78] of 40, as asked. It goes on from checkpoint-[78]"):
+        run(recipe, "stopped", *overrides, on_step=send_after(7, name))
 
     stopped = recipe.parent / "stopped"
     [newest] = checkpoints(stopped)
-    assert verify_checkpoint(newest).position.step in (7, 8)
+    assert verify_checkpoint(newest).state.step in (7, 8)
     assert not (stopped / "results.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
     run(recipe, "stopped", *overrides, resume=True)
@@ -56,7 +55,7 @@ def test_a_signal_anywhere_else_is_obeyed_too_and_loses_nothing(recipe, monkeypa
         return score_batches(model, batches)
 
     def saving(*arguments):
-        if arguments[1].position.step == 8:
+        if arguments[1].state.step == 8:
             send("SIGTERM")
         return commit(*arguments)
 
@@ -108,7 +107,14 @@ def test_a_signal_after_the_run_is_as_before_it():
 
 
 def test_the_command_line_says_where_to_go_on_and_exits_with_75(recipe, monkeypatch, capsys):
-    at_step(monkeypatch, 3, "SIGUSR1")
+    log_step = Recorder.log_step
+
+    def with_signal(recorder, step, *rest):
+        log_step(recorder, step, *rest)
+        if step == 3:
+            send("SIGUSR1")
+
+    monkeypatch.setattr(Recorder, "log_step", with_signal)
 
     assert app(["train", str(recipe)], standalone_mode=False) == RESUMABLE == 75
 

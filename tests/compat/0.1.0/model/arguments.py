@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 (CACHE,) = {field.name for field in fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}
 """The name of the cache in calls and outputs: `past_key_values` in transformers 5.23, `cache` from 5.24 on."""
@@ -89,3 +92,18 @@ def check_arguments(kwargs: dict[str, Any], attend: Callable, forward: Callable)
         nearest = difflib.get_close_matches(name, candidates, n=1)
         hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
         raise TypeError(f"forward() got an argument that nothing reads, `{name}`.{hint}")
+
+
+def withhold_cache(cache: Cache | None) -> None:
+    """Use no cache while activations are checkpointed: the backward pass computes each block, and would fill it, again.
+
+    Raises:
+        ValueError: the cache holds tokens.
+    """
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "a cache that holds tokens cannot be read while activations are checkpointed. Give all tokens at once, or "
+            "turn gradient checkpointing off."
+        )
+    if cache is not None:
+        logger.warning_once("The cache stays empty: it does not go together with gradient checkpointing.")

@@ -34,7 +34,7 @@ converted and transformers' own GPT-2 is never touched.
 # What GPT-2 reads from a config.json that names no value, as transformers' GPT2Config does.
 GPT2_TOKEN_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}
 
-# GPT-2 knobs that change the mathematics and are not built here, with the one value that leaves it as it is.
+# GPT-2 options that change the mathematics and are not built here, with the one value that leaves it as it is.
 UNSUPPORTED_KNOBS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,

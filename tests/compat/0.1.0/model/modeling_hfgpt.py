@@ -1,7 +1,7 @@
 """What it takes to make a PyTorch GPT a transformers model; the GPT itself is in gpt.py.
 
 Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
-base class that says what the model can do, the model, its heads, and the names under which tools look for it.
+base class with what the model supports, the model, its heads, and the names under which tools look for it.
 
 This file, gpt.py, loss.py, positions.py, arguments.py and configuration_hfgpt.py travel to the Hub with the weights and
 run where hfgpt is not installed, so they import one another by `from .x import y` only.
@@ -33,17 +33,15 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names
+from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names, withhold_cache
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
 from .loss import IGNORE_INDEX, linear_cross_entropy, shift_left
 from .positions import check_positions_exist, count_positions, find_documents
-
-logger = logging.get_logger(__name__)
 
 
 class HFGPTBlock(GradientCheckpointingLayer, Block):
@@ -226,14 +224,8 @@ class HFGPTModel(HFGPTPreTrainedModel):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         check_arguments(kwargs, attend, HFGPTForCausalLM.forward)
         past_key_values = take_cache(past_key_values, cache, kwargs)
-        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # The backward pass computes each block once more, and would put the same keys into the cache again.
-            if past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "a cache that holds tokens cannot be read while activations are checkpointed. Give all tokens at "
-                    "once, or turn gradient checkpointing off."
-                )
-            logger.warning_once("The cache stays empty: it does not go together with gradient checkpointing.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            withhold_cache(past_key_values)
             past_key_values = None
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
@@ -305,23 +297,23 @@ class HFGPTForCausalLM(HFGPTPreTrainedModel, GenerationMixin):
         """Score every next token, and the whole sequence if there are labels.
 
         Args:
-            input_ids: see `HFGPTModel.forward`, as all that is not named here.
-            attention_mask: see there.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
+            input_ids: see `HFGPTModel.forward`.
+            attention_mask: see `HFGPTModel.forward`.
+            position_ids: see `HFGPTModel.forward`.
+            past_key_values: see `HFGPTModel.forward`.
+            inputs_embeds: see `HFGPTModel.forward`.
             labels: (B, T) the tokens themselves, -100 where nothing is to be predicted; they are shifted here.
                 `shift_labels`, in which place t holds the target of position t, takes their place if it is given.
             use_cache: whether to return keys and values; None asks the config, or in training returns none.
             logits_to_keep: make logits of the last so many positions only; 0 makes all.
             skip_logits: whether to make the loss without ever holding all logits; `logits` is then None. None: not.
-            cache: see there.
-            token_type_ids: see there.
+            cache: see `HFGPTModel.forward`.
+            token_type_ids: see `HFGPTModel.forward`.
             **kwargs: `shift_labels`; `num_items_in_batch`, what the summed loss is divided by (default: the number of
-                targets); `ignore_index` in place of -100; the rest as there.
+                targets); `ignore_index` in place of -100; the rest as in `HFGPTModel.forward`.
 
         Returns:
-            `loss` in nats per token, `logits` (B, T, V), the cache as there.
+            `loss` in nats per token, `logits` (B, T, V), the cache as in `HFGPTModel.forward`.
         """
         shift_labels, ignore_index = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", IGNORE_INDEX)
         outputs: BaseModelOutputWithPast = self.model(
@@ -389,19 +381,19 @@ class HFGPTForSequenceClassification(HFGPTPreTrainedModel):
         """Score every label of each row.
 
         Args:
-            input_ids: see `HFGPTModel.forward`, as all that is not named here.
-            attention_mask: see there. It also says which token is a row's last; without it, every token but
-                `pad_token_id` counts.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
+            input_ids: see `HFGPTModel.forward`.
+            attention_mask: see `HFGPTModel.forward`. It also marks the last token of a row; without it, every token
+                but `pad_token_id` counts.
+            position_ids: see `HFGPTModel.forward`.
+            past_key_values: see `HFGPTModel.forward`.
+            inputs_embeds: see `HFGPTModel.forward`.
             labels: (B,) class ids, or numbers if `num_labels` is 1; (B, L) for several labels at once.
-            use_cache: see there.
-            cache: see there.
-            **kwargs: as there.
+            use_cache: see `HFGPTModel.forward`.
+            cache: see `HFGPTModel.forward`.
+            **kwargs: see `HFGPTModel.forward`.
 
         Returns:
-            `loss` by `config.problem_type`, `logits` (B, L), the cache as there.
+            `loss` by `config.problem_type`, `logits` (B, L), the cache as in `HFGPTModel.forward`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
