@@ -261,7 +261,12 @@ def test_a_room_s_page_names_every_file_of_the_room_and_none_that_does_not_exist
     assert {path.name for path in room.rglob("*.py") if path.name != "__init__.py"} <= {
         name.rpartition("/")[2] for name in named
     }
-    assert all(name in there or (ROOT / "hfgpt" / name).exists() for name in named)
+    for file in named - there:
+        assert (ROOT / file).exists() or (ROOT / "hfgpt" / file).exists(), file
+
+
+def test_every_room_has_a_page():
+    assert {f"hfgpt/{room.name}/README.md" for room in ROOMS} <= {*PAGES}
 
 
 def test_files_that_the_contributing_tables_name_exist():

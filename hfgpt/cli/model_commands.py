@@ -1,11 +1,26 @@
-"""Commands that use a model: measure it, let it write."""
+"""Commands that use a model: measure it, generate text, explore what it predicts."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hfgpt.cli.app import Json, Model, app, print_json, print_result
+from hfgpt.generation.params import (
+    DEFAULTS,
+    EXPLORED,
+    NUMBER_TYPES,
+    OPTIONS,
+    change_params,
+    explored_variants,
+    format_value,
+    make_variants,
+    parse_params,
+    parse_value,
+)
 
 
 @app.command()
@@ -70,6 +85,46 @@ def evaluate(
         print_status(f"the tasks' figures are in {saved_in}, too")
 
 
+def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of `SamplingParams`, in place of its parameter `given`.
+
+    The options' own default is None, so that `given` holds what was given, and only that is said to have no effect.
+    """
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = {name: values.pop(name) for name in OPTIONS}
+        given = {name: read_option(name, value) for name, value in options.items() if value not in (None, [])}
+        command(given=given, **values)
+
+    signature = inspect.signature(command)
+    parameters = []
+    for parameter in signature.parameters.values():
+        parameters += sampling_parameters() if parameter.name == "given" else [parameter]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def sampling_parameters() -> list[inspect.Parameter]:
+    """A parameter of a command for each field of `SamplingParams`; numbers are read by typer, the rest as text."""
+    parameters = []
+    for name, field in OPTIONS.items():
+        kind = NUMBER_TYPES.get(field.type, list[str] if name == "stop" else str)
+        default = False if field.default in (None, ()) else format_value(name, field.default)[0]
+        option = typer.Option(help=field.metadata["help"], metavar=field.metadata["metavar"], show_default=default)
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return parameters
+
+
+def read_option(name: str, value: Any) -> Any:
+    """The value of a field from what typer read."""
+    if name == "stop":
+        return tuple(text for each in value for text in parse_value(name, each))
+    return parse_value(name, value) if isinstance(value, str) else value
+
+
 Compare = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE,...", help="Settings to see beside others, such as `temperature=0.5,top_k=40`."),
@@ -77,98 +132,57 @@ Compare = Annotated[
 
 
 @app.command()
+@with_sampling_options
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="Text to write on from.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one a line, or .jsonl with objects that have a `prompt`.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; with beam search the best ones.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts written together.")] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write. Without it 100.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits; 0 takes the likeliest token. Without it 0.8.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Likeliest tokens to draw from; 0 draws from all. Without it 50.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Probability of the likeliest tokens to draw from.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens at least so many times as likely as the likeliest.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: makes tokens that came before less likely.")
-    ] = None,
-    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="No sequence of so many tokens comes twice.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Above 1: beam search, which samples nothing.")] = None,
-    length_penalty: Annotated[
-        float | None, typer.Option(help="Of beam search: below 1 favours short texts, above long ones.")
-    ] = None,
-    early_stopping: Annotated[
-        str | None, typer.Option(metavar="true|false|never", help="When beam search stops looking for better.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Ends the text before it; `\\n` is a line break; repeatable."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes the texts; sample n has the seed SEED + n.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 8,
+    *,
+    given: dict[str, Any],
     compare: Compare = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text to stdout.")] = False,
 ) -> None:
-    """Write on from a prompt, token by token, or from many at once."""
+    """Continue a prompt, token by token, or many at once."""
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
-    from hfgpt.generation.params import make_settings, make_variants, parse_value
-
-    # The options have no defaults, so that only what was given is told to have no effect; `Settings` has them.
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "early_stopping": None if early_stopping is None else parse_value("early_stopping", early_stopping),
-        "stop": tuple(text for each in stop for text in parse_value("stop", each)) if stop else None,
-        "seed": seed,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    variants = make_variants(given, compare) if compare else {"": make_settings(given)}
+    variants = make_variants(given, compare) if compare else {"": change_params(DEFAULTS, given)}
 
     from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
     from hfgpt.generation.render import open_console, print_comparison, print_texts, stream_to
 
     records = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
     asked = [str(record["prompt"]) for record in records]
-    writer, console = load_generator(model), open_console()
+    generator, console = load_generator(model), open_console()
     if len(asked) == samples == len(variants) == 1 and not as_json:
-        stream_to(console, asked[0], continue_text(writer, asked[0], next(iter(variants.values()))))
+        (params,) = variants.values()
+        stream_to(console, asked[0], continue_text(generator, asked[0], params))
         return
-    texts = {
-        label: generate_texts(writer, asked, settings, samples=samples, batch_size=batch_size)
-        for label, settings in variants.items()
+    streams = {
+        label: generate_texts(generator, asked, params, samples=samples, batch_size=batch_size)
+        for label, params in variants.items()
     }
     for number, record in enumerate(records, start=1):
-        written = {label: next(each) for label, each in texts.items()}
+        texts = {label: next(each) for label, each in streams.items()}
         if as_json:
-            for label, text in ((label, text) for label, each in written.items() for text in each):
+            for label, text in ((label, text) for label, each in texts.items() for text in each):
                 print_json({**record, **({"settings": label} if compare else {}), **text.record()})
         elif compare:
-            print_comparison(console, asked[number - 1], written)
+            print_comparison(console, asked[number - 1], texts)
         else:
-            print_texts(console, asked[number - 1], written[""], number, len(records))
+            print_texts(console, asked[number - 1], texts[""], number, len(records))
 
 
 @app.command()
 def explore(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text to look at, and to look on from.")],
+    text: Annotated[str, typer.Argument(help="Text to look at, and to continue.")],
     compare: Compare = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show of those that may come next.")] = 10,
-    steps: Annotated[int, typer.Option(min=0, help="Tokens of the likeliest way on.")] = 8,
+    steps: Annotated[int, typer.Option(min=0, help="Tokens of the most likely continuation.")] = 8,
     alternatives: Annotated[int, typer.Option(min=0, help="Other tokens to show at each step.")] = 3,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the distributions of the next token.")
@@ -177,8 +191,7 @@ def explore(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let the files replace others.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at what a model expects: of each token of a text, after it, and along the likeliest way on."""
-    from hfgpt.generation.params import EXPLORED, explored_variants
+    """Look at what a model predicts: each token of a text, the next one, and the most likely continuation."""
     from hfgpt.system.storage import check_new_file, write_atomically
 
     variants = explored_variants(compare or EXPLORED)
@@ -212,12 +225,10 @@ def play(
         typer.Option("--set", metavar="NAME=VALUE,...", help="Settings, such as `temperature=0.5,top_k=40`."),
     ] = None,
 ) -> None:
-    """Type prompts and see them written on, until Ctrl-D."""
-    from hfgpt.generation.params import make_settings, parse_settings
+    """Type prompts and read their continuations, until Ctrl-D."""
+    params = change_params(DEFAULTS, parse_params(settings) if settings else {})
 
-    given = parse_settings(settings) if settings else {}
-    make_settings(given)
     from hfgpt.generation.generator import load_generator
     from hfgpt.generation.play import play
 
-    play(load_generator(model), given)
+    play(load_generator(model), params)

@@ -1,6 +1,6 @@
 """How a recipe is read: defaults < recipe YAML < `key.path=value`.
 
-Whatever is misspelt, impossible or without effect is refused, before anything is loaded or written.
+What is misspelt, impossible or without effect is refused before anything is loaded or written.
 """
 
 import io
@@ -28,7 +28,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe that hfgpt brings along (`demo`).
+        recipe: path of a YAML file, or the name of a recipe that comes with hfgpt (`demo`).
         overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is.
 
     Raises:
@@ -161,7 +161,7 @@ def field_type(names: list[str]) -> Any:
 
 
 def escape(text: str) -> str:
-    """Take the meaning that OmegaConf gives them from `${` and `???`: a recipe holds values, not expressions."""
+    """Hide `${` and `???` from OmegaConf, which would read expressions in them: a recipe holds values."""
     return re.sub(r"[$?]", r"\g<0>.", text)
 
 

@@ -1,6 +1,6 @@
-"""The recipes that come with hfgpt: the wheel carries them in `hfgpt/recipes`, a checkout beside the package.
+"""The recipes that come with hfgpt, in `hfgpt/recipes` of a wheel and beside the package in a checkout.
 
-This file is also a package, whose modules, such as `hfgpt.config.recipes.lecture`, are in that folder.
+This module is a package as well: its modules, such as `hfgpt.config.recipes.lecture`, are in that folder.
 """
 
 import re
@@ -29,14 +29,7 @@ __path__ = [str(package_file("recipes"))]  # makes a package of a module
 
 @dataclass(frozen=True)
 class BundledRecipe:
-    """A recipe that comes with hfgpt.
-
-    Attributes:
-        name: of its file, without the ending.
-        path: of its file.
-        use: a command that takes it.
-        about: what it is, in a line.
-    """
+    """A recipe that comes with hfgpt: its file, a command that takes it, and what it is, in a line."""
 
     name: str
     path: Path

@@ -53,7 +53,9 @@ class DataConfig:
     stride: int | None = field(default=None, metadata=at_least(1))
     """Tokens from the start of one row to the next, 1 to `block_size`; null means `block_size`."""
     packing: str = field(default="contiguous", metadata=one_of("contiguous", "isolated", "padded"))
-    """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but no token sees another document; `padded`: a document never shares a row, and short rows are filled up."""  # noqa: E501
+    """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but
+    no token sees another document; `padded`: a document never shares a row, and short rows are filled up.
+    """
     streaming: bool = False
     """Whether the training text is read as it comes and never stored, for sets larger than the disk."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(1))
@@ -101,7 +103,9 @@ class TrainConfig:
     precision: str = field(default="fp32", metadata=one_of("fp32", "bf16", "fp16"))
     """fp32, bf16 or fp16 (autocast)."""
     shard: bool = False
-    """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each process holds them whole (DDP)."""  # noqa: E501
+    """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each
+    process holds them whole (DDP).
+    """
     compile: bool = False
     """Whether the model runs through torch.compile; its first micro-batch is compared with eager code before step 1."""
     log_every: int = field(default=1, metadata=at_least(1))
@@ -109,15 +113,21 @@ class TrainConfig:
     eval_every: Any = field(default=100, metadata=steps_or_epoch(1))
     """Steps between two evaluations, or `epoch`."""
     eval_rows: int = field(default=128, metadata=at_least(0))
-    """At most this many rows of each split are scored at an evaluation during training; 0 scores all. The final one always scores all."""  # noqa: E501
+    """At most this many rows of each split are scored at an evaluation during training; 0 scores all. The final one
+    always scores all.
+    """
     save_every: Any = field(default=200, metadata=steps_or_epoch(0))
     """Steps between two checkpoints, or `epoch`; 0 keeps none."""
     keep_last: int = field(default=2, metadata=at_least(1))
     """Checkpoints that are kept."""
     patience: int | None = field(default=None, metadata=at_least(1))
-    """Training ends when so many evaluations in a row have not lowered the validation loss, and the folder then holds the best weights instead of the last; null trains to the end and keeps the last."""  # noqa: E501
+    """Training ends when so many evaluations in a row have not lowered the validation loss, and the folder then holds
+    the best weights instead of the last; null trains to the end and keeps the last.
+    """
     on_nonfinite: str = field(default="stop", metadata=one_of("stop", "skip"))
-    """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt, `skip` leaves the step out and goes on, ten times in a row at most."""  # noqa: E501
+    """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt,
+    `skip` leaves the step out and goes on, ten times in a row at most.
+    """
     trackers: list[str] = field(default_factory=list, metadata=one_of("tensorboard", "trackio", "wandb", "mlflow"))
     """Where the lines of metrics.jsonl go besides: `tensorboard`, `trackio`, `wandb`, `mlflow`."""
 

@@ -14,7 +14,7 @@ def check(config: RunConfig) -> RunConfig:
         ValueError: naming the option, its value, and what would be right.
     """
     if not config.output_dir:
-        raise ValueError("`output_dir` is empty. Name the folder that the run shall leave.")
+        raise ValueError("`output_dir` is empty. Name the folder to write the run to.")
     check_ranges(config)
     check_data(config.data)
     check_train(config.train)

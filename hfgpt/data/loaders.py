@@ -86,7 +86,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def stream_loader(rows: StreamedRows, batch_size: int) -> DataLoader[dict[str, np.ndarray]]:
-    """Micro-batches of a stream, without end; they go on where `rows` stands."""
+    """Micro-batches of a stream, without end; they go on where `rows` is."""
     return DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
 
 
@@ -114,7 +114,7 @@ def outlive_one_sigterm(worker: int) -> None:
 
 
 def start_at(loader: DataLoader[dict[str, np.ndarray]], epoch: int, number: int) -> None:
-    """Let the next iteration begin with micro-batch `number` of an epoch; a stream stays where it stands."""
+    """Begin the next iteration with micro-batch `number` of an epoch; a stream goes on where it is."""
     if isinstance(loader.batch_sampler, EpochBatches):
         loader.batch_sampler.set_epoch(epoch)
         loader.batch_sampler.skip_to(number)

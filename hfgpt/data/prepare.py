@@ -24,7 +24,7 @@ from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import check_end_of_text, encode_documents, load_tokenizer, tokenizer_hash, train_tokenizer
 
-ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text shall give other ids than before.
+ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text is to give other ids than before.
 
 
 @dataclass(frozen=True)
@@ -174,20 +174,12 @@ def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTo
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A text that is ready to train on.
-
-    Attributes:
-        train: the training split.
-        validation: the validation split.
-        token_ids: how many the tokenizer knows.
-        reading_seconds: until the documents were stored, or found in the cache.
-        tokenizer_seconds: until the tokenizer was trained or loaded.
-        tokenizing_seconds: until the ids were stored, or found in the cache.
-    """
+    """A text that is ready to train on, and how long each step took: next to nothing, if the cache held its result."""
 
     train: SplitCounts
     validation: SplitCounts
     token_ids: int
+    """How many the tokenizer knows."""
     reading_seconds: float
     tokenizer_seconds: float
     tokenizing_seconds: float

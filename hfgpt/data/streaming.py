@@ -146,11 +146,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
         return self.buffer.pop()
 
     def begin_epoch(self) -> None:
-        """Start the source again.
-
-        Raises:
-            ValueError: it has given nothing at all.
-        """
+        """Start the source again, unless it has given nothing at all."""
         if self.source is not None and not self.has_given:
             raise ValueError(f"{self.data.source or self.data.files} gives this process no training text.")
         if self.source is not None:

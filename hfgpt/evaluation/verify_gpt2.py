@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.generation import decoding
+from hfgpt.generation.params import SamplingParams
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights import load
 from hfgpt.weights.formats.gpt2 import to_gpt2
@@ -193,7 +194,7 @@ def compare(model: HFGPTForCausalLM, reference: GPT2LMHeadModel, bf16: bool) -> 
     text = reference.generate(prompt, **settings)
     greedy_equal = False
     if not math.isnan(max_abs_diff):  # which decoding.py refuses to choose by
-        own_text = decoding.generate(model, prompt, max_new_tokens=new_tokens, temperature=0)
+        own_text = decoding.generate(model, prompt, SamplingParams(max_new_tokens=new_tokens, temperature=0))
         greedy_equal = torch.equal(model.generate(prompt, **settings), text) and torch.equal(own_text, text)
 
     disagreement = reference_disagreement = None

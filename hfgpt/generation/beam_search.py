@@ -1,8 +1,8 @@
 """Beam search from scratch: the texts that the model finds likeliest as a whole, not token by token.
 
-It keeps `num_beams` unfinished texts per row, writes each on with every token, and keeps the best again; texts that end
+It keeps `num_beams` unfinished texts per row, continues each with every token, and keeps the best again; texts that end
 are set aside, scored by their mean log-probability or, with another length penalty, by something between sum and mean.
-What is kept and when it stops is what transformers 5.23 does in `generate`.
+What is kept and when it stops is as in transformers 5.23's `generate`.
 
 Shape letters: B rows, N beams per row, K candidates per row, T tokens that go into one call, S tokens so far,
 V vocabulary, E ids that end a text.
@@ -21,11 +21,12 @@ from hfgpt.generation.decoding import (
     check_finite_logits,
     check_length,
     check_prompt,
-    dead_end,
+    check_stop,
     next_logits,
+    no_token_left,
     stop_ids_of,
 )
-from hfgpt.generation.params import Rules, check_beams
+from hfgpt.generation.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Beam:
 
     Attributes:
         ids: the new tokens, with the one that ended the text.
-        log_probability: of all new tokens together, in nats, after the rules about earlier tokens.
+        log_probability: of all new tokens together, in nats, under the rules about earlier tokens.
         score: `log_probability` / number of new tokens ** `length_penalty`.
     """
 
@@ -46,44 +47,40 @@ class Beam:
 def beam_search(
     model: Any,
     input_ids: Tensor,
+    params: SamplingParams,
     *,
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
     eos_token_id: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
     suppress_mask: Tensor | None = None,
     is_stopped: Callable[[list[int]], bool] | None = None,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
 ) -> list[list[Beam]]:
     """Search the likeliest texts after `input_ids`.
 
-    The prompts are read once; keys and values are cached and follow their beams.
+    The prompts are read once; keys and values are cached and follow their beams. Nothing is sampled. Of `params` count:
+
+    - `max_new_tokens`: a text of so many tokens is finished. T + `max_new_tokens` must fit the model.
+    - `num_beams`: texts to keep per row. With as many as there are texts the search is exhaustive.
+    - `length_penalty`: exponent of the length that a text's log-probability is divided by; 0 favours short texts, 1
+      takes the mean, more favours long ones.
+    - `early_stopping`: True stops a row once it has `num_beams` finished texts; False also goes on while the best
+      unfinished text, at its present length, would beat the worst finished one; "never" takes for that the best that it
+      could become, which is the only exact way if `length_penalty` is above 0.
+    - the rules about earlier tokens, on log-probabilities, as in transformers.
 
     Args:
-        model: as for `hfgpt.generation.decoding.stream`.
+        model: as for `hfgpt.generation.decoding.generate_stream`.
         input_ids: prompts, (B, T) with T at least 1; shorter ones are padded on the left.
-        max_new_tokens: at least 1; a text of so many tokens is finished. T + `max_new_tokens` must fit the model.
-        num_beams: texts to keep per row, at least 1. With as many as there are texts the search is exhaustive.
-        length_penalty: exponent of the length that a text's log-probability is divided by; 0 favours short texts, 1
-            takes the mean, more favours long ones.
-        early_stopping: True stops a row once it has `num_beams` finished texts; False also goes on while the best
-            unfinished text, at its present length, would beat the worst finished one; "never" takes for that the best
-            that it could become, which is the only exact way if `length_penalty` is above 0.
+        params: how.
         eos_token_id: id or ids that end a text.
         attention_mask: (B, T), 1 for a token, 0 for padding; None means no padding.
         suppress_mask: (V,), True for ids never to be written.
-        is_stopped: is told all new ids of a text and answers whether it ends with them.
-        repetition_penalty: see `hfgpt.generation.logits.penalize_repetition`; on log-probabilities, as in transformers.
-        no_repeat_ngram_size: see `hfgpt.generation.logits.forbid_repeated_ngrams`.
+        is_stopped: is given all new ids of a text and returns whether it ends with them.
 
     Returns:
         Per row up to `num_beams` finished texts, the best first.
 
     Raises:
-        ValueError: what `stream` refuses, a setting that `check_beams` refuses, or no text is left to write.
+        ValueError: prompts, length or `stop` are refused as by `generate_stream`, or no text is left to write.
         FloatingPointError: the model's logits are no numbers.
 
     Source:
@@ -91,8 +88,8 @@ def beam_search(
         dividing by the length: Wu et al. 2016, "Google's Neural Machine Translation System", section 7,
         https://arxiv.org/abs/1609.08144 (there with another formula, `generate`'s is the one above).
     """
-    rules = Rules(repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size)
-    check_beams(num_beams, length_penalty, early_stopping)
+    num_beams, max_new_tokens, length_penalty = params.num_beams, params.max_new_tokens, params.length_penalty
+    check_stop(params, is_stopped)
     check_prompt(input_ids, attention_mask)
     check_length(input_ids.size(1), max_new_tokens, model.config.max_position_embeddings)
     stop_ids = stop_ids_of(eos_token_id)
@@ -110,13 +107,13 @@ def beam_search(
     logits_NV = logits_BV.repeat_interleave(num_beams, dim=0)
     ids_NS = input_ids.repeat_interleave(num_beams, dim=0)
     mask_NS = mask_BS.repeat_interleave(num_beams, dim=0)
-    # At the start all beams of a row are the same text: only the first may be written on.
+    # At the start all beams of a row are the same text: only the first may be continued.
     totals_BN = torch.full((B, num_beams), -math.inf, device=input_ids.device)
     totals_BN[:, 0] = 0
     first_beams_B1 = torch.arange(B, device=input_ids.device)[:, None] * num_beams
 
     for length in range(1, max_new_tokens + 1):
-        log_probabilities_NV = apply_history(logits_NV.float().log_softmax(-1), rules, ids_NS, mask_NS, suppress_mask)
+        log_probabilities_NV = apply_history(logits_NV.float().log_softmax(-1), params, ids_NS, mask_NS, suppress_mask)
         totals_BNV = totals_BN[:, :, None] + log_probabilities_NV.view(B, num_beams, -1)
         vocab_size = totals_BNV.size(-1)
         num_kept = min(num_candidates, num_beams * vocab_size)
@@ -141,9 +138,9 @@ def beam_search(
 
         for row, best_total in enumerate(totals_BN[:, 0].tolist()):
             if len(finished[row]) == num_beams:
-                likeliest_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
+                likeliest_length = max_new_tokens if params.early_stopping == "never" and length_penalty > 0 else length
                 hope = best_total / likeliest_length**length_penalty
-                is_open[row] &= early_stopping is not True and hope > finished[row][-1].score
+                is_open[row] &= params.early_stopping is not True and hope > finished[row][-1].score
             is_open[row] &= best_total > -math.inf
         if not any(is_open):
             break
@@ -156,5 +153,5 @@ def beam_search(
             each.reorder_cache(beams_N)
         logits_NV, cache = next_logits(model, next_N1, mask_NS, cache)
     if not all(finished):
-        raise ValueError(dead_end(rules))
+        raise ValueError(no_token_left(params))
     return finished

@@ -1,21 +1,23 @@
-"""What a model expects: of each token of a text, of the one after it, and along the likeliest way on.
+"""What a model predicts: each token of a text, the one after it, and the most likely continuation.
 
-One forward pass over the text and one per token of the way. Nothing is drawn here: terminal.py and pictures.py do that.
+One forward pass over the text and one per token of the continuation. Nothing is printed or drawn here: that is done by
+render.py and explore_plots.py.
 
 Shape letters: T tokens of the text, V vocabulary.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfgpt.generation.decoding import apply_history, check_finite_logits, next_logits, process_logits, take_cache
 from hfgpt.generation.generator import TextGenerator
-from hfgpt.generation.params import HISTORY, SAMPLING, Rules, Settings
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import REPLACEMENT_CHARACTER, TextStream
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -24,13 +26,7 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 @dataclass(frozen=True)
 class Token:
-    """A token that may come next.
-
-    Attributes:
-        token_id: in the model's vocabulary.
-        label: its text, with white space visible, or its bytes where they are no whole characters.
-        probability: in [0, 1].
-    """
+    """A token that may come next; for its `label` see `token_label`."""
 
     token_id: int
     label: str
@@ -39,12 +35,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenLoss(Token):
-    """A token of the text, and how the model took it.
-
-    Attributes:
-        loss: -ln(probability), in nats.
-        rank: 1 for the token that the model held likeliest.
-    """
+    """A token of the text; `loss` is -ln(probability), in nats, and `rank` 1 if no token was likelier."""
 
     loss: float
     rank: int
@@ -56,7 +47,7 @@ class Piece:
 
     Attributes:
         text: never empty; the pieces joined are the text.
-        tokens: what it consists of; empty for the first token, which nothing was expected of.
+        tokens: its tokens without the first one of the text, which is not predicted.
     """
 
     text: str
@@ -64,20 +55,20 @@ class Piece:
 
     @property
     def loss(self) -> float:
-        """Of all its tokens together, in nats: -ln of the probability of the text."""
+        """Sum over its tokens, in nats: -ln of the probability of the piece."""
         return math.fsum(token.loss for token in self.tokens)
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the next token is drawn from, by some settings.
+    """The distribution of the next token under some params.
 
     Attributes:
-        label: the settings, as they were given.
+        label: the params, as they were given.
         probabilities: of `Exploration.candidates`, in their order.
         rest: probability of all other tokens together.
         entropy: in bits; 0 where one token is certain.
-        kept: number of tokens that can come at all.
+        kept: number of tokens that the rules leave.
     """
 
     label: str
@@ -89,13 +80,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class PathStep:
-    """A step of the likeliest way on.
-
-    Attributes:
-        token: the likeliest one, which was taken.
-        alternatives: the next ones, in the order of their probability.
-        entropy: of what the model expected, in bits.
-    """
+    """A step of the most likely continuation: the token, the next likeliest ones, and the entropy in bits."""
 
     token: Token
     alternatives: list[Token]
@@ -104,16 +89,16 @@ class PathStep:
 
 @dataclass(frozen=True)
 class Exploration:
-    """All of it.
+    """What `explore` found.
 
     Attributes:
-        source: of the model.
-        text: that was explored.
+        source: folder or Hub id of the model.
+        text: the text.
         pieces: the text's parts.
         loss: nats per token, the mean over all tokens but the first; None if there are no others.
-        candidates: the tokens that the model holds likeliest to come next, by its own distribution.
-        distributions: one for each of the settings.
-        path: the likeliest way on; it ends with an end-of-text token, or where the model has no position left.
+        candidates: the likeliest next tokens of the model's own distribution.
+        distributions: one for each of the variants.
+        path: the most likely continuation, up to an end-of-text token or the model's last position.
         context: tokens that the model has positions for.
     """
 
@@ -123,91 +108,87 @@ class Exploration:
     loss: float | None
     candidates: list[Token]
     distributions: list[Distribution]
-    path: list[PathStep] = field(default_factory=list)
-    context: int = 0
+    path: list[PathStep]
+    context: int
 
     @property
     def perplexity(self) -> float | None:
-        """E to the loss."""
+        """E to the loss, or None."""
         return None if self.loss is None else math.exp(min(self.loss, 700))
 
     def record(self) -> dict[str, Any]:
-        """All of it as one object of JSON; losses in nats, entropies in bits."""
+        """One object for JSON; losses in nats, entropies in bits."""
         return {**asdict(self), "perplexity": self.perplexity}
 
 
 @torch.no_grad()
 def explore(
-    writer: TextGenerator,
+    generator: TextGenerator,
     text: str,
-    variants: Mapping[str, Settings],
+    variants: Mapping[str, SamplingParams],
     *,
     top: int = 10,
     steps: int = 8,
     alternatives: int = 3,
 ) -> Exploration:
-    """Look at what a model expects of a text and after it.
+    """Look at what a model predicts in a text and after it.
 
     Args:
-        writer: see `hfgpt.generation.generator.load_generator`.
-        text: may be empty: then a document is begun.
-        variants: settings to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
-        top: candidates to show, at least 1.
-        steps: tokens of the likeliest way on, at least 0.
-        alternatives: other tokens to show at each step, at least 0.
+        generator: see `hfgpt.generation.generator.load_generator`.
+        text: may be empty: an end-of-text token then begins a document.
+        variants: params to compare the next token under, by label; see `hfgpt.generation.params.explored_variants`.
+        top: number of candidates, at least 1.
+        steps: tokens of the most likely continuation, at least 0.
+        alternatives: other tokens at each step, at least 0.
 
     Raises:
         ValueError: the text is longer than the model's context.
         FloatingPointError: the model's logits are no numbers.
     """
-    ids = writer.encode(text)
-    if len(ids) > writer.context:
+    ids = generator.encode(text)
+    if len(ids) > generator.context:
         raise ValueError(
-            f"the text has {len(ids)} tokens, more than the model's `max_position_embeddings` ({writer.context}). "
+            f"the text has {len(ids)} tokens, more than the model's `max_position_embeddings` ({generator.context}). "
             "Shorten it."
         )
-    ids_1T = torch.tensor([ids], device=writer.model.device)
-    output = writer.model(input_ids=ids_1T, use_cache=True)
+    ids_1T = torch.tensor([ids], device=generator.model.device)
+    output = generator.model(input_ids=ids_1T, use_cache=True)
     logits_TV = output.logits[0].float().cpu()
     check_finite_logits(logits_TV)
-    surprises = surprise_of(writer, ids, logits_TV) if text else []
-    losses = [surprise.loss for surprise in surprises]
-
-    probabilities_V = known_distribution(writer, logits_TV[-1])
-    candidates = likeliest(writer, probabilities_V, top)
+    token_losses = score_tokens(generator, ids, logits_TV) if text else []
+    losses = [token.loss for token in token_losses]
+    next_V = suppress(generator, logits_TV[-1])
+    candidates = top_tokens(generator, next_V.double().softmax(-1), top)
+    cache = take_cache(generator.model, output)
     return Exploration(
-        source=writer.source,
+        source=generator.source,
         text=text,
-        pieces=cut_into_pieces(writer, ids, surprises) if text else [],
+        pieces=split_into_pieces(generator, ids, token_losses) if text else [],
         loss=math.fsum(losses) / len(losses) if losses else None,
         candidates=candidates,
-        distributions=[
-            distribution(label, settings, writer, ids, logits_TV[-1], candidates)
-            for label, settings in variants.items()
-        ],
-        path=likeliest_path(writer, ids_1T, logits_TV[-1], take_cache(writer.model, output), steps, alternatives),
-        context=writer.context,
+        distributions=[make_distribution(label, params, ids, next_V, candidates) for label, params in variants.items()],
+        path=follow_likeliest(generator, ids_1T, next_V, cache, steps, alternatives),
+        context=generator.context,
     )
 
 
-def surprise_of(writer: TextGenerator, ids: list[int], logits_TV: Tensor) -> list[TokenLoss]:
-    """How the model took each token but the first, given all before it."""
-    expected_TV = logits_TV[:-1].double().log_softmax(-1)
-    targets_T1 = torch.tensor(ids[1:])[:, None]
-    own_T1 = expected_TV.gather(1, targets_T1)
-    ranks = 1 + (expected_TV > own_T1).sum(1)
+def score_tokens(generator: TextGenerator, ids: list[int], logits_TV: Tensor) -> list[TokenLoss]:
+    """Loss, probability and rank of each token but the first, given all before it."""
+    log_probabilities_TV = logits_TV[:-1].double().log_softmax(-1)
+    own_T1 = log_probabilities_TV.gather(1, torch.tensor(ids[1:])[:, None])
+    ranks = 1 + (log_probabilities_TV > own_T1).sum(1)
     return [
-        TokenLoss(token_id, token_label(writer.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
+        TokenLoss(token_id, token_label(generator.tokenizer, token_id), math.exp(own), max(0.0, -own), rank)
         for token_id, own, rank in zip(ids[1:], own_T1[:, 0].tolist(), ranks.tolist(), strict=True)
     ]
 
 
-def cut_into_pieces(writer: TextGenerator, ids: list[int], surprises: list[TokenLoss]) -> list[Piece]:
-    """Put tokens together until they are whole characters: a Korean syllable may be three of them."""
-    text = TextStream(writer.tokenizer)
+def split_into_pieces(generator: TextGenerator, ids: list[int], token_losses: list[TokenLoss]) -> list[Piece]:
+    """Join tokens until they are whole characters: a Korean syllable may be three of them."""
+    text = TextStream(generator.tokenizer)
     pieces, waiting = [], []
     for index, token_id in enumerate(ids):
-        waiting += surprises[index - 1 : index] if index else []
+        waiting += token_losses[index - 1 : index] if index else []
         shown = text.push(token_id)
         if index == len(ids) - 1:
             shown += text.finish()
@@ -217,21 +198,19 @@ def cut_into_pieces(writer: TextGenerator, ids: list[int], surprises: list[Token
     return pieces
 
 
-def known_distribution(writer: TextGenerator, logits_V: Tensor) -> Tensor:
-    """(V,) fp64 probabilities of the next token, without ids that only round the vocabulary's size up."""
-    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
-    return apply_history(logits_V[None].double(), Rules(), logits_V[None], None, suppress_mask)[0].softmax(-1)
+def suppress(generator: TextGenerator, logits_V: Tensor) -> Tensor:
+    """(V,) logits on the CPU, -inf for ids that the tokenizer does not know."""
+    mask_V = generator.suppress_mask
+    return logits_V if mask_V is None else logits_V.masked_fill(mask_V.cpu(), -math.inf)
 
 
-def distribution(
-    label: str, settings: Settings, writer: TextGenerator, ids: list[int], logits_V: Tensor, candidates: list[Token]
+def make_distribution(
+    label: str, params: SamplingParams, ids: list[int], logits_V: Tensor, candidates: list[Token]
 ) -> Distribution:
-    """What the next token is drawn from by `settings`; see `Distribution`."""
-    suppress_mask = None if writer.suppress_mask is None else writer.suppress_mask.cpu()
-    rules = Rules(**settings.some(*SAMPLING, *HISTORY))
-    logits_1V = apply_history(logits_V[None], rules, torch.tensor([ids]), None, suppress_mask)
-    shaped_V = process_logits(logits_1V, **settings.some(*SAMPLING))[0].double()
-    probabilities_V = shaped_V.softmax(-1)
+    """The distribution that `params` sample the next token from; `ids` are those before it."""
+    logits_1V = apply_history(logits_V[None], params, torch.tensor([ids]))
+    processed_V = process_logits(logits_1V, params)[0].double()
+    probabilities_V = processed_V.softmax(-1)
     candidate_ids = [token.token_id for token in candidates]
     is_other_V = torch.ones_like(probabilities_V, dtype=torch.bool)
     is_other_V[candidate_ids] = False
@@ -240,7 +219,7 @@ def distribution(
         probabilities=probabilities_V[candidate_ids].tolist(),
         rest=float(probabilities_V[is_other_V].sum()),
         entropy=entropy_bits(probabilities_V),
-        kept=int(shaped_V.isfinite().sum()),
+        kept=int(processed_V.isfinite().sum()),
     )
 
 
@@ -249,36 +228,36 @@ def entropy_bits(probabilities_V: Tensor) -> float:
     return max(0.0, float(-torch.xlogy(probabilities_V, probabilities_V).sum()) / math.log(2))
 
 
-def likeliest(writer: TextGenerator, probabilities_V: Tensor, count: int) -> list[Token]:
+def top_tokens(generator: TextGenerator, probabilities_V: Tensor, count: int) -> list[Token]:
     """The `count` likeliest tokens, in their order."""
     best = probabilities_V.topk(min(count, len(probabilities_V)))
     return [
-        Token(token_id, token_label(writer.tokenizer, token_id), probability)
+        Token(token_id, token_label(generator.tokenizer, token_id), probability)
         for probability, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         if probability > 0
     ]
 
 
-def likeliest_path(
-    writer: TextGenerator, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
+def follow_likeliest(
+    generator: TextGenerator, ids_1S: Tensor, logits_V: Tensor, cache: Mapping[str, Any], steps: int, alternatives: int
 ) -> list[PathStep]:
-    """Follow the likeliest token, `steps` times; `cache` holds `ids_1S`, `logits_V` is what comes after."""
+    """Take the likeliest token `steps` times; `cache` holds `ids_1S`, and `logits_V` are those of the token after."""
     path: list[PathStep] = []
-    for _ in range(min(steps, writer.context - ids_1S.size(1))):
-        probabilities_V = known_distribution(writer, logits_V)
-        taken, *others = likeliest(writer, probabilities_V, 1 + alternatives)
+    for _ in range(min(steps, generator.context - ids_1S.size(1))):
+        probabilities_V = logits_V.double().softmax(-1)
+        taken, *others = top_tokens(generator, probabilities_V, 1 + alternatives)
         path.append(PathStep(taken, others, entropy_bits(probabilities_V)))
-        if taken.token_id == writer.tokenizer.eos_token_id or len(path) == steps:
+        if taken.token_id == generator.tokenizer.eos_token_id or len(path) == steps:
             break
         next_11 = torch.tensor([[taken.token_id]], device=ids_1S.device)
         ids_1S = torch.cat([ids_1S, next_11], dim=1)
-        logits_1V, cache = next_logits(writer.model, next_11, torch.ones_like(ids_1S), cache)
-        logits_V = logits_1V[0].float().cpu()
+        logits_1V, cache = next_logits(generator.model, next_11, torch.ones_like(ids_1S), cache)
+        logits_V = suppress(generator, logits_1V[0].float().cpu())
     return path
 
 
 def token_label(tokenizer: Any, token_id: int) -> str:
-    """The text of a token with its white space visible, or its bytes where they are no whole characters."""
+    """The text of a token with white space visible, or its bytes where they are no whole characters."""
     # Twice, because SentencePiece tokenizers drop the space before the very first token.
     once, twice = (tokenizer.decode([token_id] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
     text = twice[len(once) :]
@@ -290,16 +269,5 @@ def token_label(tokenizer: Any, token_id: int) -> str:
     return stored
 
 
-def byte_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level BPE stands for.
-
-    Source:
-        Radford et al. 2019, GPT-2's encoder: a printable byte is the character of that number, and the other bytes are
-        the characters from 256 on, in their order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = byte_characters()
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that each character of a byte-level BPE stands for."""

@@ -1,4 +1,4 @@
-"""An exploration as files: the next token's distributions as a PNG, and all of it as one HTML page."""
+"""Files of `explore`: the distributions of the next token as a PNG, and everything as one HTML page."""
 
 import io
 from functools import cache
@@ -19,7 +19,7 @@ FONTS = (
     *("DejaVu Sans", "Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic"),
     *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Symbol"),
 )
-"""The first that has a character draws it: matplotlib's own, then what systems have for Korean and the rest."""
+"""The first that has a character draws it: matplotlib's own, then common ones for Korean and the rest."""
 
 
 @cache
@@ -36,18 +36,18 @@ def can_draw(character: str) -> bool:
 
 
 def drawable(text: str) -> str:
-    """A text as matplotlib can write it: without its markup, and with numbers for characters that no font has."""
+    """A text for matplotlib: its markup escaped, and numbers for characters that no font has."""
     return "".join(c if can_draw(c) else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
 
 
 def draw_distributions(found: Exploration) -> bytes:
     """Draw the distributions of the next token as grouped bars; returns the bytes of a PNG, equal for equal input.
 
-    The lecture's figure of a softmax at several temperatures, for a real model: a group of bars per token, a bar per
-    setting, and all other tokens as the last group.
+    The lecture's figure of a softmax at several temperatures, for a real model: a group of bars per token, one bar per
+    variant, and all other tokens as the last group.
     """
     labels = [drawable(token.label) for token in found.candidates] + ["all\nothers"]
-    # Before the last group is a gap of half a group: it is not one token.
+    # A gap of half a group before the last one, which is not a single token.
     places = [float(index) for index in range(len(found.candidates))] + [len(found.candidates) + 0.5]
     count = len(found.distributions)
     bar = 0.8 / count
@@ -61,14 +61,13 @@ def draw_distributions(found: Exploration) -> bytes:
         name = drawable(f"{each.label}  ({each.entropy:.2f} bits)")
         heights = [*each.probabilities, each.rest]
         axes.bar([place + shift for place in places], heights, bar * 0.92, label=name, color=f"C{index % 10}")
-    is_long = max(map(len, labels[:-1]), default=0) * 0.085 > group  # inches that a character is wide, about
+    is_long = max(map(len, labels[:-1]), default=0) * 0.085 > group  # a character is about 0.085 inches wide
     axes.set_xticks(places, labels, rotation=40 if is_long else 0, ha="right" if is_long else "center")
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, places[-1] + 0.6)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     longest = max(len(each.label) for each in found.distributions) + len("  (10.00 bits)")
     columns = max(1, min(count, int(width / (0.6 + 0.085 * longest))))
     legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
@@ -82,7 +81,7 @@ def draw_distributions(found: Exploration) -> bytes:
 
 
 def render_page(found: Exploration) -> bytes:
-    """Render all of an exploration as one HTML page that needs no other file and no network."""
+    """Render everything as one HTML page that needs no other file and no network."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

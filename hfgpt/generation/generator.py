@@ -1,12 +1,12 @@
-"""Text from a saved model: one that is seen as it comes, or many in batches, for prompts from a file.
+"""Text from a saved model: one text as a stream, or many in batches, for prompts from a file.
 
-decoding.py and beams.py choose the tokens; here they meet a tokenizer. Nothing is printed.
+Here decoding.py and beam_search.py, which choose tokens, meet a tokenizer. Nothing is printed.
 """
 
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from hfgpt.data.tokenizer import check_end_of_text, encode_ids, load_tokenizer
 from hfgpt.generation.beam_search import beam_search
-from hfgpt.generation.decoding import check_length, stream
-from hfgpt.generation.params import HISTORY, SAMPLING, SEARCH, Settings
+from hfgpt.generation.decoding import check_length, generate_stream
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import StoppingText
 from hfgpt.weights import load
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model and its tokenizer, on the device where they write.
+    """A model and its tokenizer, on the device where they run.
 
     Attributes:
         source: folder or Hub id that they came from.
@@ -71,29 +71,28 @@ def load_generator(source: str) -> TextGenerator:
     """
     model, tokenizer = load(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    suppress_mask = suppressed_ids(tokenizer, model.config.vocab_size)
-    return TextGenerator(source, model, tokenizer, None if suppress_mask is None else suppress_mask.to(model.device))
+    return TextGenerator(source, model, tokenizer, suppressed_ids(tokenizer, model))
 
 
-def suppressed_ids(tokenizer: Any, vocab_size: int) -> Tensor | None:
-    """Which ids of a model no text has: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer does not know.
+def suppressed_ids(tokenizer: Any, model: Any) -> Tensor | None:
+    """Ids of a model that stand for no text: a vocabulary rounded up to 50,304 has 47 that GPT-2's tokenizer lacks.
 
     Returns:
-        (V,) booleans, or None if the tokenizer knows all.
+        (V,) booleans on the model's device, or None if the tokenizer knows all.
     """
-    suppress_V = torch.ones(vocab_size, dtype=torch.bool)
-    suppress_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < vocab_size]] = False
-    return suppress_V if suppress_V.any() else None
+    suppress_V = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    suppress_V[[token_id for token_id in tokenizer.get_vocab().values() if token_id < len(suppress_V)]] = False
+    return suppress_V.to(model.device) if suppress_V.any() else None
 
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text that was written.
+    """A finished text.
 
     Attributes:
         prompt: as it was given.
         new_text: what follows it.
-        new_tokens: tokens written, with the one that ended the text.
+        new_tokens: number of new tokens, with the one that ended the text.
         ended: by "eos", an end-of-text token; "stop", a stop text; or "length".
         seed: of a sample; None for greedy decoding and beam search.
         score: see `hfgpt.generation.beam_search.Beam`; None without beam search.
@@ -108,30 +107,24 @@ class GeneratedText:
 
     def record(self) -> dict[str, Any]:
         """What a line of JSON holds: `text` is the prompt and what follows."""
-        made_by = {"seed": self.seed, "score": self.score}
-        return {
-            "prompt": self.prompt,
-            "text": self.prompt + self.new_text,
-            "new_text": self.new_text,
-            "new_tokens": self.new_tokens,
-            "ended": self.ended,
-            **{name: value for name, value in made_by.items() if value is not None},
-        }
+        record = {"prompt": self.prompt, "text": self.prompt + self.new_text, **asdict(self)}
+        return {name: value for name, value in record.items() if value is not None}
 
 
 class SequenceState:
-    """One text while it is written: takes its ids, and knows when and why it ends."""
+    """One text while it is generated: takes its ids, and knows when and why it ends."""
 
-    def __init__(self, writer: TextGenerator, settings: Settings) -> None:
-        self.text = StoppingText(writer.tokenizer, settings.stop)
-        self.eos_token_id = writer.tokenizer.eos_token_id
-        self.max_new_tokens = settings.max_new_tokens
-        self.pieces: list[str] = []
-        self.new_tokens = 0
-        self.ended = ""
+    def __init__(self, generator: TextGenerator, prompt: str, params: SamplingParams, seed: int | None = None) -> None:
+        self.prompt, self.seed = prompt, seed
+        self.ids = generator.encode(prompt)
+        check_length(len(self.ids), params.max_new_tokens, generator.context)
+        self.text = StoppingText(generator.tokenizer, params.stop)
+        self.eos_token_id = generator.tokenizer.eos_token_id
+        self.max_new_tokens = params.max_new_tokens
+        self.new_text, self.new_tokens, self.ended = "", 0, ""
 
     def push(self, token_id: int) -> str:
-        """Take the next id; returns the text that is certain with it. After the end of the row ids are ignored."""
+        """Take the next id; returns the text that is complete with it. Ids after the end are ignored."""
         if self.ended:
             return ""
         self.new_tokens += 1
@@ -143,22 +136,22 @@ class SequenceState:
         elif self.new_tokens == self.max_new_tokens:
             self.ended = "length"
         if self.ended:
-            piece += self.text.finish()  # which may show a stop text in the bytes of a character that never came
-        self.pieces.append(piece)
+            piece += self.text.finish()  # which may show a stop text in the bytes of an incomplete character
+        self.new_text += piece
         return piece
 
-    def written(self, prompt: str, seed: int | None = None, score: float | None = None) -> GeneratedText:
-        """What the text has become."""
-        return GeneratedText(prompt, "".join(self.pieces), self.new_tokens, self.ended, seed, score)
+    def finished(self, score: float | None = None) -> GeneratedText:
+        """The text after its end."""
+        return GeneratedText(self.prompt, self.new_text, self.new_tokens, self.ended, self.seed, score)
 
 
-def continue_text(writer: TextGenerator, prompt: str, settings: Settings) -> Iterator[str]:
-    """Write on from a prompt.
+def continue_text(generator: TextGenerator, prompt: str, params: SamplingParams) -> Iterator[str]:
+    """Continue one prompt.
 
     Args:
-        writer: see `load_generator`.
-        prompt: may be empty: then a document is begun.
-        settings: with beam search the text comes in one piece, at the end.
+        generator: see `load_generator`.
+        prompt: may be empty: an end-of-text token then begins a document.
+        params: how; with beam search the text comes in one piece, at the end.
 
     Returns:
         Pieces of the new text, each as soon as it consists of whole characters. An end-of-text token ends it.
@@ -166,25 +159,24 @@ def continue_text(writer: TextGenerator, prompt: str, settings: Settings) -> Ite
     Raises:
         ValueError: at the call itself: the prompt does not fit.
     """
-    ids = writer.encode(prompt)
-    check_length(len(ids), settings.max_new_tokens, writer.context)
-    if settings.num_beams > 1:
-        return (written.new_text for (written,) in search(writer, [(prompt, ids)], settings, samples=1))
-    row = SequenceState(writer, settings)
-    return (piece for (piece,) in stream_rows(writer, [ids], [row], settings, draw_seeds(settings, 1)) if piece)
+    (seed,) = make_seeds(params, 1)
+    sequence = SequenceState(generator, prompt, params, seed)
+    if params.num_beams > 1:
+        return (text.new_text for (text,) in search_texts(generator, [sequence], params, samples=1))
+    return (piece for (piece,) in stream_texts(generator, [sequence], params) if piece)
 
 
 def generate_texts(
-    writer: TextGenerator, prompts: Sequence[str], settings: Settings, *, samples: int = 1, batch_size: int = 8
+    generator: TextGenerator, prompts: Sequence[str], params: SamplingParams, *, samples: int = 1, batch_size: int = 8
 ) -> Iterator[list[GeneratedText]]:
-    """Write on from many prompts, several at a time; what stands beside a prompt does not change its texts.
+    """Continue many prompts, several at a time; a prompt's texts do not depend on the prompts beside it.
 
     Args:
-        writer: see `load_generator`.
-        prompts: each may be empty: then a document is begun.
-        settings: for all. Sample n of every prompt has the seed `settings.seed` + n; without one, each has its own.
+        generator: see `load_generator`.
+        prompts: each may be empty: an end-of-text token then begins a document.
+        params: for all. Sample n of every prompt has the seed `params.seed` + n; without one, each has its own.
         samples: texts per prompt, at least 1; with beam search the best ones, at most `num_beams`.
-        batch_size: texts that are written together, at least 1; with beam search prompts.
+        batch_size: texts that are generated together, at least 1; with beam search prompts.
 
     Returns:
         The texts of each prompt, as soon as they are finished.
@@ -192,101 +184,90 @@ def generate_texts(
     Raises:
         ValueError: at the call itself: a prompt does not fit, or there are not so many different samples.
     """
-    if samples > 1 and settings.temperature == 0 and settings.num_beams == 1:
+    if samples > 1 and params.temperature == 0 and params.num_beams == 1:
         raise ValueError(f"`samples` ({samples}): at `temperature` 0 each would be the same text.")
-    if 1 < settings.num_beams < samples:
-        raise ValueError(f"`samples` ({samples}) must be at most `num_beams` ({settings.num_beams}).")
-    jobs = []
+    if 1 < params.num_beams < samples:
+        raise ValueError(f"`samples` ({samples}) must be at most `num_beams` ({params.num_beams}).")
+    sequences = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = writer.encode(prompt)
+        seeds = make_seeds(params, samples if params.num_beams == 1 else 1)
         try:
-            check_length(len(ids), settings.max_new_tokens, writer.context)
+            sequences += [SequenceState(generator, prompt, params, seed) for seed in seeds]
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
-        jobs.append((prompt, ids))
-    if settings.num_beams > 1:
-        batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
-        return (beams for batch in batches for beams in search(writer, batch, settings, samples))
-    seeded = [(prompt, ids, seed) for prompt, ids in jobs for seed in draw_seeds(settings, samples)]
+    batches = (sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size))
+    if params.num_beams > 1:
+        return (texts for batch in batches for texts in search_texts(generator, batch, params, samples))
 
-    def texts() -> Iterator[list[GeneratedText]]:
-        done: list[GeneratedText] = []
-        for start in range(0, len(seeded), batch_size):
-            batch = seeded[start : start + batch_size]
-            rows = [SequenceState(writer, settings) for _ in batch]
-            for _ in stream_rows(writer, [ids for _, ids, _ in batch], rows, settings, [seed for _, _, seed in batch]):
+    def texts() -> Iterator[GeneratedText]:
+        for batch in batches:
+            for _ in stream_texts(generator, batch, params):
                 pass
-            for (prompt, _, seed), row in zip(batch, rows, strict=True):
-                done.append(row.written(prompt, seed if settings.temperature else None))
-                if len(done) == samples:
-                    yield done
-                    done = []
+            yield from (each.finished() for each in batch)
 
-    return texts()
+    return map(list, zip(*[texts()] * samples, strict=True))
 
 
-def draw_seeds(settings: Settings, samples: int) -> list[int]:
-    """A seed for each sample of a prompt."""
-    if settings.seed is None:
-        return [secrets.randbits(32) for _ in range(samples)]  # so small that every reader of JSON keeps them
-    return [settings.seed + sample for sample in range(samples)]
+def make_seeds(params: SamplingParams, samples: int) -> list[int | None]:
+    """A seed for each sample of a prompt; None where nothing is sampled."""
+    if params.temperature == 0 or params.num_beams > 1:
+        return [None] * samples
+    if params.seed is None:
+        return [secrets.randbits(32) for _ in range(samples)]  # small enough for every reader of JSON
+    return [params.seed + sample for sample in range(samples)]
 
 
-def stream_rows(
-    writer: TextGenerator,
-    prompts_ids: Sequence[list[int]],
-    rows: Sequence[SequenceState],
-    settings: Settings,
-    seeds: Sequence[int],
+def stream_texts(
+    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams
 ) -> Iterator[list[str]]:
-    """Write several rows token by token; yields the pieces of text of each step, one per row."""
-    input_ids, mask = pad_left(prompts_ids, writer.model.device)
+    """Continue several sequences token by token; yields the pieces of text of each step, one per sequence."""
+    input_ids, mask = pad_left([each.ids for each in sequences], generator.model.device)
     pieces: list[str] = []
 
-    def take(next_B: Tensor) -> list[bool]:
-        pieces[:] = [row.push(token_id) for row, token_id in zip(rows, next_B.tolist(), strict=True)]
-        return [bool(row.ended) for row in rows]
+    def push(next_B: Tensor) -> list[bool]:
+        pieces[:] = [each.push(token_id) for each, token_id in zip(sequences, next_B.tolist(), strict=True)]
+        return [bool(each.ended) for each in sequences]
 
-    steps = stream(
-        writer.model,
+    steps = generate_stream(
+        generator.model,
         input_ids,
+        params,
         attention_mask=mask,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=writer.tokenizer.eos_token_id,
-        generator=[torch.Generator(writer.model.device).manual_seed(seed) for seed in seeds],
-        suppress_mask=writer.suppress_mask,
-        is_stopped=take,
-        **settings.some(*SAMPLING, *HISTORY),
+        eos_token_id=generator.tokenizer.eos_token_id,
+        generator=[torch.Generator(generator.model.device).manual_seed(each.seed or 0) for each in sequences],
+        suppress_mask=generator.suppress_mask,
+        is_stopped=push,
     )
     return (list(pieces) for _ in steps)
 
 
-def search(
-    writer: TextGenerator, batch: Sequence[tuple[str, list[int]]], settings: Settings, samples: int
+def search_texts(
+    generator: TextGenerator, sequences: Sequence[SequenceState], params: SamplingParams, samples: int
 ) -> list[list[GeneratedText]]:
-    """Write by beam search; returns the best `samples` texts of each prompt."""
-    input_ids, mask = pad_left([ids for _, ids in batch], writer.model.device)
+    """Continue several sequences by beam search; returns the best `samples` texts of each."""
+    input_ids, mask = pad_left([each.ids for each in sequences], generator.model.device)
 
     def is_stopped(ids: list[int]) -> bool:
-        text = writer.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return any(stop in text for stop in settings.stop)
+        text = generator.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in params.stop)
 
     found = beam_search(
-        writer.model,
+        generator.model,
         input_ids,
+        params,
         attention_mask=mask,
-        eos_token_id=writer.tokenizer.eos_token_id,
-        suppress_mask=writer.suppress_mask,
-        is_stopped=is_stopped if settings.stop else None,
-        **settings.some("max_new_tokens", "num_beams", *SEARCH, *HISTORY),
+        eos_token_id=generator.tokenizer.eos_token_id,
+        suppress_mask=generator.suppress_mask,
+        is_stopped=is_stopped if params.stop else None,
     )
-    texts = []
-    for (prompt, _), beams in zip(batch, found, strict=True):
-        rows = [SequenceState(writer, settings) for _ in beams[:samples]]
-        for row, beam in zip(rows, beams, strict=False):
+    texts: list[list[GeneratedText]] = []
+    for sequence, beams in zip(sequences, found, strict=True):
+        texts.append([])
+        for beam in beams[:samples]:
+            state = SequenceState(generator, sequence.prompt, params)
             for token_id in beam.ids:
-                row.push(token_id)
-        texts.append([row.written(prompt, score=beam.score) for row, beam in zip(rows, beams, strict=False)])
+                state.push(token_id)
+            texts[-1].append(state.finished(beam.score))
     return texts
 
 
@@ -302,8 +283,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a file of prompts.
 
     Args:
-        path: of a .jsonl file with one object a line, whose `prompt` is the prompt and whose other fields go along, or
-            of a text with one prompt a line; blank lines are no prompts.
+        path: a .jsonl file with one object a line, of which `prompt` is the prompt and the other fields are kept, or a
+            text with one prompt a line; blank lines are no prompts.
 
     Returns:
         Objects with `prompt` and perhaps more, at least one.
@@ -326,15 +307,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 RESERVED = {"prompt", "text", "settings", *(field.name for field in fields(GeneratedText))}
-"""Fields of the lines that are answered with."""
+"""Fields of the lines of JSON that are printed."""
 
 
 def parse_prompt(line: str, where: str) -> dict[str, Any]:
-    """Read one line of a .jsonl file of prompts.
-
-    Raises:
-        ValueError: naming the place: it is no object with a `prompt`, or has fields that the answer has too.
-    """
+    """Read one line of a .jsonl file of prompts; an error (ValueError) names `where` it stands."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
-"""The rules of decoding, from scratch: each a small pure function that makes logits of logits.
+"""The rules of decoding, from scratch: each a small pure function from logits to logits.
 
-First those that look at what was written before, then those that reshape the distribution of the next token. In which
-order they apply, and how a token is picked from what is left, is in decoding.py.
+First the rules about earlier tokens, then those that reshape the distribution of the next token. The order in which
+they apply, and how a token is picked, is in decoding.py.
 
 Shape letters: B batch, S tokens so far, V vocabulary, W windows of n tokens in S.
 """
@@ -11,47 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-
-def check_rules(
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-) -> None:
-    """Refuse rules that no token can be chosen by.
-
-    Raises:
-        ValueError: `temperature` is negative or not finite, `top_k` or `no_repeat_ngram_size` is negative, `top_p` is
-            not in (0, 1], `min_p` not in [0, 1], or `repetition_penalty` not above 0 and finite.
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"`temperature` must be a finite number of at least 0, got {temperature}. "
-            "1 samples from the model's own distribution, 0 always takes the likeliest token."
-        )
-    if top_k < 0:
-        raise ValueError(f"`top_k` must be at least 0, got {top_k}. 0 keeps every token.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}. 1 keeps every token.")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"`min_p` must be at least 0 and at most 1, got {min_p}. 0 keeps every token.")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(
-            f"`repetition_penalty` must be a finite number above 0, got {repetition_penalty}. "
-            "1 changes nothing, 1.2 makes repetitions rarer."
-        )
-    if no_repeat_ngram_size < 0:
-        raise ValueError(f"`no_repeat_ngram_size` must be at least 0, got {no_repeat_ngram_size}. 0 forbids nothing.")
+from hfgpt.generation.params import range_error
 
 
 def penalize_repetition(logits_BV: Tensor, ids_BS: Tensor, penalty: float, mask_BS: Tensor | None = None) -> Tensor:
     """Make tokens that occurred before less likely: their logits are divided by `penalty`, negative ones multiplied.
 
-    The paper divides all of them, which would make tokens with a negative logit likelier; multiplying those is what
-    everyone, transformers included, made of it.
+    The paper divides all of them, which would make tokens with a negative logit likelier; transformers, too, multiplies
+    those.
 
     Args:
         logits_BV: unnormalised log-probabilities of the next token, (B, V).
@@ -63,13 +30,14 @@ def penalize_repetition(logits_BV: Tensor, ids_BS: Tensor, penalty: float, mask_
         (B, V): the logits, changed where a token occurred, however often.
 
     Raises:
-        ValueError: `penalty` is not above 0.
+        ValueError: `penalty` is not above 0 and finite.
 
     Source:
         Keskar et al. 2019, "CTRL: A Conditional Transformer Language Model for Controllable Generation", section 4.1,
         https://arxiv.org/abs/1909.05858
     """
-    check_rules(repetition_penalty=penalty)
+    if not 0 < penalty < math.inf:
+        raise ValueError(range_error("repetition_penalty", penalty))
     occurred_BV = mark_ids(logits_BV, ids_BS, None if mask_BS is None else mask_BS != 0)
     penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return torch.where(occurred_BV, penalized_BV, logits_BV)
@@ -94,7 +62,8 @@ def forbid_repeated_ngrams(logits_BV: Tensor, ids_BS: Tensor, size: int, mask_BS
         Paulus et al. 2017, "A Deep Reinforced Model for Abstractive Summarization", section 2.5 (there of trigrams),
         https://arxiv.org/abs/1705.04304
     """
-    check_rules(no_repeat_ngram_size=size)
+    if size < 0:
+        raise ValueError(range_error("no_repeat_ngram_size", size))
     if size == 0 or ids_BS.size(1) < size:
         return logits_BV
     # Only n-grams that begin with the last n-1 tokens can be completed now. For n = 1 these are none, and all begin so.
@@ -102,7 +71,7 @@ def forbid_repeated_ngrams(logits_BV: Tensor, ids_BS: Tensor, size: int, mask_BS
     windows_BWn = ids_BS.unfold(1, size, 1)
     is_match_BW = (windows_BWn[:, :, :-1] == last_ids[:, None]).all(-1)
     if mask_BS is not None:
-        is_match_BW &= mask_BS[:, : is_match_BW.size(1)] != 0  # padding is on the left: the first token tells of all
+        is_match_BW &= mask_BS[:, : is_match_BW.size(1)] != 0  # padding is on the left, so the first token decides
     return logits_BV.masked_fill(mark_ids(logits_BV, windows_BWn[:, :, -1], is_match_BW), -math.inf)
 
 
@@ -126,12 +95,12 @@ def apply_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
         (B, V): the logits, divided.
 
     Raises:
-        ValueError: `temperature` is not above 0.
+        ValueError: `temperature` is not above 0 and finite.
     """
-    check_rules(temperature=temperature)
-    if temperature == 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
-            "`temperature` is 0, which logits cannot be divided by. `sample_next_token` takes 0 as greedy."
+            f"`temperature` must be finite and above 0 to divide by, got {temperature}. "
+            "`sample_next_token` takes 0 as greedy."
         )
     return logits_BV / temperature
 
@@ -152,7 +121,8 @@ def filter_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
     Source:
         Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4, https://arxiv.org/abs/1805.04833
     """
-    check_rules(top_k=top_k)
+    if top_k < 0:
+        raise ValueError(range_error("top_k", top_k))
     if top_k == 0:
         return logits_BV
     kth_B1 = logits_BV.topk(min(top_k, logits_BV.size(-1))).values[:, -1:]
@@ -175,7 +145,8 @@ def filter_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     Source:
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1, https://arxiv.org/abs/1904.09751
     """
-    check_rules(top_p=top_p)
+    if not 0 < top_p <= 1:
+        raise ValueError(range_error("top_p", top_p))
     if top_p == 1:
         return logits_BV
     # From the unlikeliest token up: each one sees the probability that would go if it and all below it were removed.
@@ -203,7 +174,8 @@ def filter_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
         Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs", section 3,
         https://arxiv.org/abs/2407.01082
     """
-    check_rules(min_p=min_p)
+    if not 0 <= min_p <= 1:
+        raise ValueError(range_error("min_p", min_p))
     if min_p == 0:
         return logits_BV
     probabilities_BV = logits_BV.softmax(-1)

@@ -1,93 +1,135 @@
-"""How a text is written, as a user says it: the settings of decoding, their defaults, and whether they do anything."""
+"""`SamplingParams`: every option of generation with its default, range and help; how people write options down.
 
-import difflib
+The command line makes its options from the fields, so this file imports nothing heavy.
+"""
+
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from hfgpt.generation.logits import (
-    check_rules,
-)
+from hfgpt.system.suggest import did_you_mean
+
+BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+
+NUMBER_TYPES: dict[Any, type[int] | type[float]] = {int: int, float: float, int | None: int}
+"""What options of numbers are annotated with, and what their words are read by."""
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-HISTORY = ("repetition_penalty", "no_repeat_ngram_size")
-SEARCH = ("length_penalty", "early_stopping")
-
 EXPLORED = ("temperature=1", "temperature=0.1", "temperature=5", "top_k=3")
-"""The settings compared where none are named: the lecture's temperatures, and top-k."""
+"""What `hfgpt explore` compares if nothing is named: the lecture's temperatures, and top-k."""
 
-UNCHANGED: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
-"""What they differ from: the model's own distribution."""
+
+def option(default: Any, help: str, acts_on: str = "", metavar: str | None = None, **bounds: float) -> Any:
+    """A field of `SamplingParams`.
+
+    Args:
+        default: its default.
+        help: a line for `hfgpt generate --help` and for the error about a value out of range.
+        acts_on: "history" (earlier tokens), "distribution" (of the next token, so only where tokens are sampled),
+            "search" (beam search), or "" for what has an effect everywhere.
+        metavar: how `--help` writes the value, where its type does not say it.
+        **bounds: `ge`, `gt`, `le`, `lt`, as in `BOUNDS`; a float must be finite, too.
+    """
+    metadata = {"help": help, "acts_on": acts_on, "metavar": metavar, "bounds": bounds}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a text is written.
+class SamplingParams:
+    """How a text is generated; the defaults are those of `hfgpt generate`.
 
-    Attributes:
-        max_new_tokens: tokens to write, at least 1, if nothing ends the text before.
-        temperature: see `hfgpt.generation.params.Rules`, as for the next five.
-        top_k: see there.
-        top_p: see there.
-        min_p: see there.
-        repetition_penalty: see there.
-        no_repeat_ngram_size: see there.
-        num_beams: 1 chooses token by token, more is beam search, which samples nothing.
-        length_penalty: see `hfgpt.generation.beam_search.beam_search`.
-        early_stopping: see there.
-        stop: texts that end the text where they come, and are not part of it.
-        seed: of the first sample of each prompt, in [0, 2**63); the next sample has the next one. None draws them.
+    logits.py says what each rule does to the logits, beam_search.py what its options do.
 
     Raises:
-        ValueError: a value that nothing can be written with.
+        ValueError: a value is out of its range.
     """
 
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
+    max_new_tokens: int = option(100, "Tokens to write.", ge=1)
+    temperature: float = option(
+        0.8, "Divides the logits; 1 is the model's own distribution, 0 takes the likeliest token.", "distribution", ge=0
+    )
+    top_k: int = option(50, "Likeliest tokens to draw from; 0 draws from all.", "distribution", ge=0)
+    top_p: float = option(
+        1.0, "Probability of the likeliest tokens to draw from; 1 draws from all.", "distribution", gt=0, le=1
+    )
+    min_p: float = option(
+        0.0, "Smallest probability to draw, as a share of the largest; 0 draws from all.", "distribution", ge=0, le=1
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1: makes tokens that came before less likely; 1 changes nothing.", "history", gt=0
+    )
+    no_repeat_ngram_size: int = option(
+        0, "No sequence of so many tokens comes twice; 0 forbids nothing.", "history", ge=0
+    )
+    num_beams: int = option(1, "Above 1: beam search, which samples nothing.", ge=1)
+    length_penalty: float = option(
+        1.0, "Of beam search: 0 scores by the sum, 1 by the mean; more favours long texts.", "search"
+    )
+    early_stopping: bool | str = option(
+        False, "When beam search stops looking for better.", "search", metavar="|".join(EARLY_STOPPING)
+    )
+    stop: tuple[str, ...] = option((), "Ends the text before it; `\\n` is a line break; repeatable.", metavar="TEXT")
+    seed: int | None = option(None, "Fixes the texts; sample n has the seed SEED + n.", ge=0, lt=2**63)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
-        Rules(**self.some(*SAMPLING, *HISTORY))
-        check_beams(self.num_beams, self.length_penalty, self.early_stopping)
+        for name, each in OPTIONS.items():
+            value = getattr(self, name)
+            if each.type in NUMBER_TYPES and value is not None and not is_in_range(name, value):
+                raise ValueError(range_error(name, value))
+        if self.early_stopping not in EARLY_STOPPING.values():
+            allowed = list(EARLY_STOPPING.values())
+            raise ValueError(f"`early_stopping` must be one of {allowed}, got {self.early_stopping!r}.")
         if "" in self.stop:
             raise ValueError("`stop` is empty: it would end every text before its first token.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"`seed` must be at least 0 and below 2**63, got {self.seed}.")
-
-    def some(self, *names: str) -> dict[str, Any]:
-        """Some of the settings, by name."""
-        return {name: getattr(self, name) for name in names}
 
 
-def parse_settings(text: str) -> dict[str, Any]:
-    r"""Read settings as people write them: `temperature=0.8,top_k=50`.
+OPTIONS = {each.name: each for each in fields(SamplingParams)}
 
-    A comma starts the next setting only where `name=` follows, so a stop text may hold one. In a stop text `\n` is a
+
+def is_in_range(name: str, value: float) -> bool:
+    """Whether an option may have a number."""
+    bounds = OPTIONS[name].metadata["bounds"]
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return is_finite and all(BOUNDS[key][1](value, bound) for key, bound in bounds.items())
+
+
+def range_error(name: str, value: float) -> str:
+    """The message about a number that an option cannot have."""
+    option = OPTIONS[name]
+    limits = [f"{BOUNDS[key][0]} {bound}" for key, bound in option.metadata["bounds"].items()]
+    finite = ["finite"] if option.type is float and len(limits) < 2 else []
+    return f"`{name}` must be {' and '.join(finite + limits)}, got {value}. {option.metadata['help']}"
+
+
+DEFAULTS = SamplingParams()
+
+OWN_DISTRIBUTION = SamplingParams(temperature=1.0, top_k=0)
+"""No rule changes what the model predicts."""
+
+
+def parse_params(text: str) -> dict[str, Any]:
+    r"""Read options as people write them: `temperature=0.8,top_k=50`.
+
+    A comma starts the next option only where `name=` follows, so a stop text may hold one. In a stop text `\n` is a
     line break; more stop texts are more `stop=`.
 
     Raises:
-        ValueError: a name that is no setting, or a value of the wrong kind.
+        ValueError: there is no such option, or its value is of the wrong kind.
     """
     given: dict[str, Any] = {}
     for part in re.split(r",(?=\s*[\w-]+=)", text):
-        name, is_given, value = part.partition("=")
+        name, equals, value = part.partition("=")
         name = name.strip().replace("-", "_")
-        if not is_given or not name:
+        if not equals or not name:
             raise ValueError(
                 f"{part!r} is no setting. Write `name=value,name=value`, such as `temperature=0.8,top_k=50`."
             )
@@ -98,139 +140,97 @@ def parse_settings(text: str) -> dict[str, Any]:
     return given
 
 
-def parse_value(name: str, value: str) -> Any:
-    """Read the value of one setting.
+def parse_value(name: str, text: str) -> Any:
+    """Read the value of one option; that of `stop` becomes a tuple of one text.
 
     Raises:
-        ValueError: there is no such setting, or the value is of another kind.
+        ValueError: there is no such option, or the value is of another kind.
     """
-    kinds = {field.name: field.type for field in fields(Settings)}
-    if name not in kinds:
-        nearest = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"Did you mean `{nearest[0]}`?" if nearest else f"The settings are {', '.join(kinds)}."
-        raise ValueError(f"`{name}` is no setting. {hint}")
+    if name not in OPTIONS:
+        hint = did_you_mean(name, OPTIONS) or f" The settings are {', '.join(OPTIONS)}."
+        raise ValueError(f"`{name}` is no setting.{hint}")
     if name == "stop":
-        return (value.replace("\\n", "\n"),)
+        return (text.replace("\\n", "\n"),)
+    word = text.strip().lower()
     if name == "early_stopping":
-        if value.strip().lower() not in EARLY_STOPPING:
-            raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING)}, got {value!r}.")
-        return EARLY_STOPPING[value.strip().lower()]
-    if name == "seed" and value.strip().lower() == "none":
+        if word not in EARLY_STOPPING:
+            raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING)}, got {text!r}.")
+        return EARLY_STOPPING[word]
+    if name == "seed" and word == "none":
         return None
-    kind, word = (float, "a number") if kinds[name] is float else (int, "a whole number")
+    kind = NUMBER_TYPES[OPTIONS[name].type]
     try:
-        return kind(value)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"`{name}` must be {word}, got {value!r}.") from None
+        raise ValueError(f"`{name}` must be a {'whole ' * (kind is int)}number, got {text!r}.") from None
 
 
-def without_effect(given: Iterable[str], settings: Settings) -> str | None:
-    """Why one of the settings that a user gave would change nothing, or None if each has an effect.
+def format_value(name: str, value: Any) -> list[str]:
+    """Write a value as `parse_value` reads it; several texts of `stop`, or none."""
+    if name == "stop":
+        return [text.replace("\n", "\\n") for text in value]
+    return [str(value).lower()]
 
-    A seed is never among them: it promises the same text again, which other decoding gives anyway.
+
+def without_effect(given: Iterable[str], params: SamplingParams) -> str | None:
+    """Why one of the options that a user gave would change nothing; None if each has an effect.
+
+    A seed always passes: it promises the same text again, which greedy decoding and beam search give anyway.
     """
     for name in given:
-        if name in SAMPLING and settings.num_beams > 1:
-            return f"`{name}` has no effect: beam search (`num_beams` {settings.num_beams}) samples nothing."
-        if name in SAMPLING[1:] and settings.temperature == 0:
+        acts_on = OPTIONS[name].metadata["acts_on"]
+        if acts_on == "distribution" and params.num_beams > 1:
+            return f"`{name}` has no effect: beam search (`num_beams` {params.num_beams}) samples nothing."
+        if acts_on == "distribution" and name != "temperature" and params.temperature == 0:
             return f"`{name}` has no effect: at `temperature` 0 the likeliest token is taken."
-        if name in SEARCH and settings.num_beams == 1:
+        if acts_on == "search" and params.num_beams == 1:
             return f"`{name}` has no effect without beam search. Set `num_beams` above 1."
     return None
 
 
-def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Fill up what a user gave with the defaults.
+def change_params(params: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
+    """`params` with what a user gave.
 
     Raises:
-        ValueError: a value that nothing can be written with, or one that has no effect.
+        ValueError: a value is out of its range, or has no effect.
     """
-    settings = Settings(**given)
-    if reason := without_effect(given, settings):
+    changed = replace(params, **given)
+    if reason := without_effect(given, changed):
         raise ValueError(reason)
-    return settings
+    return changed
 
 
-def make_variants(given: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Settings]:
-    """Settings to compare: what `given` has for all of them, and each text's own on top.
-
-    Args:
-        given: settings for all.
-        texts: see `parse_settings`.
-
-    Returns:
-        By text, in their order.
+def make_variants(
+    given: Mapping[str, Any], texts: Sequence[str], base: SamplingParams = DEFAULTS
+) -> dict[str, SamplingParams]:
+    """Params to compare, by text: `base` with what is `given` for all, and on top what the text says.
 
     Raises:
-        ValueError: a value that nothing can be written with, or that has no effect: one of a text in that text's
-            settings, one of `given` in none of them.
+        ValueError: a value is out of its range; one of a text has no effect, or one of `given` has none in any text.
     """
-    variants = {}
+    variants: dict[str, SamplingParams] = {}
     for text in texts:
         if text in variants:
             raise ValueError(f"{text!r} is to be compared twice.")
-        own = parse_settings(text)
-        variants[text] = Settings(**{**given, **own})
+        own = parse_params(text)
+        variants[text] = replace(base, **{**given, **own})
         if reason := without_effect(own, variants[text]):
             raise ValueError(f"{text!r}: {reason}")
     for name in given:
-        reasons = [without_effect([name], settings) for settings in variants.values()]
+        reasons = [without_effect([name], params) for params in variants.values()]
         if all(reasons):
             raise ValueError(str(reasons[0]))
     return variants
 
 
-def explored_variants(texts: Sequence[str]) -> dict[str, Settings]:
-    """Settings to compare the next token under, by the words that they were given in; see `parse_settings`.
+def explored_variants(texts: Sequence[str]) -> dict[str, SamplingParams]:
+    """Params to compare the next token under, each the model's own distribution changed as a text says.
 
     Raises:
-        ValueError: a value that cannot be, or one that has no effect on the choice of one token.
+        ValueError: a value is out of its range, or has no effect on the distribution of the next token.
     """
     for text in texts:
-        for name in parse_settings(text):
-            if name not in (*SAMPLING, *HISTORY):
+        for name in parse_params(text):
+            if OPTIONS[name].metadata["acts_on"] not in ("distribution", "history"):
                 raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
-    return make_variants(UNCHANGED, texts)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How the next token is chosen; every default leaves the model's own distribution as it is.
-
-    Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token, and then the next three have no effect.
-        top_k: see `filter_top_k`; 0 keeps every token.
-        top_p: see `filter_top_p`; 1 keeps every token.
-        min_p: see `filter_min_p`; 0 keeps every token.
-        repetition_penalty: see `penalize_repetition`; 1 changes nothing.
-        no_repeat_ngram_size: see `forbid_repeated_ngrams`; 0 forbids nothing.
-
-    Raises:
-        ValueError: a value that `check_rules` refuses.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_rules(**asdict(self))
-
-
-def check_beams(num_beams: int, length_penalty: float, early_stopping: bool | str) -> None:
-    """Refuse settings that no beam search can have.
-
-    Raises:
-        ValueError: `num_beams` is below 1, `length_penalty` not finite, or `early_stopping` none of `EARLY_STOPPING`.
-    """
-    if num_beams < 1:
-        raise ValueError(f"`num_beams` must be at least 1, got {num_beams}.")
-    if not math.isfinite(length_penalty):
-        raise ValueError(
-            f"`length_penalty` must be a finite number, got {length_penalty}. 0 scores by the sum, 1 by the mean."
-        )
-    if early_stopping not in EARLY_STOPPING.values():
-        raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING.values())}, got {early_stopping!r}.")
+    return make_variants({}, texts, OWN_DISTRIBUTION)

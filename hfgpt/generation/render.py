@@ -1,4 +1,4 @@
-"""Texts and explorations as people read them in a terminal; in a pipe the same words without colour or frames.
+"""Terminal output of `generate` and `explore`; in a pipe the same words without colour or frames.
 
 Everything goes to stdout. rich decides what the terminal can show, and obeys NO_COLOR, FORCE_COLOR and COLUMNS.
 """
@@ -18,53 +18,39 @@ LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
 """Upper ends of the colours' ranges, in nats; the last colour has none."""
 
 LOSS_COLOURS = ("#fff7dc", "#fed976", "#feb24c", "#fd8d3c", "#e2401c", "#9a0023")
-"""From expected to surprising, after ColorBrewer's YlOrRd: each darker, so that it needs no colour vision."""
+"""From small to large losses, after ColorBrewer's YlOrRd: each is darker, so no colour vision is needed."""
 
 NAMED_COLOURS = ("bright_white", "bright_yellow", "yellow", "bright_red", "red", "magenta")
 """The same for terminals of 16 colours, where some of those above would fall together."""
 
 DARK_FROM = 4
-"""From this colour on, writing is white."""
+"""From this colour on, text is white."""
 
 MIN_COLUMN = 26
-"""Narrower columns of text are not read with pleasure; then texts stand below one another."""
+"""Characters; where columns would be narrower, texts stand below one another."""
 
 PIPE_WIDTH = 1000
-"""Columns where nobody watches, so that nothing is cut."""
+"""Characters in a line of a pipe, so that nothing is cut."""
+
+CONTROL_PICTURES = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
+CONTROL_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
+"""Unicode's picture of each control character but tab and line break; those from 128 on have none."""
 
 
 def open_console() -> Console:
-    """Where results are printed."""
+    """The console of stdout."""
     stream = result_stream()
     width = None if stream.isatty() else PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def shows_colour(console: Console) -> bool:
-    """Whether colours would be seen."""
-    return console.color_system is not None and not console.no_color
-
-
 def printable(text: str) -> str:
-    """A text that may go to a terminal: a model can write escape sequences, which are shown instead of obeyed."""
-    if text.isprintable():
-        return text
-    return "".join(character if is_harmless(character) else picture(character) for character in text)
-
-
-def is_harmless(character: str) -> bool:
-    number = ord(character)
-    return character in "\n\t" or not (number < 32 or 127 <= number < 160)
-
-
-def picture(character: str) -> str:
-    """Unicode's picture of a control character; those from 128 on have none."""
-    number = ord(character)
-    return chr(0x2400 + number) if number < 32 else "\u2421" if number == 127 else "\ufffd"
+    """A text without control characters: a model can write escape sequences, which are shown instead of obeyed."""
+    return text.translate(CONTROL_PICTURES)
 
 
 def loss_bin(loss: float) -> int:
-    """The number of the colour that a loss, in nats, is shown in."""
+    """The index of a loss's colour; `loss` is in nats."""
     return sum(loss >= end for end in LOSS_BINS)
 
 
@@ -91,7 +77,7 @@ def shortened(text: str, length: int = 60) -> str:
 
 
 def stream_to(console: Console, prompt: str, pieces: Iterable[str]) -> None:
-    """Print a prompt, bold, and what follows it as it comes; in a pipe exactly the text, and a line break.
+    """Print a prompt, bold, and the pieces after it as they come; in a pipe exactly the text, and a line break.
 
     Not through rich, which would turn tabs into spaces.
     """
@@ -108,35 +94,37 @@ def stream_to(console: Console, prompt: str, pieces: Iterable[str]) -> None:
         console.file.flush()
 
 
-def print_texts(console: Console, prompt: str, written: Sequence[GeneratedText], number: int, prompts: int) -> None:
-    """Print the texts of one prompt below one another, each under a line that says which it is."""
-    for sample, each in enumerate(written, start=1):
-        which = [f"prompt {number}/{prompts}"] * (prompts > 1) + [f"sample {sample}/{len(written)}"] * (
-            len(written) > 1
-        )
-        made_by = [f"seed {each.seed}"] * (each.seed is not None) + [f"score {each.score or 0:.3f}"] * (
-            each.score is not None
-        )
-        console.print(Text(f"--- {', '.join([*which, *made_by])} ---", style="dim"))
-        stream_to(console, prompt, [each.new_text])
-        console.print()
+def print_texts(console: Console, prompt: str, texts: Sequence[GeneratedText], number: int, prompts: int) -> None:
+    """Print the texts of one prompt, the `number`-th of `prompts`, each under a line that says which it is."""
+    for sample, text in enumerate(texts, start=1):
+        which = [f"prompt {number}/{prompts}"] if prompts > 1 else []
+        which += [f"sample {sample}/{len(texts)}"] if len(texts) > 1 else []
+        print_titled(console, ", ".join([*which, *origin(text)]), prompt, text)
+
+
+def print_titled(console: Console, title: str, prompt: str, text: GeneratedText) -> None:
+    console.print(Text(f"--- {title} ---", style="dim"))
+    stream_to(console, prompt, [text.new_text])
+    console.print()
+
+
+def origin(text: GeneratedText) -> list[str]:
+    """Seed or score of a text, if it has one."""
+    seed = [] if text.seed is None else [f"seed {text.seed}"]
+    return seed if text.score is None else [*seed, f"score {text.score:.3f}"]
+
+
+def summary(text: GeneratedText) -> str:
+    """Origin, length and end of a text."""
+    return f"({', '.join([*origin(text), f'{text.new_tokens} tokens', f'ended by {text.ended}'])})"
 
 
 def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence[GeneratedText]]) -> None:
-    """Print what was written after one prompt under several settings: side by side if there is room.
-
-    Args:
-        console: where.
-        prompt: of all of them.
-        texts: the samples, by the words of the settings.
-    """
-    fits = console.is_terminal and console.width >= MIN_COLUMN * len(texts)
-    if not fits:
+    """Print the continuations of one prompt, by the words of their params: side by side if there is room."""
+    if not console.is_terminal or console.width < MIN_COLUMN * len(texts):
         for label, samples in texts.items():
-            for each in samples:
-                console.print(Text(f"--- {' '.join([label, *how(each)])} ---", style="dim"))
-                stream_to(console, prompt, [each.new_text])
-                console.print()
+            for text in samples:
+                print_titled(console, f"{label} {summary(text)}", prompt, text)
         return
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -148,29 +136,16 @@ def print_comparison(console: Console, prompt: str, texts: Mapping[str, Sequence
     for label in texts:
         table.add_column(Text(label, style="bold"), ratio=1, overflow="fold")
     for row in zip(*texts.values(), strict=True):
-        table.add_row(
-            *(Text.assemble(printable(each.new_text.strip()), ("\n" + " ".join(how(each)), "dim")) for each in row)
-        )
+        table.add_row(*(Text.assemble(printable(each.new_text.strip()), (f"\n{summary(each)}", "dim")) for each in row))
     console.print(table, soft_wrap=False)
 
 
-def how(written: GeneratedText) -> list[str]:
-    """How a text came about, in a few words."""
-    words = [f"{written.new_tokens} tokens,", f"ended by {written.ended}"]
-    if written.seed is not None:
-        words = [f"seed {written.seed},", *words]
-    if written.score is not None:
-        words = [f"score {written.score:.3f},", *words]
-    return [f"({' '.join(words)})"]
-
-
 def print_exploration(console: Console, found: Exploration) -> None:
-    """Print what a model expects of a text and after it."""
+    """Print what `hfgpt.generation.explore.explore` found."""
     if found.loss is not None:
         print_losses(console, found)
-    heading(
-        console, f"Next token after “{printable(shortened(found.text))}”" if found.text else "First token of a document"
-    )
+    after = f"Next token after “{printable(shortened(found.text))}”" if found.text else "First token of a document"
+    print_heading(console, after)
     table = make_table(console, "token", *(each.label for each in found.distributions))
     for index, token in enumerate(found.candidates):
         table.add_row(token.label, *(percent(each.probabilities[index]) for each in found.distributions))
@@ -184,12 +159,12 @@ def print_exploration(console: Console, found: Exploration) -> None:
 
 
 def print_losses(console: Console, found: Exploration) -> None:
-    """Print the loss of each token: as colours behind the text, or as a table where colours are not seen."""
-    heading(console, "How surprising each token was")
-    if shows_colour(console):
+    """Print the loss of each token: as colours behind the text, or as a table where there are no colours."""
+    print_heading(console, "How surprising each token was")
+    if console.color_system is not None and not console.no_color:
         line = Text()
         for piece in found.pieces:
-            # The first token has no colour: nothing was expected of it.
+            # The first token has no colour: it is not predicted.
             style = colour_style(console, loss_bin(piece.loss)) if piece.tokens else ""
             line.append(printable(piece.text), style=style)
         console.print(line)
@@ -217,25 +192,24 @@ def colour_style(console: Console, index: int) -> str:
 
 
 def print_path(console: Console, found: Exploration) -> None:
-    """Print the likeliest way on, a token a line."""
-    heading(console, "The likeliest way on")
-    table = make_table(console, "token", "probability", "entropy", left="instead of it")
+    print_heading(console, "Most likely continuation")
+    table = make_table(console, "token", "probability", "entropy", last="alternatives")
     for step in found.path:
         others = "   ".join(f"{token.label} {percent(token.probability)}" for token in step.alternatives)
         table.add_row(step.token.label, percent(step.token.probability), f"{step.entropy:.2f} bits", others)
     console.print(table, soft_wrap=False)
 
 
-def heading(console: Console, text: str) -> None:
+def print_heading(console: Console, text: str) -> None:
     console.print(Text(text, style="bold"))
 
 
-def make_table(console: Console, first: str, *numbers: str, left: str | None = None) -> Table:
-    """A table whose first column is text and whose others are numbers; perhaps a last one that is text again."""
+def make_table(console: Console, first: str, *numbers: str, last: str | None = None) -> Table:
+    """A table of a text column, columns of numbers, and perhaps a last text column."""
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="dim")
     table.add_column(first, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
-    if left is not None:
-        table.add_column(left, overflow="fold")
+    if last is not None:
+        table.add_column(last, overflow="fold")
     return table

@@ -1,7 +1,7 @@
 """The model card: README.md of a model folder, rendered from its results.json alone.
 
-No number stands in it that was not measured, and none was typed again: the template is strict about what is missing,
-and `compare_card` finds what was changed afterwards. Nothing is measured here.
+Every number in it was measured, and none was typed again: the template refuses what is missing, and `compare_card`
+finds what was changed afterwards. Nothing is measured here.
 """
 
 import json
@@ -22,10 +22,10 @@ from hfgpt.system.storage import write_atomically, write_json
 TEMPLATE = "cards/model_card.md"
 CARD_FILE, EVALUATION_FILE = "README.md", ".eval_results/perplexity.yaml"
 MARKER = "<!-- Written by `hfgpt card` from results.json. What is changed here is overwritten. -->"
-"""The line by which a card is known from a README.md that someone wrote."""
+"""The line that tells a card from a README.md that someone wrote."""
 
 STREAMED = ("train_tokens", "bigram_perplexity", "unigram_perplexity")
-"""What nobody can measure of a text that is read as it comes, and not kept."""
+"""What cannot be measured of a text that is read as it comes, and not kept."""
 
 WORDS = {
     "license": (r"[a-z0-9][a-z0-9.-]*", "the Hub's name of a license, such as apache-2.0, mit or cc-by-4.0"),
@@ -157,12 +157,7 @@ def hub_link(name: str | None, otherwise: str) -> str:
 
 
 def number(value: Any) -> float:
-    """The value, if it is a finite number.
-
-    Raises:
-        ValueError: it is not.
-        UndefinedError: it is missing.
-    """
+    """The value, if it is there and is a finite number; else an error."""
     if isinstance(value, Undefined):
         str(value)  # says which one
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -1,11 +1,11 @@
-"""Runs beside one another: a table, a picture, and in which options they differ.
+"""Runs side by side: a table, a picture, and the options in which they differ.
 
-Nothing is computed that a run did not measure, and what cannot be compared is said.
+Only what the runs measured is shown, with a warning where it does not compare.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hfgpt.system.console import align_columns
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
 MADE_BY = "hfgpt compare"
-"""Stands in every picture as its `Software`, so that only such a one is ever replaced."""
+"""The `Software` of every picture; a file without it is never replaced."""
 LOSS_OPTIONS = (
     *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
@@ -30,39 +30,6 @@ LOSS_OPTIONS = (
     *("data.block_size", "tokenizer.name", "tokenizer.vocab_size", "init_from", "seed"),
 )
 """Options that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One run, as its folder tells it.
-
-    Attributes:
-        name: of the folder.
-        is_finished: whether it has results; otherwise the numbers are those of its newest evaluation.
-        step: optimizer steps done.
-        tokens: targets trained on.
-        train_loss: nats per token.
-        val_loss: nats per token.
-        val_perplexity: e to that.
-        best_step: of the lowest validation loss.
-        parameters: None before the end.
-        tokens_per_second: the median over the training lines.
-        elapsed_seconds: None before the end.
-        options: every option, as `section.name`.
-    """
-
-    name: str
-    is_finished: bool
-    step: int
-    tokens: int
-    train_loss: float
-    val_loss: float
-    val_perplexity: float
-    best_step: int | None
-    parameters: int | None
-    tokens_per_second: float | None
-    elapsed_seconds: float | None
-    options: dict[str, Any]
 
 
 def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any]:
@@ -73,8 +40,8 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
         picture: the PNG to draw, or None. One that this has drawn before is replaced.
 
     Returns:
-        `runs`, a list of `RunSummary` as dictionaries without their options; `differing_options`, for each name the
-        value of every run; and `warnings`, on what cannot be compared.
+        `runs`, a list of what `summarize` says of each; `differing_options`, for each name the value of every run; and
+        `warnings`, on what cannot be compared.
 
     Raises:
         ValueError: a folder holds no run, or one without an evaluation, or `picture` is another file.
@@ -87,8 +54,8 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
     metrics = [read_run_metrics(folder) for folder in folders]
     paths = [folder / RESULTS_FILE for folder in folders]
     results = [read_results(path) if path.is_file() else {} for path in paths]
-    runs = [summarize(*each) for each in zip(folders, names, metrics, results, strict=True)]
-    differing = differing_options(runs)
+    runs = [summarize(*each) for each in zip(names, metrics, results, strict=True)]
+    differing = differing_options([flatten(asdict(load_config(folder / "run.yaml"))) for folder in folders])
     warnings = [
         f"`{name}` differs: the losses may be of different text or different tokens, and then do not compare"
         for name in differing
@@ -96,16 +63,11 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
     ]
     if picture is not None:
         draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)], picture)
-    shown = [{key: value for key, value in asdict(run).items() if key != "options"} for run in runs]
-    return {"runs": shown, "differing_options": differing, "warnings": warnings}
+    return {"runs": runs, "differing_options": differing, "warnings": warnings}
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names, with as many of those above as it takes to tell them apart.
-
-    Raises:
-        ValueError: the same folder is given twice.
-    """
+    """The folders' last names, with as many parent folders as it takes to tell them apart."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ValueError("the same run is given twice.")
@@ -116,11 +78,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-        ValueError: there is none, or none with an evaluation.
-    """
+    """The lines of a run's metrics.jsonl, at least one of them an evaluation."""
     path = folder / "metrics.jsonl"
     if not path.is_file() or not (folder / "run.yaml").is_file():
         raise ValueError(f"{folder} holds no run: it has no metrics.jsonl and run.yaml.")
@@ -130,70 +88,63 @@ def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def summarize(folder: Path, name: str, metrics: list[dict[str, Any]], results: dict[str, Any]) -> RunSummary:
-    """Put together what a run has come to."""
+def summarize(name: str, metrics: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
+    """What a run has come to: losses in nats per token, the median speed, and None for what only its end tells.
+
+    Without results the numbers are those of the newest evaluation.
+    """
     evaluations = [line for line in metrics if "val_loss" in line]
     last = results or evaluations[-1]
     best = best_evaluation(evaluations)
     speeds = [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line]
-    return RunSummary(
-        name=name,
-        is_finished=bool(results),
-        step=max(line["step"] for line in metrics),
-        tokens=max(line["tokens"] for line in metrics),
-        train_loss=last["train_loss"],
-        val_loss=last["val_loss"],
-        val_perplexity=last["val_perplexity"],
-        best_step=results.get("best_step", best["step"] if best else None),
-        parameters=results.get("parameters"),
-        tokens_per_second=float(np.median(speeds)) if speeds else None,
-        elapsed_seconds=results.get("elapsed_seconds"),
-        options={
-            name: value for name, value in flatten(asdict(load_config(folder / "run.yaml"))).items() if value != {}
-        },
-    )
+    return {
+        "name": name,
+        "is_finished": bool(results),
+        "step": max(line["step"] for line in metrics),
+        "tokens": max(line["tokens"] for line in metrics),
+        **{key: last[key] for key in ("train_loss", "val_loss", "val_perplexity")},
+        "best_step": results.get("best_step", best["step"] if best else None),
+        "parameters": results.get("parameters"),
+        "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "elapsed_seconds": results.get("elapsed_seconds"),
+    }
 
 
-def differing_options(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:
+def differing_options(options: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """For every option that is not the same in all runs, its values in their order; None where a run has none."""
-    names = dict.fromkeys(name for run in runs for name in run.options if name != "output_dir")
-    values = {name: [run.options.get(name) for run in runs] for name in names}
+    names = dict.fromkeys(name for each in options for name, value in each.items() if value != {})
+    values = {name: [each.get(name) for each in options] for name in names if name != "output_dir"}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
 def render(comparison: dict[str, Any]) -> str:
     """The comparison as a table to read: a column for each run."""
     runs = comparison["runs"]
-    rows = [["", *(run["name"] for run in runs)]]
-    for label, shown in [
-        ("state", lambda run: "finished" if run["is_finished"] else "unfinished"),
-        ("validation loss", lambda run: f"{run['val_loss']:.4f}"),
-        ("perplexity", lambda run: f"{run['val_perplexity']:,.2f}"),
-        ("training loss", lambda run: f"{run['train_loss']:.4f}"),
-        ("gap", lambda run: f"{run['val_loss'] - run['train_loss']:.4f}"),
-        ("best step", lambda run: written(run["best_step"])),
-        ("steps", lambda run: written(run["step"])),
-        ("tokens", lambda run: written(run["tokens"])),
-        ("parameters", lambda run: written(run["parameters"])),
-        ("tokens/s", lambda run: written(run["tokens_per_second"])),
-        ("seconds", lambda run: written(run["elapsed_seconds"])),
+    rows = [
+        ["", *(run["name"] for run in runs)],
+        ["state", *("finished" if run["is_finished"] else "unfinished" for run in runs)],
+    ]
+    for label, key, form in [
+        ("validation loss", "val_loss", ".4f"),
+        ("perplexity", "val_perplexity", ",.2f"),
+        ("training loss", "train_loss", ".4f"),
+        ("gap", "gap", ".4f"),
+        ("best step", "best_step", ",.0f"),
+        ("steps", "step", ",.0f"),
+        ("tokens", "tokens", ",.0f"),
+        ("parameters", "parameters", ",.0f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        ("seconds", "elapsed_seconds", ",.0f"),
     ]:
-        rows.append([label, *map(shown, runs)])
+        values = [{**run, "gap": run["val_loss"] - run["train_loss"]}[key] for run in runs]
+        rows.append([label, *("-" if value is None else format(value, form) for value in values)])
     for name, values in comparison["differing_options"].items():
         rows.append([name, *(json.dumps(value, ensure_ascii=False) for value in values)])
     return align_columns(rows, numbers=True)
 
 
-def written(number: float | None) -> str:
-    return "-" if number is None else f"{number:,.0f}"
-
-
 def check_picture(path: Path) -> None:
-    """Refuse to write over a file that this has not drawn.
-
-    Raises:
-        ValueError: it is there and something else.
-    """
+    """Refuse to write over a file that this has not drawn."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"the picture must be a .png, got {str(path)!r}.")
     if not path.exists():
@@ -207,7 +158,7 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"{path} exists, and `hfgpt compare` has not drawn it. Name another with `--picture`.")
 
 
-def draw(runs: Sequence[RunSummary], metrics: Sequence[list[dict[str, Any]]], path: Path) -> None:
+def draw(runs: Sequence[dict[str, Any]], metrics: Sequence[list[dict[str, Any]]], path: Path) -> None:
     """Draw the losses against tokens seen: the validation rows' on the left, the training rows' on the right.
 
     Both have the same axes, so that the gap of a run is the difference in height. A star marks its best evaluation.
@@ -234,7 +185,7 @@ def draw(runs: Sequence[RunSummary], metrics: Sequence[list[dict[str, Any]]], pa
     write_png(figure, path, software=MADE_BY)
 
 
-def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str, color: str) -> None:
+def draw_run(axes: Axes, run: dict[str, Any], lines: list[dict[str, Any]], key: str, color: str) -> None:
     """Draw one loss of one run: its evaluations, and on the training side, thin, the mean of the batches around."""
     evaluations = [line for line in lines if key in line]
     if key == "train_loss":
@@ -246,10 +197,10 @@ def draw_run(axes: Axes, run: RunSummary, lines: list[dict[str, Any]], key: str,
                 np.convolve([line[name] for line in batches], kernel, "valid") for name in ("tokens", "loss")
             )
             axes.plot(smooth_tokens, smooth_losses, color=color, linewidth=0.7, alpha=0.45)
-    label = f"{run.name}: validation loss {run.val_loss:.3f}, perplexity {run.val_perplexity:,.1f}"
-    label += "" if run.is_finished else " (unfinished)"
+    label = f"{run['name']}: validation loss {run['val_loss']:.3f}, perplexity {run['val_perplexity']:,.1f}"
+    label += "" if run["is_finished"] else " (unfinished)"
     tokens, losses = ([line[name] for line in evaluations] for name in ("tokens", key))
     axes.plot(tokens, losses, color=color, marker="o", markersize=3.5, label=label)
-    best = [line for line in evaluations if line["step"] == run.best_step]
+    best = [line for line in evaluations if line["step"] == run["best_step"]]
     if best and key == "val_loss":
         axes.plot(best[0]["tokens"], best[0][key], color=color, marker="*", markersize=13, linestyle="")

@@ -1,19 +1,18 @@
-"""What a run writes to be read: metrics.jsonl and samples.md.
+"""What a run writes as it goes, metrics.jsonl and samples.md; and its results.json, read.
 
-Only the main process writes. Files are appended to, a whole line or section at a time, so a killed run leaves at most
-one torn end, which `truncate_after` takes away when the run goes on.
+Only the main process writes. Files grow by a whole line or section at a time, so a killed run leaves at most one torn
+end, which `truncate_after` removes when the run is resumed.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfgpt.system.storage import encode_json, write_atomically
 
 RESULTS_FILE, PLOT_FILE = "results.json", "loss.png"
-
 # One sample in samples.md, as `SamplesFile.append` writes it. Its text holds no run of backticks as long as its fence.
 SAMPLE_SECTION = re.compile(r"\n## step (\d+) \([^\n]*\)\n\n(`{3,})text\n(.*?)\n\2\n", re.DOTALL)
 
@@ -125,22 +124,20 @@ class SamplesFile:
 
     def read(self) -> list[tuple[int, str]]:
         """Step and text of every sample, in the order written."""
-        content, position, samples = self.path.read_bytes().decode(), len(self.header), []
-        while section := SAMPLE_SECTION.match(content, position):
-            position = section.end()
-            samples.append((int(section[1]), section[3]))
-        return samples
+        return [(int(section[1]), section[3]) for section in self.sections()]
 
     def truncate_after(self, step: int) -> None:
         """Drop the samples of later steps than `step`, and a last one that a kill tore."""
-        content = self.path.read_bytes().decode(errors="replace")  # only a torn end can be no UTF-8, and it is dropped
-        kept, position = [self.header], len(self.header)
-        # One after the other: what looks like a heading inside a sample is never found.
+        kept = [section[0] for section in self.sections() if int(section[1]) <= step]
+        write_atomically(self.path, "".join([self.header, *kept]).encode())
+
+    def sections(self) -> Iterator[re.Match[str]]:
+        """Every complete sample, one after the other: what looks like a heading inside a sample is never found."""
+        content = self.path.read_bytes().decode(errors="replace")  # only a torn end can be no UTF-8, and it is left out
+        position = len(self.header)
         while section := SAMPLE_SECTION.match(content, position):
             position = section.end()
-            if int(section[1]) <= step:
-                kept.append(section[0])
-        write_atomically(self.path, "".join(kept).encode())
+            yield section
 
 
 def fenced(text: str) -> str:

@@ -39,14 +39,10 @@ LITTLE_MEMORY_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a person should know.
-
-    Attributes:
-        is_fault: whether a run cannot work, or not as it says; otherwise it is a hint.
-        text: what it is, and what to do.
-    """
+    """What a person should know, and what to do."""
 
     is_fault: bool
+    """Whether a run cannot work, or not as its recipe says; otherwise this is a hint."""
     text: str
 
 

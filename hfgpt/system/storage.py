@@ -72,11 +72,7 @@ def new_path(dest: Path) -> Iterator[Path]:
 
 
 def check_absent(path: Path) -> None:
-    """Refuse a path that exists, also as a broken link.
-
-    Raises:
-        FileExistsError: naming it.
-    """
+    """Refuse a path that exists, also as a broken link."""
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists. Name a new one.")
 
@@ -113,11 +109,7 @@ def seal(manifest: dict[str, Any]) -> str:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """The manifest that `seal` was given.
-
-    Raises:
-        ValueError: it has changed since.
-    """
+    """The manifest that `seal` was given, if it has not changed since."""
     manifest = json.loads(text)
     digest = manifest.pop("sha256")
     if hashlib.sha256(json.dumps(manifest).encode()).hexdigest() != digest:

@@ -12,6 +12,7 @@ from hfgpt.distributed.sharding import is_sharded, reshard
 from hfgpt.evaluation.loss import Score, score_batches
 from hfgpt.generation.decoding import generate
 from hfgpt.generation.generator import suppressed_ids
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import stream_text
 from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.recorder import Recorder, check_finite_loss
@@ -94,20 +95,18 @@ def score(run: Run, state: TrainState, limit: int, stop: StopRequest) -> dict[st
 
 
 def write_sample(run: Run) -> str:
-    """Write on from the recipe's prompt; drawing from a generator of its own, so that training draws as it would."""
+    """Continue the recipe's prompt, with a random generator of its own, so that training draws what it would."""
     sample = run.config.sample
     if sample.max_new_tokens == 0:
         return ""
-    device = run.model.device
-    suppress_mask = suppressed_ids(run.tokenizer, run.model.config.vocab_size)
+    params = SamplingParams(
+        max_new_tokens=sample.max_new_tokens, temperature=sample.temperature, top_k=sample.top_k, seed=run.config.seed
+    )
     ids = generate(
         run.model,
-        prompt_ids(run.config, run.tokenizer).to(device),
-        max_new_tokens=sample.max_new_tokens,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
+        prompt_ids(run.config, run.tokenizer).to(run.model.device),
+        params,
         eos_token_id=run.tokenizer.eos_token_id,
-        suppress_mask=None if suppress_mask is None else suppress_mask.to(device),
-        generator=torch.Generator(device).manual_seed(run.config.seed),
+        suppress_mask=suppressed_ids(run.tokenizer, run.model),
     )
     return "".join(stream_text(run.tokenizer, ids[0]))

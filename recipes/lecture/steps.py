@@ -22,6 +22,7 @@ from hfgpt.data.prepare import Rows, load_rows
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
 from hfgpt.generation import decoding
+from hfgpt.generation.params import SamplingParams
 from hfgpt.loss import linear_cross_entropy
 from hfgpt.system.machine import environment
 from hfgpt.system.storage import write_json
@@ -118,9 +119,8 @@ class Lecture:
 
     def write_on(self, model: HFGPTForCausalLM, max_new_tokens: int, **settings: Any) -> str:
         """The prompt and what the model writes after it; the likeliest token each time, unless `settings` differ."""
-        settings = {"temperature": 0.0, **settings}
-        prompt = self.encode(self.config.sample.prompt)
-        return self.decode(decoding.generate(model, prompt, max_new_tokens=max_new_tokens, **settings))
+        params = SamplingParams(max_new_tokens, **{"temperature": 0.0, "top_k": 0, **settings})
+        return self.decode(decoding.generate(model, self.encode(self.config.sample.prompt), params))
 
     def figures(self) -> dict[str, Any]:
         """All that was measured in this folder so far, by step."""
@@ -317,7 +317,7 @@ def temperature(lecture: Lecture) -> dict[str, Any]:
     for value in TEMPERATURES:
         generator = torch.Generator().manual_seed(123)
         drawn = [
-            decoding.sample_next_token(WORD_LOGITS, temperature=value, top_k=0, top_p=1.0, generator=generator).item()
+            decoding.sample_next_token(WORD_LOGITS, SamplingParams(temperature=value, top_k=0), generator).item()
             for _ in range(1000)
         ]
         counts[value] = torch.tensor(drawn).bincount(minlength=len(WORDS)).tolist()

@@ -10,7 +10,7 @@ import pytest
 from commands import hfgpt
 
 from hfgpt.evaluation.report import measure, render
-from hfgpt.generation.params import Settings
+from hfgpt.generation.params import OPTIONS, SamplingParams
 
 
 def test_evaluate_prints_a_table_to_read(world):
@@ -65,7 +65,7 @@ def test_generate_prints_prompt_and_text_as_json(world):
 
 
 def test_generate_prints_the_prompt_though_nothing_follows(world, monkeypatch):
-    monkeypatch.setattr("hfgpt.generation.generator.continue_text", lambda *args, **settings: iter([]))
+    monkeypatch.setattr("hfgpt.generation.generator.continue_text", lambda *args: iter([]))
 
     assert hfgpt("generate", "out/accelerate", "The").out == "The\n"
 
@@ -74,7 +74,7 @@ def test_generate_hands_every_option_on(world, monkeypatch):
     heard = []
     monkeypatch.setattr(
         "hfgpt.generation.generator.continue_text",
-        lambda writer, prompt, settings: iter([heard.append((writer.source, prompt, settings)) or "!"]),
+        lambda generator, prompt, params: iter([heard.append((generator.source, prompt, params)) or "!"]),
     )
 
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.1 --seed 9 --stop a\\n --stop b"
@@ -84,11 +84,21 @@ def test_generate_hands_every_option_on(world, monkeypatch):
     for options in (sampling, searching):
         hfgpt("generate", "out/accelerate", "a b", *options.split())
 
-    sampled = Settings(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
-    searched = Settings(
+    sampled = SamplingParams(7, 0.5, 4, 0.75, 0.1, stop=("a\n", "b"), seed=9)
+    searched = SamplingParams(
         num_beams=3, length_penalty=0.5, early_stopping="never", repetition_penalty=2.0, no_repeat_ngram_size=3
     )
     assert heard == [("out/accelerate", "a b", sampled), ("out/accelerate", "a b", searched)]
+
+
+def test_generate_has_an_option_for_every_field_of_the_params(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    printed = hfgpt("generate", "--help").out
+
+    for name, field in OPTIONS.items():
+        assert re.search(rf"--{name.replace('_', '-')} .*{re.escape(field.metadata['help'])}", printed)
+    assert "Tokens to write. [default: (100)]" in printed
 
 
 def test_generate_answers_many_prompts_in_their_order(world):

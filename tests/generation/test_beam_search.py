@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hfgpt.generation.beam_search import beam_search
 from hfgpt.generation.decoding import generate
+from hfgpt.generation.params import OPTIONS, SamplingParams
 
 LEFT_PADDING = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
 EOS = [42, 34, 45]
@@ -21,6 +22,13 @@ def model(model):
     model = deepcopy(model)
     model.lm_head.weight.data.mul_(0.12)
     return model
+
+
+def search(model, prompts, **settings):
+    """`beam_search` with the params among `settings`."""
+    params = {name: value for name, value in settings.items() if name in OPTIONS}
+    inputs = {name: value for name, value in settings.items() if name not in OPTIONS}
+    return beam_search(model, prompts, SamplingParams(**params), **inputs)
 
 
 def search_with_transformers(model, prompts, mask, num_beams, **settings):
@@ -53,19 +61,17 @@ def assert_equal_beams(found, expected):
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("mask", [None, LEFT_PADDING], ids=["full", "left-padded"])
 def test_all_beams_and_scores_are_those_of_transformers_generate(model, prompts, mask, length_penalty, early_stopping):
-    search = {"length_penalty": length_penalty, "early_stopping": early_stopping, "max_new_tokens": 15}
+    how = {"length_penalty": length_penalty, "early_stopping": early_stopping, "max_new_tokens": 15}
 
-    found = beam_search(model, prompts, attention_mask=mask, num_beams=4, eos_token_id=EOS, **search)
+    found = search(model, prompts, attention_mask=mask, num_beams=4, eos_token_id=EOS, **how)
 
-    assert_equal_beams(found, search_with_transformers(model, prompts, mask, 4, eos_token_id=EOS, **search))
+    assert_equal_beams(found, search_with_transformers(model, prompts, mask, 4, eos_token_id=EOS, **how))
 
 
 def test_the_way_to_stop_and_the_length_penalty_change_what_is_found(model, prompts):
     def texts(length_penalty, early_stopping):
-        search = {"length_penalty": length_penalty, "early_stopping": early_stopping, "max_new_tokens": 15}
-        return str(
-            [[beam.ids for beam in row] for row in beam_search(model, prompts, num_beams=4, eos_token_id=EOS, **search)]
-        )
+        how = {"length_penalty": length_penalty, "early_stopping": early_stopping, "max_new_tokens": 15}
+        return str([[beam.ids for beam in row] for row in search(model, prompts, num_beams=4, eos_token_id=EOS, **how)])
 
     # Or the test above would say little.
     assert len({texts(2.0, early_stopping) for early_stopping in (False, True, "never")}) == 3
@@ -78,26 +84,24 @@ def test_the_way_to_stop_and_the_length_penalty_change_what_is_found(model, prom
     ids=str,
 )
 def test_rules_about_earlier_tokens_hold_in_every_beam(model, prompts, rules):
-    found = beam_search(model, prompts, num_beams=3, max_new_tokens=20, **rules)
+    found = search(model, prompts, num_beams=3, max_new_tokens=20, **rules)
 
     assert_equal_beams(found, search_with_transformers(model, prompts, None, 3, max_new_tokens=20, **rules))
-    assert found != beam_search(model, prompts, num_beams=3, max_new_tokens=20)
+    assert found != search(model, prompts, num_beams=3, max_new_tokens=20)
 
 
 def test_ids_that_no_tokenizer_knows_are_in_no_beam(model, prompts):
-    unknown = sorted(
-        {token for row in beam_search(model, prompts, num_beams=3, max_new_tokens=15) for token in row[0].ids}
-    )
+    unknown = sorted({token for row in search(model, prompts, num_beams=3, max_new_tokens=15) for token in row[0].ids})
     suppress_mask = torch.zeros(61, dtype=torch.bool).index_fill(0, torch.tensor(unknown), True)
 
-    found = beam_search(model, prompts, num_beams=3, max_new_tokens=15, suppress_mask=suppress_mask)
+    found = search(model, prompts, num_beams=3, max_new_tokens=15, suppress_mask=suppress_mask)
 
     expected = search_with_transformers(model, prompts, None, 3, max_new_tokens=15, suppress_tokens=unknown)
     assert_equal_beams(found, expected)
 
 
 def test_a_row_finds_the_same_alone_and_beside_others(model, prompts):
-    together = beam_search(
+    together = search(
         model,
         prompts,
         attention_mask=LEFT_PADDING,
@@ -108,7 +112,7 @@ def test_a_row_finds_the_same_alone_and_beside_others(model, prompts):
     )
 
     for row, padding in enumerate([0, 2, 5]):
-        (alone,) = beam_search(
+        (alone,) = search(
             model,
             prompts[row : row + 1, padding:],
             num_beams=3,
@@ -120,9 +124,9 @@ def test_a_row_finds_the_same_alone_and_beside_others(model, prompts):
 
 
 def test_one_beam_is_greedy(model, prompts):
-    found = beam_search(model, prompts, num_beams=1, max_new_tokens=30)
+    found = search(model, prompts, num_beams=1, max_new_tokens=30)
 
-    greedy = generate(model, prompts, max_new_tokens=30, temperature=0)[:, 7:]
+    greedy = generate(model, prompts, SamplingParams(max_new_tokens=30, temperature=0))[:, 7:]
     assert [row[0].ids for row in found] == greedy.tolist()
 
 
@@ -155,7 +159,7 @@ def best_texts(model, prompt, length, eos, length_penalty):
 
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
 def test_with_enough_beams_the_search_is_exhaustive(tiny_model, length_penalty):
-    found = beam_search(
+    found = search(
         tiny_model,
         torch.tensor([[1, 3, 0], [2, 2, 4]]),
         num_beams=125,
@@ -176,7 +180,7 @@ def test_a_text_ends_where_it_is_told_to(model, prompts):
     def is_stopped(ids):
         return sum(ids) % 7 == 3
 
-    found = beam_search(model, prompts, num_beams=4, max_new_tokens=12, is_stopped=is_stopped)
+    found = search(model, prompts, num_beams=4, max_new_tokens=12, is_stopped=is_stopped)
 
     for beam in (beam for row in found for beam in row):
         assert is_stopped(beam.ids) or len(beam.ids) == 12
@@ -187,7 +191,7 @@ def test_a_text_ends_where_it_is_told_to(model, prompts):
     ("settings", "message"),
     [
         ({"num_beams": 0}, "`num_beams` must be at least 1, got 0"),
-        ({"length_penalty": float("nan")}, "`length_penalty` must be a finite number, got nan"),
+        ({"length_penalty": float("nan")}, "`length_penalty` must be finite, got nan"),
         ({"early_stopping": "always"}, r"`early_stopping` must be one of \[False, True, 'never'\], got 'always'"),
         ({"max_new_tokens": 42}, r"\(7 tokens\).*\(42\).*\(48\). Shorten the prompt"),
         ({"max_new_tokens": 41, "no_repeat_ngram_size": 1, "few": True}, "leaves no token to go on with"),
@@ -198,4 +202,4 @@ def test_what_cannot_be_searched_is_refused(model, prompts, settings, message):
         settings["suppress_mask"] = torch.arange(61) >= 12
 
     with pytest.raises(ValueError, match=message):
-        beam_search(model, prompts % 12, **{"num_beams": 2, "max_new_tokens": 5, **settings})
+        search(model, prompts % 12, **{"num_beams": 2, "max_new_tokens": 5, **settings})

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from hfgpt.generation.decoding import generate, process_logits, sample_next_token, stream
+from hfgpt.generation.decoding import generate, generate_stream, process_logits, sample_next_token
+from hfgpt.generation.params import OPTIONS, SamplingParams
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
@@ -14,8 +15,15 @@ PROMPTS = torch.randint(61, (3, 7), generator=torch.Generator().manual_seed(1))
 LEFT_PADDING = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
 
 
+def write(model, ids, **settings):
+    """`generate` with the params among `settings`, which are the model's own distribution where they are not given."""
+    own = {"max_new_tokens": 30, "temperature": 1.0, "top_k": 0}
+    params = SamplingParams(**own | {name: value for name, value in settings.items() if name in OPTIONS})
+    return generate(model, ids, params, **{name: value for name, value in settings.items() if name not in OPTIONS})
+
+
 def greedy(model, ids, **settings):
-    return generate(model, ids, max_new_tokens=30, temperature=0, **settings)
+    return write(model, ids, temperature=0, **settings)
 
 
 def generate_with_transformers(model, ids, mask=None, **keywords):
@@ -26,7 +34,7 @@ def generate_with_transformers(model, ids, mask=None, **keywords):
 def test_sampling_draws_what_the_lecture_drew():
     torch.manual_seed(123)
 
-    ids = [sample_next_token(NINE_WORDS, temperature=1.0, top_k=0, top_p=1.0, generator=None) for _ in range(1000)]
+    ids = [sample_next_token(NINE_WORDS, SamplingParams(temperature=1.0, top_k=0)) for _ in range(1000)]
 
     assert torch.bincount(torch.cat(ids), minlength=9).tolist() == [73, 0, 0, 582, 2, 0, 0, 343, 0]
 
@@ -34,7 +42,8 @@ def test_sampling_draws_what_the_lecture_drew():
 def test_sampling_frequencies_match_the_filtered_probabilities():
     rows = NINE_WORDS.expand(40_000, -1)
 
-    ids = sample_next_token(rows, temperature=2.0, top_k=4, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(temperature=2.0, top_k=4, top_p=0.9)
+    ids = sample_next_token(rows, params, torch.Generator().manual_seed(0))
 
     # By hand: of the four likeliest, 6.75, 6.28, 4.51 and 1.79, the first three have 0.96 and the first two 0.81.
     weights = torch.tensor([4.51, 6.75, 6.28]).div(2).exp()
@@ -45,14 +54,14 @@ def test_sampling_frequencies_match_the_filtered_probabilities():
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
-    assert sample_next_token(NINE_WORDS, temperature=0, top_k=2, top_p=0.3, generator=None).tolist() == [3]
+    assert sample_next_token(NINE_WORDS, SamplingParams(temperature=0, top_k=2, top_p=0.3)).tolist() == [3]
 
 
 def test_half_precision_logits_are_sampled_from_in_fp32():
     logits = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     half, full = (
-        sample_next_token(x, temperature=0.7, top_k=500, top_p=0.9, generator=torch.Generator().manual_seed(0))
+        sample_next_token(x, SamplingParams(temperature=0.7, top_k=500, top_p=0.9), torch.Generator().manual_seed(0))
         for x in (logits, logits.float())
     )
 
@@ -102,7 +111,7 @@ def test_rows_stop_at_their_eos_as_in_transformers_generate(model, as_list, pad_
 def test_sampling_equals_transformers_generate(model):
     sampling = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     torch.manual_seed(5)
-    ours = generate(model, PROMPTS, max_new_tokens=30, **sampling)
+    ours = write(model, PROMPTS, max_new_tokens=30, **sampling)
 
     torch.manual_seed(5)
     assert torch.equal(ours, generate_with_transformers(model, PROMPTS, do_sample=True, **sampling))
@@ -126,7 +135,7 @@ def test_the_prompt_is_read_once_and_then_one_token_a_step_without_gradients(mod
         with_kwargs=True,
     )
 
-    generate(model, PROMPTS, max_new_tokens=4)
+    write(model, PROMPTS, max_new_tokens=4)
 
     assert calls == [(7, False), (1, False), (1, False), (1, False)]
 
@@ -135,7 +144,7 @@ def test_a_seed_fixes_the_text_and_another_seed_changes_it(model):
     default_state = torch.get_rng_state()
 
     first, again, other = (
-        generate(model, PROMPTS, max_new_tokens=20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        write(model, PROMPTS, max_new_tokens=20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
 
     assert torch.equal(first, again)
@@ -143,10 +152,19 @@ def test_a_seed_fixes_the_text_and_another_seed_changes_it(model):
     assert torch.equal(torch.get_rng_state(), default_state)
 
 
-def test_stream_yields_what_generate_joins(model):
-    steps = list(stream(model, PROMPTS, max_new_tokens=41, temperature=0))  # fills the 48 positions
+def test_the_seed_of_the_params_is_that_of_a_generator(model):
+    seeded = write(model, PROMPTS, seed=3)
 
-    joined = generate(model, PROMPTS, max_new_tokens=41, temperature=0)
+    assert torch.equal(seeded, write(model, PROMPTS, generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(seeded, write(model, PROMPTS, seed=4))
+
+
+def test_generate_stream_yields_what_generate_joins(model):
+    params = SamplingParams(max_new_tokens=41, temperature=0)  # fills the 48 positions
+
+    steps = list(generate_stream(model, PROMPTS, params))
+
+    joined = generate(model, PROMPTS, params)
     assert torch.equal(joined[:, :7], PROMPTS)
     assert torch.equal(joined[:, 7:], torch.stack(steps, dim=1))
 
@@ -157,12 +175,12 @@ def test_decoding_is_without_dropout_and_leaves_every_mode_as_it_was(model):
     model.transformer.h[0].eval()  # as someone who freezes a block does
     modes = [module.training for module in model.modules()]
 
-    left_early = stream(model, PROMPTS, max_new_tokens=30, temperature=0)
+    left_early = generate_stream(model, PROMPTS, SamplingParams(max_new_tokens=30, temperature=0))
     next(left_early)
     modes_between_steps = [module.training for module in model.modules()]
     ids = greedy(model, PROMPTS)
     with pytest.raises(IndexError):
-        generate(model, torch.tensor([[10_000]]), max_new_tokens=1)  # no such token: the model itself fails
+        write(model, torch.tensor([[10_000]]), max_new_tokens=1)  # no such token: the model itself fails
 
     assert modes_between_steps == modes == [module.training for module in model.modules()]
     assert torch.equal(ids, expected)
@@ -170,9 +188,9 @@ def test_decoding_is_without_dropout_and_leaves_every_mode_as_it_was(model):
 
 def test_generated_ids_can_be_trained_on_and_gradients_stay_on_between_steps(model):
     model = deepcopy(model)
-    for _ in stream(model, PROMPTS, max_new_tokens=2):
+    for _ in generate_stream(model, PROMPTS, SamplingParams(max_new_tokens=2)):
         assert torch.is_grad_enabled()
-    ids = generate(model, PROMPTS, max_new_tokens=5)
+    ids = write(model, PROMPTS, max_new_tokens=5)
 
     model(input_ids=ids, labels=ids).loss.backward()
 
@@ -184,14 +202,16 @@ def test_generated_ids_can_be_trained_on_and_gradients_stay_on_between_steps(mod
     [
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
         ({"max_new_tokens": 42}, r"\(7 tokens\).*\(42\).*\(48\). Shorten the prompt"),
-        ({"temperature": -0.5}, "`temperature` must be a finite number of at least 0, got -0.5"),
-        ({"temperature": math.nan}, "`temperature` must be a finite number of at least 0, got nan"),
+        ({"temperature": -0.5}, "`temperature` must be finite and at least 0, got -0.5"),
+        ({"temperature": math.nan}, "`temperature` must be finite and at least 0, got nan"),
         ({"top_k": -1}, "`top_k` must be at least 0, got -1"),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "`top_p` must be above 0 and at most 1, got 1.1"),
         ({"min_p": -0.1}, "`min_p` must be at least 0 and at most 1, got -0.1"),
-        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a finite number above 0, got 0.0"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be finite and above 0, got 0.0"),
         ({"no_repeat_ngram_size": -1}, "`no_repeat_ngram_size` must be at least 0, got -1"),
+        ({"num_beams": 2}, r"`num_beams` \(2\) is above 1: that is what `beam_search` is for"),
+        ({"stop": ("x",)}, r"`stop` \['x'\] needs a tokenizer. Use `generate_texts`, or give `is_stopped`"),
         ({"generator": [torch.Generator()]}, "`generator` has 1 entries for 3 rows"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"at least one of each, got shape \(1, 0\)"),
         ({"input_ids": torch.zeros(7, dtype=torch.long)}, r"must be \(rows, tokens\) .* got shape \(7,\)"),
@@ -200,10 +220,11 @@ def test_generated_ids_can_be_trained_on_and_gradients_stay_on_between_steps(mod
     ],
 )
 def test_what_cannot_be_decoded_is_refused_before_the_first_step(model, arguments, message):
-    arguments = {"input_ids": PROMPTS, "max_new_tokens": 5, **arguments}
+    params = {"max_new_tokens": 5, **{name: value for name, value in arguments.items() if name in OPTIONS}}
+    inputs = {"input_ids": PROMPTS, **{name: value for name, value in arguments.items() if name not in OPTIONS}}
 
     with pytest.raises(ValueError, match=message):
-        stream(model, **arguments)
+        generate_stream(model, params=SamplingParams(**params), **inputs)
 
 
 RULES = [
@@ -250,7 +271,7 @@ def test_rules_about_earlier_tokens_do_not_see_padding(model, rules):
 )
 def test_all_rules_together_sample_what_transformers_generate_samples(model, rules):
     torch.manual_seed(5)
-    ours = generate(model, PROMPTS, max_new_tokens=30, attention_mask=LEFT_PADDING, **rules)
+    ours = write(model, PROMPTS, max_new_tokens=30, attention_mask=LEFT_PADDING, **rules)
 
     torch.manual_seed(5)
     theirs = {"top_k": 0, **rules}  # their default is 50
@@ -266,7 +287,7 @@ def test_ids_that_no_tokenizer_knows_are_never_written(model):
 
     theirs = generate_with_transformers(model, PROMPTS, do_sample=False, suppress_tokens=unknown.tolist())
     assert torch.equal(ours, theirs)
-    hot = generate(model, PROMPTS, max_new_tokens=40, temperature=50.0, suppress_mask=suppress_mask)[:, 7:]
+    hot = write(model, PROMPTS, max_new_tokens=40, temperature=50.0, suppress_mask=suppress_mask)[:, 7:]
     assert not torch.isin(hot, unknown).any()
     assert len(hot.unique()) > 30  # of the 41 left
 
@@ -276,17 +297,15 @@ def test_a_row_with_its_own_generator_writes_what_it_writes_alone(model):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     sampling = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 30, "repetition_penalty": 1.1}
-    together = generate(model, PROMPTS, attention_mask=LEFT_PADDING, generator=seeded(3, 4, 5), **sampling)
-    swapped = generate(
-        model, PROMPTS.flip(0), attention_mask=LEFT_PADDING.flip(0), generator=seeded(5, 4, 3), **sampling
-    )
+    together = write(model, PROMPTS, attention_mask=LEFT_PADDING, generator=seeded(3, 4, 5), **sampling)
+    swapped = write(model, PROMPTS.flip(0), attention_mask=LEFT_PADDING.flip(0), generator=seeded(5, 4, 3), **sampling)
 
     assert torch.equal(together, swapped.flip(0))
     for row, padding in enumerate([0, 2, 5]):
         prompt = PROMPTS[row : row + 1, padding:]
-        assert torch.equal(together[row, padding:], generate(model, prompt, generator=seeded(3 + row), **sampling)[0])
+        assert torch.equal(together[row, padding:], write(model, prompt, generator=seeded(3 + row), **sampling)[0])
         one = torch.Generator().manual_seed(3 + row)
-        assert torch.equal(together[row, padding:], generate(model, prompt, generator=one, **sampling)[0])
+        assert torch.equal(together[row, padding:], write(model, prompt, generator=one, **sampling)[0])
 
 
 def test_rows_stop_where_they_are_told_to_and_are_filled_up(model):
@@ -317,15 +336,10 @@ def test_a_text_that_cannot_go_on_without_repeating_says_so(model):
     suppress_mask = torch.arange(61) >= 12
 
     with pytest.raises(ValueError, match=r"`no_repeat_ngram_size` \(1\) leaves no token to go on with"):
-        generate(model, PROMPTS % 12, max_new_tokens=20, no_repeat_ngram_size=1, suppress_mask=suppress_mask)
+        write(model, PROMPTS % 12, max_new_tokens=20, no_repeat_ngram_size=1, suppress_mask=suppress_mask)
 
 
 def test_at_temperature_zero_the_distribution_is_the_likeliest_token_alone():
-    shaped = process_logits(NINE_WORDS, temperature=0, top_k=4)
+    shaped = process_logits(NINE_WORDS, SamplingParams(temperature=0, top_k=4))
 
     assert shaped.softmax(-1).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]]
-
-
-def test_what_is_no_rule_is_refused(model):
-    with pytest.raises(TypeError, match="temprature"):
-        stream(model, PROMPTS, max_new_tokens=5, temprature=1.0)

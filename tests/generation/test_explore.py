@@ -40,13 +40,13 @@ def folder(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def writer(folder):
+def generator(folder):
     return load_generator(folder)
 
 
 @pytest.fixture(scope="module")
-def found(writer):
-    return explore(writer, TEXT, explored_variants(EXPLORED), top=6, steps=5, alternatives=2)
+def found(generator):
+    return explore(generator, TEXT, explored_variants(EXPLORED), top=6, steps=5, alternatives=2)
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_entropy_is_in_bits():
     assert entropy_bits(torch.tensor([1.0, 0.0])) == 0
 
 
-def test_the_way_on_is_greedy_and_its_alternatives_are_the_next_likeliest(folder, found, tokenizer):
+def test_the_continuation_is_greedy_and_its_alternatives_are_the_next_likeliest(folder, found, tokenizer):
     ids = tokenizer(TEXT)["input_ids"]
 
     assert len(found.path) == 5
@@ -119,20 +119,20 @@ def test_the_way_on_is_greedy_and_its_alternatives_are_the_next_likeliest(folder
         ids.append(step.token.token_id)
 
 
-def test_the_way_on_ends_where_the_model_has_no_position_left(writer, tokenizer):
+def test_the_continuation_ends_where_the_model_has_no_position_left(generator, tokenizer):
     text = "x" * 46
 
-    found = explore(writer, text, explored_variants(["top_k=3"]), steps=5)
+    found = explore(generator, text, explored_variants(["top_k=3"]), steps=5)
 
     assert len(tokenizer(text)["input_ids"]) == 46
     assert len(found.path) == 2
-    assert explore(writer, "x" * 48, explored_variants(["top_k=3"]), steps=5).path == []
+    assert explore(generator, "x" * 48, explored_variants(["top_k=3"]), steps=5).path == []
     with pytest.raises(ValueError, match=r"the text has 49 tokens, more than the model's .* \(48\)"):
-        explore(writer, "x" * 49, explored_variants(["top_k=3"]))
+        explore(generator, "x" * 49, explored_variants(["top_k=3"]))
 
 
-def test_an_empty_text_shows_how_documents_begin(folder, writer, tokenizer):
-    found = explore(writer, "", explored_variants(EXPLORED), steps=1)
+def test_an_empty_text_shows_how_documents_begin(folder, generator, tokenizer):
+    found = explore(generator, "", explored_variants(EXPLORED), steps=1)
 
     expected = reference(folder, [tokenizer.eos_token_id])[:320].softmax(-1)
     assert found.distributions[0].probabilities == pytest.approx(expected.topk(10).values.tolist(), rel=1e-4)
@@ -142,14 +142,20 @@ def test_an_empty_text_shows_how_documents_begin(folder, writer, tokenizer):
     assert draw_distributions(found).startswith(b"\x89PNG")
 
 
-def test_rules_about_earlier_tokens_and_temperature_zero_can_be_compared(writer):
-    found = explore(writer, TEXT, explored_variants(["temperature=0", "repetition_penalty=3"]))
+def test_temperature_zero_can_be_looked_at_alone(generator):
+    (certain,) = explore(generator, TEXT, explored_variants(["temperature=0"])).distributions
+
+    assert (certain.probabilities[0], certain.kept) == (1, 1)
+
+
+def test_rules_about_earlier_tokens_and_temperature_zero_can_be_compared(generator):
+    found = explore(generator, TEXT, explored_variants(["temperature=0", "repetition_penalty=3"]))
 
     certain, penalized = found.distributions
     assert (certain.probabilities[0], certain.entropy, certain.kept) == (1, 0, 1)
     assert (
         penalized.probabilities
-        != explore(writer, TEXT, explored_variants(["temperature=1"])).distributions[0].probabilities
+        != explore(generator, TEXT, explored_variants(["temperature=1"])).distributions[0].probabilities
     )
 
 

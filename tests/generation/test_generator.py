@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from hfgpt.data.tokenizer import train_tokenizer
 from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
-from hfgpt.generation.params import Settings
+from hfgpt.generation.params import SamplingParams
 
 KOREAN = "한국어는 한글로 적는다. "
 
@@ -31,17 +31,17 @@ PROMPTS = ["The object", KOREAN, "", "x", "of the other"]
 
 
 @pytest.fixture
-def writer(folder):
+def generator(folder):
     return load_generator(folder)
 
 
 def write(folder, prompt, **settings):
-    return "".join(continue_text(load_generator(folder), prompt, Settings(**{"max_new_tokens": 30, **settings})))
+    return "".join(continue_text(load_generator(folder), prompt, SamplingParams(**{"max_new_tokens": 30, **settings})))
 
 
-def write_all(writer, prompts, samples=1, batch_size=8, **settings):
-    settings = Settings(**{"max_new_tokens": 20, **settings})
-    return list(generate_texts(writer, prompts, settings, samples=samples, batch_size=batch_size))
+def write_all(generator, prompts, samples=1, batch_size=8, **settings):
+    settings = SamplingParams(**{"max_new_tokens": 20, **settings})
+    return list(generate_texts(generator, prompts, settings, samples=samples, batch_size=batch_size))
 
 
 @pytest.mark.parametrize("prompt", ["The object", KOREAN, "x"])
@@ -115,7 +115,7 @@ def test_korean_comes_in_whole_characters(folder, tokenizer):
     ids = tokenizer(KOREAN)["input_ids"]
     teach(folder, ids)
 
-    pieces = list(continue_text(load_generator(folder), "A", Settings(max_new_tokens=len(ids), temperature=0)))
+    pieces = list(continue_text(load_generator(folder), "A", SamplingParams(max_new_tokens=len(ids), temperature=0)))
 
     assert len(tokenizer("A")["input_ids"]) == 1
     assert any("\ufffd" in tokenizer.decode([token_id]) for token_id in ids)  # some tokens are parts of a syllable
@@ -133,20 +133,20 @@ def test_an_end_of_text_ends_the_text(folder, tokenizer):
     assert text == " to be"
 
 
-def test_a_prompt_that_is_too_long_is_refused_at_once_and_not_at_the_first_piece(writer):
+def test_a_prompt_that_is_too_long_is_refused_at_once_and_not_at_the_first_piece(generator):
     with pytest.raises(ValueError, match=r"`max_new_tokens` \(64\) are together longer than the model's"):
-        continue_text(writer, "The", Settings(max_new_tokens=64))
+        continue_text(generator, "The", SamplingParams(max_new_tokens=64))
     with pytest.raises(ValueError, match=r"prompt 2: The prompt \(\d+ tokens\) and `max_new_tokens` \(60\)"):
-        generate_texts(writer, ["x", "The object of the other"], Settings(max_new_tokens=60))
+        generate_texts(generator, ["x", "The object of the other"], SamplingParams(max_new_tokens=60))
 
 
 def test_ids_that_the_model_does_not_know_are_refused(make_gpt2, tokenizer, tmp_path):
     make_gpt2(vocab_size=260).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    writer = load_generator(str(tmp_path / "model"))
+    generator = load_generator(str(tmp_path / "model"))
 
     with pytest.raises(ValueError, match=r"makes the id \d+, the model's `vocab_size` is 260\. They do not belong"):
-        continue_text(writer, "in the object", Settings(max_new_tokens=5))
+        continue_text(generator, "in the object", SamplingParams(max_new_tokens=5))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(make_gpt2, tmp_path):
@@ -162,13 +162,13 @@ def test_ids_of_a_padded_vocabulary_are_never_written(make_gpt2, tokenizer, tmp_
         gpt2.lm_head.weight[350].add_(100 * gpt2.transformer.ln_f.bias)  # tied: an id of no token is the likeliest
     gpt2.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    writer = load_generator(str(tmp_path / "model"))
+    generator = load_generator(str(tmp_path / "model"))
 
     with torch.no_grad():
-        assert int(writer.model(torch.tensor([[5]])).logits[0, -1].argmax()) == 350
-    assert writer.suppress_mask.nonzero()[:, 0].tolist() == list(range(320, 384))
+        assert int(generator.model(torch.tensor([[5]])).logits[0, -1].argmax()) == 350
+    assert generator.suppress_mask.nonzero()[:, 0].tolist() == list(range(320, 384))
     for settings in ({"temperature": 0}, {"temperature": 50.0, "top_k": 0, "seed": 0}, {"num_beams": 3}):
-        ((written,),) = write_all(writer, ["The"], **settings)
+        ((written,),) = write_all(generator, ["The"], **settings)
         assert written.new_text
         assert len(tokenizer.encode(written.new_text, add_special_tokens=False)) > 5
 
@@ -178,12 +178,12 @@ def test_ids_of_a_padded_vocabulary_are_never_written(make_gpt2, tokenizer, tmp_
     [{"temperature": 0.9, "top_k": 40, "seed": 5}, {"temperature": 0}, {"num_beams": 3}],
     ids=["sampled", "greedy", "beams"],
 )
-def test_a_text_does_not_depend_on_what_stands_beside_it(writer, settings):
+def test_a_text_does_not_depend_on_what_stands_beside_it(generator, settings):
     samples = 1 if settings.get("temperature") == 0 else 2
 
     def write_rounded(*args, **more):
         """Scores are sums in fp32, whose last digits depend on the shape of the batch."""
-        texts = write_all(writer, *args, **more, **settings)
+        texts = write_all(generator, *args, **more, **settings)
         return [[replace(each, score=each.score and round(each.score, 4)) for each in row] for row in texts]
 
     together = write_rounded(PROMPTS, samples)
@@ -193,26 +193,26 @@ def test_a_text_does_not_depend_on_what_stands_beside_it(writer, settings):
     assert together[::-1] == write_rounded(PROMPTS[::-1], samples)
     for prompt, texts in zip(PROMPTS, together, strict=True):
         assert texts == write_rounded([prompt], samples, batch_size=1)[0]
-        assert texts[0].new_text == write(writer.source, prompt, max_new_tokens=20, **settings)
+        assert texts[0].new_text == write(generator.source, prompt, max_new_tokens=20, **settings)
 
 
-def test_the_next_sample_has_the_next_seed(writer):
-    (texts,) = write_all(writer, ["The"], samples=3, seed=7)
+def test_the_next_sample_has_the_next_seed(generator):
+    (texts,) = write_all(generator, ["The"], samples=3, seed=7)
 
     assert [text.seed for text in texts] == [7, 8, 9]
-    assert [[texts[1]], [texts[2]]] == [write_all(writer, ["The"], seed=seed)[0] for seed in (8, 9)]
+    assert [[texts[1]], [texts[2]]] == [write_all(generator, ["The"], seed=seed)[0] for seed in (8, 9)]
     assert len({text.new_text for text in texts}) == 3
 
 
-def test_without_a_seed_equal_prompts_get_different_texts_and_say_by_which_seeds(writer):
-    first, second = (texts[0] for texts in write_all(writer, ["The", "The"]))
+def test_without_a_seed_equal_prompts_get_different_texts_and_say_by_which_seeds(generator):
+    first, second = (texts[0] for texts in write_all(generator, ["The", "The"]))
 
     assert first.new_text != second.new_text
-    assert [[first]] == write_all(writer, ["The"], seed=first.seed)
+    assert [[first]] == write_all(generator, ["The"], seed=first.seed)
 
 
-def test_beams_are_those_of_transformers_generate(writer, folder, tokenizer):
-    (texts,) = write_all(writer, ["The object"], samples=3, num_beams=4, length_penalty=0.5, repetition_penalty=1.3)
+def test_beams_are_those_of_transformers_generate(generator, folder, tokenizer):
+    (texts,) = write_all(generator, ["The object"], samples=3, num_beams=4, length_penalty=0.5, repetition_penalty=1.3)
 
     model = GPT2LMHeadModel.from_pretrained(folder)
     batch = tokenizer("The object", return_tensors="pt")
@@ -224,11 +224,11 @@ def test_beams_are_those_of_transformers_generate(writer, folder, tokenizer):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_a_stop_text_ends_a_row_where_it_ends_in_transformers_generate(writer, folder, tokenizer, settings):
-    free = [texts[0].new_text for texts in write_all(writer, PROMPTS, **settings)]
+def test_a_stop_text_ends_a_row_where_it_ends_in_transformers_generate(generator, folder, tokenizer, settings):
+    free = [texts[0].new_text for texts in write_all(generator, PROMPTS, **settings)]
     stops = (free[0][5:7], free[3][9])  # the first of two characters, of two tokens perhaps
 
-    stopped = [texts[0] for texts in write_all(writer, PROMPTS, stop=stops, **settings)]
+    stopped = [texts[0] for texts in write_all(generator, PROMPTS, stop=stops, **settings)]
 
     model = GPT2LMHeadModel.from_pretrained(folder)
     ended = set()
@@ -247,20 +247,20 @@ def test_a_stop_text_ends_a_row_where_it_ends_in_transformers_generate(writer, f
 def test_a_stop_text_is_not_shown_while_it_comes(folder, tokenizer):
     ids = tokenizer("to be or not", add_special_tokens=False)["input_ids"]
     teach(folder, ids)
-    writer = load_generator(folder)
+    generator = load_generator(folder)
 
-    pieces = list(continue_text(writer, "A", Settings(max_new_tokens=len(ids), temperature=0, stop=("or n",))))
+    pieces = list(continue_text(generator, "A", SamplingParams(max_new_tokens=len(ids), temperature=0, stop=("or n",))))
 
     assert "".join(pieces) == "to be "
-    ((written,),) = write_all(writer, ["A"], temperature=0, stop=("or n",))
+    ((written,),) = write_all(generator, ["A"], temperature=0, stop=("or n",))
     assert (written.new_text, written.ended) == ("to be ", "stop")
 
 
-def test_what_cannot_be_sampled_is_refused(writer):
+def test_what_cannot_be_sampled_is_refused(generator):
     with pytest.raises(ValueError, match=r"`samples` \(2\): at `temperature` 0 each would be the same text"):
-        write_all(writer, ["x"], samples=2, temperature=0)
+        write_all(generator, ["x"], samples=2, temperature=0)
     with pytest.raises(ValueError, match=r"`samples` \(3\) must be at most `num_beams` \(2\)"):
-        write_all(writer, ["x"], samples=3, num_beams=2)
+        write_all(generator, ["x"], samples=3, num_beams=2)
 
 
 def test_prompts_are_lines_or_objects(tmp_path):
@@ -294,8 +294,8 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path, name, content, messag
         read_prompts(tmp_path / name)
 
 
-def test_a_record_is_json_with_prompt_and_text(writer):
-    ((written,),) = write_all(writer, [KOREAN], seed=1)
+def test_a_record_is_json_with_prompt_and_text(generator):
+    ((written,),) = write_all(generator, [KOREAN], seed=1)
 
     record = json.loads(json.dumps(written.record()))
 

@@ -23,7 +23,6 @@ from hfgpt.generation.logits import (
     forbid_repeated_ngrams,
     penalize_repetition,
 )
-from hfgpt.generation.params import Rules
 
 # The logits of the nine-word example in Raschka, "Build a Large Language Model (From Scratch)", section 5.3.
 NINE_WORDS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
@@ -161,9 +160,3 @@ def test_each_function_refuses_what_its_setting_cannot_be(function, value):
 def test_each_function_of_earlier_tokens_refuses_what_its_setting_cannot_be(function, value):
     with pytest.raises(ValueError, match=rf"{value}\b"):
         function(NINE_WORDS, EARLIER[:1], value)
-
-
-def test_rules_that_cannot_be_are_refused_together():
-    assert Rules() == Rules(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    with pytest.raises(ValueError, match="`min_p` must be at least 0 and at most 1, got nan"):
-        Rules(min_p=math.nan)

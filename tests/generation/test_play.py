@@ -14,7 +14,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hfgpt.generation.generator import continue_text, load_generator
-from hfgpt.generation.params import Settings
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.play import play
 
 
@@ -28,33 +28,33 @@ def folder(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def writer(folder):
+def generator(folder):
     return load_generator(folder)
 
 
 @pytest.fixture
-def say(writer, monkeypatch, capsys):
+def say(generator, monkeypatch, capsys):
     """A function that plays with lines from a pipe; returns what came to stdout and stderr."""
 
     def say(*lines, **given):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        play(writer, given)
+        play(generator, SamplingParams(**given))
         return capsys.readouterr()
 
     return say
 
 
-def text_of(writer, prompt, **settings):
-    return prompt + "".join(continue_text(writer, prompt, Settings(**settings))) + "\n"
+def text_of(generator, prompt, **settings):
+    return prompt + "".join(continue_text(generator, prompt, SamplingParams(**settings))) + "\n"
 
 
-def test_each_line_is_written_on_from_and_settings_last(say, writer):
+def test_each_line_is_continued_and_settings_last(say, generator):
     settings = {"max_new_tokens": 9, "temperature": 0.5, "seed": 3}
 
     said = say("The 한국", "/set temperature=0.5,seed=3", "", "The 한국", "/again", "//x", max_new_tokens=9, seed=1)
 
     expected = [("The 한국", {"max_new_tokens": 9, "seed": 1}), *[("The 한국", settings)] * 2, ("/x", settings)]
-    assert said.out == "".join(text_of(writer, prompt, **each) for prompt, each in expected)
+    assert said.out == "".join(text_of(generator, prompt, **each) for prompt, each in expected)
     assert said.err == ""
 
 

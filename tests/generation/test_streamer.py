@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.generation.decoding import generate, stream
+from hfgpt.generation.decoding import generate, generate_stream
+from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import StoppingText, stream_text
 
 KOREAN = "안녕하세요, 세계! 오늘은 날씨가 참 좋네요 👩‍👩‍👧 🇰🇷 뷁."
@@ -115,9 +116,11 @@ def test_pieces_join_to_the_decoded_text_whatever_the_ids(byte_level, data):
 
 
 def test_what_stream_yields_for_one_prompt_becomes_text(model, byte_level, prompts):
-    text = "".join(stream_text(byte_level, stream(model, prompts[:1], max_new_tokens=30, temperature=0)))
+    params = SamplingParams(max_new_tokens=30, temperature=0)
 
-    ids = generate(model, prompts[:1], max_new_tokens=30, temperature=0)[0, 7:]
+    text = "".join(stream_text(byte_level, generate_stream(model, prompts[:1], params)))
+
+    ids = generate(model, prompts[:1], params)[0, 7:]
     assert text == whole_text(byte_level, ids)
 
 
