@@ -1,4 +1,4 @@
-"""From each format through each other one and back: the table in the README is what comes out here."""
+"""From each format through each other one and back: the table in hfgpt/weights/README.md is what comes out here."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from hfgpt.weights import WRITERS
 from hfgpt.weights.convert import ONLY_ACTIVATION, convert
 from hfgpt.weights.formats.openai import DATA, INDEX
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "hfgpt" / "weights" / "README.md"
 NAMES = {"nanogpt": "ckpt.pt", "llms-from-scratch": "model.pth", "llm.c": "model.bin"}  # the others are folders
 
 
