@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
 from hfgpt.weights import load, save, to_gpt2
 from hfgpt.weights.formats import gpt2 as table
-from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config, to_gpt2_tensors
-from hfgpt.weights.table import walk_in
+from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config
+from hfgpt.weights.table import walk_in, walk_out
 
 SIZES = {  # layers, heads, width and the number of parameters
     "small": (12, 12, 768, 124_439_808),
@@ -52,6 +52,11 @@ def from_gpt2_tensors(tensors, num_layers):
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in HFGPTForCausalLM(config).state_dict().items()}
     return walk_in(entries(num_layers, tied=True), tensors, shapes)[0]
+
+
+def to_gpt2_tensors(tensors, num_layers, tied):
+    """Walk the table from hfgpt to GPT-2."""
+    return walk_out(entries(num_layers, tied), tensors)[0]
 
 
 def assert_same_tensors(first, second):

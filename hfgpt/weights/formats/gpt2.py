@@ -7,7 +7,6 @@ value in one tensor, hfgpt in three. Everything else is a change of name.
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
@@ -80,15 +79,6 @@ def register() -> None:
     own GPT-2 would use one under 'gpt2'.
     """
     register_checkpoint_conversion_mapping(GPT2_SOURCE, import_mapping(), overwrite=True)
-
-
-def to_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
-    """Walk the table from hfgpt's state dict to GPT-2's; the tensors are copies.
-
-    Raises:
-        ValueError: a tensor is missing or left over.
-    """
-    return walk_out(entries(num_layers, tied), tensors)[0]
 
 
 def to_gpt2_config(config: HFGPTConfig) -> GPT2Config:

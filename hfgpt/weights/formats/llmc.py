@@ -190,7 +190,13 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     Raises:
         ValueError: another dtype, activation or inner width than llm.c has, or an untied output layer.
     """
-    check_model_kind(parts.config)
+    check_config_supported(
+        parts.config,
+        activation_function="gelu_new",
+        tie_word_embeddings=True,
+        layer_norm_epsilon=reference_forward.EPSILON,
+    )
+    check_inner_width(parts.config)
     versions = {dtype: version for version, dtype in DTYPES.items()}
     if parts.dtype not in versions:
         raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
@@ -211,27 +217,9 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
         config.vocab_size + padding,
     )
     with file.open("wb") as stream:
-        stream.write(header_bytes(*header))
+        stream.write(np.array(header, dtype="<i4").tobytes().ljust(HEADER_BYTES, b"\0"))
         write_tensors(stream, tensors, config)
     return steps
-
-
-def check_model_kind(config: HFGPTConfig) -> None:
-    """Refuse what llm.c's GPT-2 is not.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    check_config_supported(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
-    )
-    check_inner_width(config)
-
-
-def header_bytes(*values: int) -> bytes:
-    header = np.zeros(256, dtype="<i4")
-    header[: len(values)] = values
-    return header.tobytes()
 
 
 def write_tensors(stream: BinaryIO, tensors: dict[str, Tensor], config: HFGPTConfig) -> None:
@@ -279,24 +267,8 @@ def make_debug_state(model: HFGPTForCausalLM, ids_BT: Tensor, targets_BT: Tensor
     return DebugState(ids_BT.int(), targets_BT.int(), logits_BTV.detach(), float(loss.detach()), gradients)
 
 
-def write_debug_state(model: HFGPTForCausalLM, file: Path, ids_BT: Tensor, targets_BT: Tensor) -> None:
-    """Write what llm.c's test reads.
-
-    Raises:
-        ValueError: another activation or inner width than llm.c has, or an untied output layer.
-    """
-    check_model_kind(model.config)
-    state = make_debug_state(model, ids_BT, targets_BT)
-    gradients, _ = walk_out(table(model.config.num_hidden_layers), dict(state.gradients))
-    with file.open("wb") as stream:
-        stream.write(header_bytes(DEBUG_MAGIC, DEBUG_VERSION, *ids_BT.shape))
-        for array, dtype in ((state.ids, "<i4"), (state.targets, "<i4"), (state.logits, "<f4"), (state.loss, "<f4")):
-            stream.write(np.asarray(array).astype(dtype, copy=False).tobytes())
-        write_tensors(stream, gradients, model.config)
-
-
 def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
-    """Read what llm.c, or `write_debug_state`, has written for a model of this shape.
+    """Read what llm.c has written for a model of this shape.
 
     Raises:
         ValueError: another kind of file, version or size.
