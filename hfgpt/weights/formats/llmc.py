@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.formats import reference_forward
-from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model
 from hfgpt.weights.table import (
     QKV,
@@ -111,13 +111,12 @@ def read(file: Path) -> SourceModel:
     tensors = places(file, HEADER_BYTES, shapes, dtype)
     steps = []
     if padded > vocab_size:
-        padding = LazyTensor(
-            file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype
-        )
+        end = HEADER_BYTES + vocab_size * width * dtype.itemsize
+        padding = in_file(file, end, (padded - vocab_size, width), dtype)
         if padding.read().any():
             raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
         steps.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
-        tensors["wte"] = LazyTensor(file, tensors["wte"].offset, (vocab_size, width), dtype)
+        tensors["wte"] = in_file(file, HEADER_BYTES, (vocab_size, width), dtype)
     config = HFGPTConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -160,7 +159,7 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
     for name, shape in shapes.items():
         parts = [(f"{layer}.{name}", shape[1:]) for layer in range(shape[0])] if name in in_blocks else [(name, shape)]
         for key, part in parts:
-            tensors[key] = LazyTensor(file, start, part, dtype)
+            tensors[key] = in_file(file, start, part, dtype)
             start += prod(part) * dtype.itemsize
     return tensors
 
@@ -282,13 +281,13 @@ def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
     start = HEADER_BYTES
     batches = []
     for part, dtype in ((shape, torch.int32), (shape, torch.int32), ((*shape, vocab_size), torch.float32)):
-        batches.append(LazyTensor(file, start, part, dtype))
+        batches.append(in_file(file, start, part, dtype))
         start += prod(part) * dtype.itemsize
-    loss = LazyTensor(file, start, (), torch.float32)
+    loss = in_file(file, start, (), torch.float32)
     padded = vocab_size + -vocab_size % PADDED_TO
     shapes = shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers)
     gradients = places(file, start + 4, shapes, torch.float32)
-    gradients["wte"] = LazyTensor(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
+    gradients["wte"] = in_file(file, start + 4, (vocab_size, config.hidden_size), torch.float32)
     shapes_here = {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
     named, _ = walk_in(table(layers), gradients, shapes_here)
     ids, targets, expected = (each.read() for each in batches)

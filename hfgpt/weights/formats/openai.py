@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
 from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe, reference_forward
-from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel
 from hfgpt.weights.table import (
     QKV,
@@ -130,7 +130,7 @@ def read(folder: Path) -> SourceModel:
         # Matrices are kernels of a convolution of width 1.
         shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
         check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
-        tensors[name] = LazyTensor(file, start, tuple(shape), torch.float32, check=check)
+        tensors[name] = in_file(file, start, tuple(shape), torch.float32, check=check)
     expected = 4 * sum(prod(each.shape) for each in tensors.values())
     if file.stat().st_size != expected:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, by the index it should have {expected}.")
