@@ -64,8 +64,8 @@ class Conversion:
 
     @property
     def lossy(self) -> list[Change]:
-        """The steps that filled, cut, dropped, rounded or exchanged something."""
-        return [step for step in [*self.steps_in, *self.steps_between, *self.steps_out] if not step.is_exact]
+        """The changes that filled, cut, dropped, rounded or exchanged something."""
+        return [change for change in [*self.steps_in, *self.steps_between, *self.steps_out] if not change.is_exact]
 
 
 def convert(
@@ -232,9 +232,9 @@ def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Chan
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         matrices.append(("lm_head.weight", model.lm_head.weight))
     action = f"cut: {config.vocab_size - vocab_size} rows after the first {vocab_size}"
-    steps = [Change(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
+    changes = [Change(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    return steps
+    return changes
 
 
 def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
@@ -246,17 +246,17 @@ def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
     if dtype is None:
         check_single_dtype(model)
         return []
-    steps = []
+    changes = []
     for name, parameter in model.named_parameters():
         changed = parameter.detach().to(DTYPES[dtype])
         if not changed.isfinite().all():
             largest = float(parameter.detach().abs().max())
             raise ValueError(f"{name}: holds {largest:.3g}, and {dtype} ends at {torch.finfo(DTYPES[dtype]).max:.3g}.")
         if not torch.equal(changed.to(parameter.dtype), parameter.detach()):
-            steps.append(Change(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
+            changes.append(Change(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
         parameter.data = changed
     model.config.dtype = DTYPES[dtype]
-    return steps
+    return changes
 
 
 def check_debug_state(model: HFGPTForCausalLM, file: Path) -> list[str]:
@@ -314,10 +314,12 @@ def left_behind(source: Path, found: str, to: str) -> list[str]:
 def render(result: Conversion) -> str:
     """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
     parts = {"in:": result.steps_in, "changed:": result.steps_between, "out:": result.steps_out}
-    width = max(len(step.name) for steps in parts.values() for step in steps)
+    width = max(len(change.name) for changes in parts.values() for change in changes)
     lines = []
-    for title, steps in parts.items():
-        rows = [f"  {step.name:<{width}}  {'x'.join(map(str, step.shape)):>12}  {step.action}" for step in steps]
+    for title, changes in parts.items():
+        rows = [
+            f"  {change.name:<{width}}  {'x'.join(map(str, change.shape)):>12}  {change.action}" for change in changes
+        ]
         lines += [title, *rows] if rows else []
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:

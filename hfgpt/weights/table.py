@@ -1,12 +1,11 @@
-"""One mechanism for every format: a table of names, walked from the format to hfgpt or back.
+"""Tables of tensor names, by which every format is imported into hfgpt and exported from it.
 
-A format is a table and a reader and writer of its bytes; see nanogpt.py for the shortest. What was done to each tensor
-comes back as a list of steps, so that nothing is filled, cut or dropped unseen.
+What was done to each tensor comes back as a list of changes, so that nothing is filled, cut or dropped unseen.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,25 +74,24 @@ def expand(
         block: prefix of a block in the format, with `{layer}` in the number's place.
         num_layers: number of blocks.
     """
-    rows = [TensorMapping(row.foreign, names("model.", row), row.transposed, row.is_optional) for row in whole]
+    mappings = [with_prefixes(mapping, "", "model.") for mapping in whole]
     for layer in range(num_layers):
-        for row in each_block:
-            hfgpt = names(f"model.layers.{layer}.", row)
-            rows.append(TensorMapping(block.format(layer=layer) + row.foreign, hfgpt, row.transposed, row.is_optional))
-    return rows
+        prefixes = block.format(layer=layer), f"model.layers.{layer}."
+        mappings += [with_prefixes(mapping, *prefixes) for mapping in each_block]
+    return mappings
 
 
-def names(prefix: str, row: TensorMapping) -> tuple[str, ...]:
-    return tuple(prefix + name for name in row.hfgpt)
+def with_prefixes(mapping: TensorMapping, foreign: str, hfgpt: str) -> TensorMapping:
+    return replace(mapping, foreign=foreign + mapping.foreign, hfgpt=tuple(hfgpt + name for name in mapping.hfgpt))
 
 
-def actions(row: TensorMapping, for_several: str) -> str:
-    """What a table row does to a tensor, in words."""
-    done = (["transposed"] if row.transposed else []) + ([for_several] if len(row.hfgpt) > 1 else [])
+def actions(mapping: TensorMapping, for_several: str) -> str:
+    """What a mapping does to a tensor, in words."""
+    done = (["transposed"] if mapping.transposed else []) + ([for_several] if len(mapping.hfgpt) > 1 else [])
     return ", ".join(done) or "copied"
 
 
-def walk_in(
+def import_tensors(
     table: Sequence[TensorMapping],
     tensors: Mapping[str, LazyTensor | Tensor],
     shapes: dict[str, tuple[int, ...]],
@@ -114,43 +112,43 @@ def walk_in(
         ValueError: a tensor is missing, left over or of another shape than the config says.
     """
     result: dict[str, Tensor] = {}
-    steps: list[Change] = []
-    left_over = set(tensors) - {row.foreign for row in table}
+    changes: list[Change] = []
+    left_over = set(tensors) - {mapping.foreign for mapping in table}
     for name in sorted(left_over):
         if not re.search(dropped, name):
             raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
         if name.endswith(MASKS):
             check_causal_mask(name, read(tensors[name]))
     filled: list[TensorMapping] = []
-    for row in table:
-        if row.foreign not in tensors:
-            if not row.is_optional:
-                raise ValueError(f"{row.foreign}: not in the file.")
-            filled.append(row)
+    for mapping in table:
+        if mapping.foreign not in tensors:
+            if not mapping.is_optional:
+                raise ValueError(f"{mapping.foreign}: not in the file.")
+            filled.append(mapping)
             continue
-        stored = tensors[row.foreign]
-        wanted = shape_there(row, shapes)
-        if tuple(stored.shape) != wanted:
-            raise ValueError(f"{row.foreign}: expected shape {wanted}, got {tuple(stored.shape)}.")
-        if stored.dtype not in DTYPES.values():
-            raise ValueError(f"{row.foreign}: holds {stored.dtype}, and weights are {', '.join(DTYPES)}.")
-        tensor = read(stored)
+        lazy = tensors[mapping.foreign]
+        wanted = shape_there(mapping, shapes)
+        if tuple(lazy.shape) != wanted:
+            raise ValueError(f"{mapping.foreign}: expected shape {wanted}, got {tuple(lazy.shape)}.")
+        if lazy.dtype not in DTYPES.values():
+            raise ValueError(f"{mapping.foreign}: holds {lazy.dtype}, and weights are {', '.join(DTYPES)}.")
+        tensor = read(lazy)
         if not tensor.is_meta and not tensor.isfinite().all():
-            raise ValueError(f"{row.foreign}: holds NaN or infinity.")
-        parts = (tensor.T if row.transposed else tensor).chunk(len(row.hfgpt))
+            raise ValueError(f"{mapping.foreign}: holds NaN or infinity.")
+        parts = (tensor.T if mapping.transposed else tensor).chunk(len(mapping.hfgpt))
         # Parts in memory of their own, so that one can be let go before the others.
         result |= {
             name: part.clone(memory_format=torch.contiguous_format) if len(parts) > 1 else part.contiguous()
-            for name, part in zip(row.hfgpt, parts, strict=True)
+            for name, part in zip(mapping.hfgpt, parts, strict=True)
         }
-        steps.append(Change(row.foreign, tuple(tensor.shape), actions(row, "split")))
+        changes.append(Change(mapping.foreign, tuple(tensor.shape), actions(mapping, "split")))
     dtype = next(iter(result.values())).dtype
-    for row in filled:
-        result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in row.hfgpt}
-        steps.append(Change(row.foreign, shape_there(row, shapes), "filled with zeros", is_exact=False))
+    for mapping in filled:
+        result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in mapping.hfgpt}
+        changes.append(Change(mapping.foreign, shape_there(mapping, shapes), "filled with zeros", is_exact=False))
     for name in sorted(left_over):
-        steps.append(Change(name, tuple(tensors[name].shape), "dropped", is_exact=False))
-    return result, steps
+        changes.append(Change(name, tuple(tensors[name].shape), "dropped", is_exact=False))
+    return result, changes
 
 
 def check_causal_mask(name: str, mask: Tensor) -> None:
@@ -170,14 +168,16 @@ def check_causal_mask(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name}: no causal mask; hfgpt's attention is causal and nothing else.")
 
 
-def shape_there(row: TensorMapping, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape_there(mapping: TensorMapping, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that a tensor has in the format, by those it has in hfgpt."""
-    parts = [shapes[name] for name in row.hfgpt]
+    parts = [shapes[name] for name in mapping.hfgpt]
     joined = (sum(shape[0] for shape in parts), *parts[0][1:])
-    return joined[::-1] if row.transposed else joined
+    return joined[::-1] if mapping.transposed else joined
 
 
-def walk_out(table: Sequence[TensorMapping], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Change]]:
+def export_tensors(
+    table: Sequence[TensorMapping], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Change]]:
     """Make a format's tensors from hfgpt's; they are copies.
 
     Args:
@@ -188,17 +188,17 @@ def walk_out(table: Sequence[TensorMapping], tensors: dict[str, Tensor]) -> tupl
     Raises:
         ValueError: a tensor of hfgpt's is missing in the table, or one of the table's in hfgpt.
     """
-    named = {name for row in table for name in row.hfgpt}
+    named = {name for mapping in table for name in mapping.hfgpt}
     if set(tensors) - named:
         raise ValueError(f"{min(set(tensors) - named)}: the format has no place for it.")
     if named - set(tensors):
         raise ValueError(f"{min(named - set(tensors))}: not in the model.")
-    result, steps = {}, []
-    for row in table:
-        joined = torch.cat([tensors.pop(name) for name in row.hfgpt])  # of one tensor, a copy of it
-        result[row.foreign] = joined.T.contiguous() if row.transposed else joined
-        steps.append(Change(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
-    return result, steps
+    result, changes = {}, []
+    for mapping in table:
+        joined = torch.cat([tensors.pop(name) for name in mapping.hfgpt])  # of one tensor, a copy of it
+        result[mapping.foreign] = joined.T.contiguous() if mapping.transposed else joined
+        changes.append(Change(mapping.foreign, tuple(result[mapping.foreign].shape), actions(mapping, "joined")))
+    return result, changes
 
 
 def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding: str) -> tuple[bool, list[Change]]:

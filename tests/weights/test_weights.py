@@ -10,7 +10,7 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
 from hfgpt.weights import load, save, to_gpt2
 from hfgpt.weights.formats import gpt2 as table
 from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config
-from hfgpt.weights.table import walk_in, walk_out
+from hfgpt.weights.table import export_tensors, import_tensors
 
 SIZES = {  # layers, heads, width and the number of parameters
     "small": (12, 12, 768, 124_439_808),
@@ -51,12 +51,12 @@ def from_gpt2_tensors(tensors, num_layers):
     config = HFGPTConfig(vocab_size=vocab_size, n_positions=positions, n_embd=width, n_head=1, n_layer=num_layers)
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in HFGPTForCausalLM(config).state_dict().items()}
-    return walk_in(entries(num_layers, tied=True), tensors, shapes)[0]
+    return import_tensors(entries(num_layers, tied=True), tensors, shapes)[0]
 
 
 def to_gpt2_tensors(tensors, num_layers, tied):
     """Walk the table from hfgpt to GPT-2."""
-    return walk_out(entries(num_layers, tied), tensors)[0]
+    return export_tensors(entries(num_layers, tied), tensors)[0]
 
 
 def assert_same_tensors(first, second):

@@ -28,8 +28,8 @@ from hfgpt.weights.table import (
     check_config_supported,
     check_inner_width,
     expand,
-    walk_in,
-    walk_out,
+    export_tensors,
+    import_tensors,
 )
 
 MAGIC = 20240326
@@ -109,13 +109,13 @@ def read(file: Path) -> SourceModel:
     dtype = DTYPES[version]
     shapes = shapes_in_order(width, positions, padded, layers)
     tensors = places(file, HEADER_BYTES, shapes, dtype)
-    steps = []
+    changes = []
     if padded > vocab_size:
         end = HEADER_BYTES + vocab_size * width * dtype.itemsize
         padding = in_file(file, end, (padded - vocab_size, width), dtype)
         if padding.read().any():
             raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
-        steps.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
+        changes.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
         tensors["wte"] = in_file(file, HEADER_BYTES, (vocab_size, width), dtype)
     config = HFGPTConfig(
         vocab_size=vocab_size,
@@ -125,7 +125,7 @@ def read(file: Path) -> SourceModel:
         num_attention_heads=heads,
         dtype=dtype,
     )
-    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), steps=steps)
+    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), changes=changes)
 
 
 def header_of(file: Path, magic: int, what: str) -> list[int]:
@@ -154,7 +154,7 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
     expected = start + dtype.itemsize * sum(map(prod, shapes.values()))
     if size != expected:  # first of all: a header may speak of billions of blocks
         raise ValueError(f"{file}: {size} bytes, by its header it should have {expected}.")
-    in_blocks = {row.foreign for row in EACH_BLOCK}
+    in_blocks = {mapping.foreign for mapping in EACH_BLOCK}
     tensors: dict[str, LazyTensor] = {}
     for name, shape in shapes.items():
         parts = [(f"{layer}.{name}", shape[1:]) for layer in range(shape[0])] if name in in_blocks else [(name, shape)]
@@ -201,10 +201,10 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
         raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
     config, version = parts.config, versions[parts.dtype]
     layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
-    tensors, steps = walk_out(table(layers), parts.tensors)
+    tensors, changes = export_tensors(table(layers), parts.tensors)
     if padding:
         shape = (config.vocab_size + padding, config.hidden_size)
-        steps.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
+        changes.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
     header = (
         MAGIC,
         version,
@@ -218,7 +218,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     with file.open("wb") as stream:
         stream.write(np.array(header, dtype="<i4").tobytes().ljust(HEADER_BYTES, b"\0"))
         write_tensors(stream, tensors, config)
-    return steps
+    return changes
 
 
 def write_tensors(stream: BinaryIO, tensors: dict[str, Tensor], config: HFGPTConfig) -> None:
@@ -289,6 +289,6 @@ def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
     gradients = places(file, start + 4, shapes, torch.float32)
     gradients["wte"] = in_file(file, start + 4, (vocab_size, config.hidden_size), torch.float32)
     shapes_here = {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
-    named, _ = walk_in(table(layers), gradients, shapes_here)
+    named, _ = import_tensors(table(layers), gradients, shapes_here)
     ids, targets, expected = (each.read() for each in batches)
     return DebugState(ids, targets, expected, float(loss.read()), named)

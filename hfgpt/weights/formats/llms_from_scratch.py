@@ -26,11 +26,11 @@ from hfgpt.weights.table import (
     check_inner_width,
     drop_tied_head,
     expand,
+    export_tensors,
     heads_of,
     names_in,
     shape_of,
     tensors_in,
-    walk_out,
 )
 
 EMBEDDINGS = (
@@ -76,8 +76,8 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[TensorMapping]:
         *MLP,
     ]
     whole = [*EMBEDDINGS, *norm("final_norm", "norm", gain, shift)]
-    rows = expand(whole, block, "trf_blocks.{layer}.", num_layers)
-    return rows if tied else [*rows, HEAD]
+    mappings = expand(whole, block, "trf_blocks.{layer}.", num_layers)
+    return mappings if tied else [*mappings, HEAD]
 
 
 def recognises(content: dict[Any, Any]) -> bool:
@@ -97,7 +97,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         ValueError: the number of heads is not to be known, or a matrix is missing.
     """
     tensors = tensors_in(content, "model_state_dict")
-    is_tied, steps = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
+    is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
     vocab_size, width = shape_of(tensors, "tok_emb.weight")
     positions, _ = shape_of(tensors, "pos_emb.weight")
     is_fast = "final_norm.weight" in tensors
@@ -118,7 +118,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         table(num_layers, is_tied, is_fast),
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.att\.mask$",
-        steps=steps,
+        changes=changes,
         notes=notes,
     )
 
@@ -167,17 +167,19 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     config, is_tied = parts.config, parts.is_tied
     check_config_supported(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
     check_inner_width(config)
-    converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
+    converted, changes = export_tensors(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
-        steps.append(Change("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))
+        changes.append(
+            Change("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight")
+        )
     positions = config.max_position_embeddings
     for layer in range(config.num_hidden_layers):
         name = f"trf_blocks.{layer}.att.mask"
         converted[name] = torch.ones(positions, positions).triu(diagonal=1)
-        steps.append(Change(name, (positions, positions), "made: the causal mask, a buffer there"))
+        changes.append(Change(name, (positions, positions), "made: the causal mask, a buffer there"))
     if file.suffix == ".safetensors":
         save_file(converted, file, metadata={"format": "pt"})
     else:
         torch.save(converted, file)
-    return steps
+    return changes

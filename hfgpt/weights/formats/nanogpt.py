@@ -29,11 +29,11 @@ from hfgpt.weights.table import (
     check_inner_width,
     drop_tied_head,
     expand,
+    export_tensors,
     heads_of,
     names_in,
     shape_of,
     tensors_in,
-    walk_out,
 )
 
 WHOLE_MODEL = (
@@ -70,8 +70,8 @@ PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in Distr
 
 
 def table(num_layers: int, tied: bool) -> list[TensorMapping]:
-    rows = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
-    return rows if tied else [*rows, HEAD]
+    mappings = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
+    return mappings if tied else [*mappings, HEAD]
 
 
 def recognises(content: dict[Any, Any]) -> bool:
@@ -91,7 +91,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
     tensors = {strip(name): tensor for name, tensor in tensors_in(content, "model").items()}
-    is_tied, steps = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
+    is_tied, changes = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
     vocab_size, width = shape_of(tensors, "transformer.wte.weight")
     positions, _ = shape_of(tensors, "transformer.wpe.weight")
     num_layers = len([name for name in tensors if name.endswith(".ln_1.weight")])
@@ -128,7 +128,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         table(num_layers, is_tied),
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
-        steps=steps,
+        changes=changes,
         notes=notes,
     )
 
@@ -253,7 +253,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     )
     check_inner_width(config)
     check_config_supported(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
-    tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), parts.tensors)
+    tensors, changes = export_tensors(table(config.num_hidden_layers, tied=True), parts.tensors)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
         "n_layer": config.num_hidden_layers,
@@ -266,7 +266,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     }
     content: dict[str, Any] = {"model": tensors, "model_args": arguments, "iter_num": 0, "config": {}}
     torch.save({**content, "best_val_loss": torch.tensor(1e9)}, file)
-    return [*steps, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
+    return [*changes, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
 
 
 class GPTConfig(SimpleNamespace):

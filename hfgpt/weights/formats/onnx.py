@@ -51,7 +51,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
     )  # torchvision is not needed
-    steps = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
+    changes = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
     model = join_model(parts)
     ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -68,7 +68,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
             external_data=False,
             verbose=False,
         )
-    return steps
+    return changes
 
 
 def run(file: Path, ids: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from hfgpt.weights.table import (
     check_inner_width,
     check_num_blocks,
     expand,
-    walk_out,
+    export_tensors,
 )
 
 VOCABULARY, MERGES = "encoder.json", "vocab.bpe"
@@ -308,7 +308,7 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
     if parts.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")
     check_inner_width(config)
-    tensors, steps = walk_out(table(config.num_hidden_layers), parts.tensors)
+    tensors, changes = export_tensors(table(config.num_hidden_layers), parts.tensors)
     folder.mkdir()
     hparams = {
         "n_vocab": config.vocab_size,
@@ -335,7 +335,7 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
             entries.append((name.encode(), place))
             start += len(content)
     (folder / INDEX).write_bytes(sorted_table(entries))
-    return steps
+    return changes
 
 
 def as_varint(value: int) -> bytes:
