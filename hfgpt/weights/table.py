@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.system.machine import DTYPES
+from hfgpt.weights.formats.reference_forward import EPSILON
 from hfgpt.weights.lazy_tensors import LazyTensor, read
 
 NONE = r"(?!)"
@@ -19,7 +21,7 @@ NONE = r"(?!)"
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = {"fp64": torch.float64, **DTYPES}
 """What weights are stored as; whatever else floats, such as fp8, means something only with scales beside it."""
 
 MASKS = (".attn.bias", ".att.mask")
@@ -130,8 +132,8 @@ def import_tensors(
         wanted = shape_there(mapping, shapes)
         if tuple(lazy.shape) != wanted:
             raise ValueError(f"{mapping.foreign}: expected shape {wanted}, got {tuple(lazy.shape)}.")
-        if lazy.dtype not in DTYPES.values():
-            raise ValueError(f"{mapping.foreign}: holds {lazy.dtype}, and weights are {', '.join(DTYPES)}.")
+        if lazy.dtype not in WEIGHT_DTYPES.values():
+            raise ValueError(f"{mapping.foreign}: holds {lazy.dtype}, and weights are {', '.join(WEIGHT_DTYPES)}.")
         tensor = read(lazy)
         if not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{mapping.foreign}: holds NaN or infinity.")
@@ -253,7 +255,30 @@ def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
     return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
 
 
-def shape_of(tensors: dict[str, LazyTensor | Tensor], name: str) -> tuple[int, int]:
+def read_sizes(
+    tensors: Mapping[str, LazyTensor | Tensor], embedding: str, positions: str, in_each_block: str
+) -> dict[str, int]:
+    """The sizes that the tensors of a format imply, by the names of the config's fields.
+
+    Args:
+        tensors: by their names in the format.
+        embedding: name of the token embedding.
+        positions: name of the position embedding.
+        in_each_block: how the name of one tensor of each block ends.
+
+    Raises:
+        ValueError: an embedding is missing, or is no matrix.
+    """
+    vocab_size, width = shape_of(tensors, embedding)
+    return {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": shape_of(tensors, positions)[0],
+        "hidden_size": width,
+        "num_hidden_layers": sum(name.endswith(in_each_block) for name in tensors),
+    }
+
+
+def shape_of(tensors: Mapping[str, LazyTensor | Tensor], name: str) -> tuple[int, int]:
     """The shape of a matrix that must be there.
 
     Raises:
@@ -280,12 +305,17 @@ def check_config_supported(config: HFGPTConfig, **needed: Any) -> None:
             raise ValueError(f"the format needs `{name}` = {value!r}, the model has {has!r}.{hint}")
 
 
-def check_inner_width(config: HFGPTConfig) -> None:
-    """Refuse a model whose MLP is not four times as wide as its residual stream, where a format knows no other.
+def check_gpt2_like(config: HFGPTConfig, **needed: Any) -> None:
+    """Refuse what no format of a GPT-2 has a field for: another epsilon, or an MLP not four times as wide as the model.
+
+    Args:
+        config: of the model.
+        **needed: what else the format needs, as for `check_config_supported`.
 
     Raises:
-        ValueError: naming both widths.
+        ValueError: naming the field, its value and the one needed.
     """
-    needed, has = 4 * config.hidden_size, config.intermediate_size
-    if has not in (None, needed):
-        raise ValueError(f"the format needs `intermediate_size` = {needed}, the model has {has}.")
+    check_config_supported(config, **needed, layer_norm_epsilon=EPSILON)
+    width = 4 * config.hidden_size
+    if config.intermediate_size not in (None, width):
+        raise ValueError(f"the format needs `intermediate_size` = {width}, the model has {config.intermediate_size}.")

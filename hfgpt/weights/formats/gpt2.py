@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.model_parts import ModelParts, split_model
-from hfgpt.weights.table import QKV, Change, TensorMapping, expand, export_tensors
+from hfgpt.weights.table import QKV, Change, TensorMapping, expand, export_tensors, with_prefixes
 
 WHOLE_MODEL = (
     TensorMapping("wte.weight", ("embed_tokens.weight",)),
@@ -47,7 +47,7 @@ def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[T
         tied: whether the output layer is the token embedding; if not, it is an entry of its own.
         prefix: of every name; files of a model without a head have none.
     """
-    whole = [TensorMapping(prefix + mapping.foreign, mapping.hfgpt, mapping.transposed) for mapping in WHOLE_MODEL]
+    whole = [with_prefixes(mapping, prefix, "") for mapping in WHOLE_MODEL]
     mappings = expand(whole, EACH_BLOCK, prefix + "h.{layer}.", num_layers)
     return mappings if tied else [*mappings, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
@@ -118,7 +118,7 @@ def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
 def from_parts(parts: ModelParts) -> tuple[GPT2LMHeadModel, list[Change]]:
     """Make transformers' GPT-2 of a model's parts, which are used up, and say what was done to each tensor."""
     config = to_gpt2_config(parts.config)
-    # Who gave the model a head of its own without saying so in the config must not lose it.
+    # A model may have a head of its own though its config says that it is tied.
     config.tie_word_embeddings = parts.is_tied
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(config)

@@ -70,12 +70,14 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
                 f"{source}: lm_head.weight differs from {embedding}, though config.json ties them: set "
                 "`tie_word_embeddings` to false there to keep both."
             )
-    table = gpt2.entries(config.num_hidden_layers, config.tie_word_embeddings, prefix) if is_gpt2 else []
-    found = "gpt2" if is_gpt2 else "hfgpt"
+    if is_gpt2:
+        found, table = "gpt2", gpt2.entries(config.num_hidden_layers, config.tie_word_embeddings, prefix)
+    else:
+        found, table = "hfgpt", own_names(config, prefix)
     return found, SourceModel(
         tensors,
         config,
-        table or own_names(config, prefix),
+        table,
         logits=partial(logits, FORWARD_PASSES[found], source),
         dropped=DROPPED,
         changes=changes,
@@ -137,7 +139,7 @@ def read_files(files: list[Path]) -> dict[str, LazyTensor | Tensor]:
     """The tensors of all files together.
 
     Raises:
-        ValueError: a file is damaged, or two of them have the same tensor: which one is meant, nobody knows.
+        ValueError: a file is damaged, or two of them have the same tensor.
     """
     tensors: dict[str, LazyTensor | Tensor] = {}
     for file in files:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from hfgpt.weights.table import (
     QKV,
     Change,
     TensorMapping,
-    check_config_supported,
-    check_inner_width,
+    check_gpt2_like,
     expand,
     export_tensors,
     import_tensors,
@@ -189,13 +187,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     Raises:
         ValueError: another dtype, activation or inner width than llm.c has, or an untied output layer.
     """
-    check_config_supported(
-        parts.config,
-        activation_function="gelu_new",
-        tie_word_embeddings=True,
-        layer_norm_epsilon=reference_forward.EPSILON,
-    )
-    check_inner_width(parts.config)
+    check_gpt2_like(parts.config, activation_function="gelu_new", tie_word_embeddings=True)
     versions = {dtype: version for version, dtype in DTYPES.items()}
     if parts.dtype not in versions:
         raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
@@ -217,19 +209,13 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     )
     with file.open("wb") as stream:
         stream.write(np.array(header, dtype="<i4").tobytes().ljust(HEADER_BYTES, b"\0"))
-        write_tensors(stream, tensors, config)
+        for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
+            for key in [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]:
+                tensor = tensors[key].contiguous()
+                stream.write(tensor.view(torch.uint8).numpy().data)
+                if name == "wte":
+                    stream.write(bytes(padding * config.hidden_size * tensor.dtype.itemsize))
     return changes
-
-
-def write_tensors(stream: BinaryIO, tensors: dict[str, Tensor], config: HFGPTConfig) -> None:
-    """Write tensors in the file's order, the embedding padded with rows of zeros."""
-    layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
-    for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
-        for key in [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]:
-            tensor = tensors[key].contiguous()
-            stream.write(tensor.view(torch.uint8).numpy().data)
-            if name == "wte":
-                stream.write(bytes(padding * config.hidden_size * tensor.dtype.itemsize))
 
 
 @dataclass(frozen=True)

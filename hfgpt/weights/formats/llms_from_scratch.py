@@ -22,14 +22,13 @@ from hfgpt.weights.table import (
     QKV,
     Change,
     TensorMapping,
-    check_config_supported,
-    check_inner_width,
+    check_gpt2_like,
     drop_tied_head,
     expand,
     export_tensors,
     heads_of,
     names_in,
-    shape_of,
+    read_sizes,
     tensors_in,
 )
 
@@ -98,16 +97,11 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     """
     tensors = tensors_in(content, "model_state_dict")
     is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
-    vocab_size, width = shape_of(tensors, "tok_emb.weight")
-    positions, _ = shape_of(tensors, "pos_emb.weight")
-    is_fast = "final_norm.weight" in tensors
-    num_layers = len([name for name in tensors if name.endswith(".ff.layers.0.weight")])
-    heads, notes = heads_of(width, heads)
+    sizes = read_sizes(tensors, "tok_emb.weight", "pos_emb.weight", ".ff.layers.0.weight")
+    num_layers, is_fast = sizes["num_hidden_layers"], "final_norm.weight" in tensors
+    heads, notes = heads_of(sizes["hidden_size"], heads)
     config = HFGPTConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        hidden_size=width,
-        num_hidden_layers=num_layers,
+        **sizes,
         num_attention_heads=heads,
         activation_function=activation or "gelu_new",
         tie_word_embeddings=is_tied,
@@ -165,8 +159,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
-    check_config_supported(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
-    check_inner_width(config)
+    check_gpt2_like(config, activation_function="gelu_new")
     converted, changes = export_tensors(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()

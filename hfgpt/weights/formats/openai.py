@@ -28,8 +28,7 @@ from hfgpt.weights.table import (
     QKV,
     Change,
     TensorMapping,
-    check_config_supported,
-    check_inner_width,
+    check_gpt2_like,
     check_num_blocks,
     expand,
     export_tensors,
@@ -302,12 +301,9 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
         ValueError: another activation, inner width or dtype than OpenAI's, or an untied output layer.
     """
     config = parts.config
-    check_config_supported(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
-    )
+    check_gpt2_like(config, activation_function="gelu_new", tie_word_embeddings=True)
     if parts.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")
-    check_inner_width(config)
     tensors, changes = export_tensors(table(config.num_hidden_layers), parts.tensors)
     folder.mkdir()
     hparams = {
