@@ -12,17 +12,12 @@ from transformers import GenerationConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.lazy_tensors import LazyTensor
-from hfgpt.weights.table import (
-    NONE,
-    Change,
-    TensorMapping,
-    import_tensors,
-)
+from hfgpt.weights.table import NONE, Change, TensorMapping, import_tensors
 
 
 @dataclass
 class SourceModel:
-    """A checkpoint of another format, read and not yet walked.
+    """A checkpoint of another format, read and not yet imported.
 
     Attributes:
         tensors: by their names in the format; most are read from the file when they are wanted.

@@ -46,7 +46,7 @@ def file_tensors(model):
 
 
 def from_gpt2_tensors(tensors, num_layers):
-    """Walk the table from GPT-2 to hfgpt."""
+    """GPT-2's tensors imported by the table."""
     (vocab_size, width), positions = tensors["transformer.wte.weight"].shape, len(tensors["transformer.wpe.weight"])
     config = HFGPTConfig(vocab_size=vocab_size, n_positions=positions, n_embd=width, n_head=1, n_layer=num_layers)
     with torch.device("meta"):
@@ -55,7 +55,7 @@ def from_gpt2_tensors(tensors, num_layers):
 
 
 def to_gpt2_tensors(tensors, num_layers, tied):
-    """Walk the table from hfgpt to GPT-2."""
+    """hfgpt's tensors exported by the table."""
     return export_tensors(entries(num_layers, tied), tensors)[0]
 
 

@@ -20,20 +20,15 @@ from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.formats import reference_forward
 from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model
-from hfgpt.weights.table import (
-    QKV,
-    Change,
-    TensorMapping,
-    check_gpt2_like,
-    expand,
-    export_tensors,
-    import_tensors,
-)
+from hfgpt.weights.table import QKV, Change, TensorMapping, check_gpt2_like, expand, export_tensors, import_tensors
 
 MAGIC = 20240326
 DEBUG_MAGIC, DEBUG_VERSION = 20240327, 2
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
 HEADER_BYTES = 256 * 4
+SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
+"""The sizes of the model in the header's order, after the magic number and the version."""
+
 PADDED_TO = 128  # the vocabulary, for the sake of llm.c's kernels
 
 WHOLE_MODEL = (
@@ -98,12 +93,12 @@ def read(file: Path) -> SourceModel:
     Raises:
         ValueError: another kind of file, another byte order or version, or a size that its header does not imply.
     """
-    _, version, positions, vocab_size, layers, heads, width, padded = header_of(file, MAGIC, "a model")[:8]
+    _, version, *numbers, padded = header_of(file, MAGIC, "a model")[:8]
+    positions, vocab_size, layers, heads, width = numbers
     if version not in DTYPES:
         raise ValueError(f"{file}: version {version}; hfgpt reads {list(DTYPES)} (fp32, bf16).")
-    if min(positions, vocab_size, layers, heads, width) < 1 or padded < vocab_size:
-        shape = [positions, vocab_size, layers, heads, width, padded]
-        raise ValueError(f"{file}: the header has an impossible shape: {shape}.")
+    if min(numbers) < 1 or padded < vocab_size:
+        raise ValueError(f"{file}: the header has an impossible shape: {[*numbers, padded]}.")
     dtype = DTYPES[version]
     shapes = shapes_in_order(width, positions, padded, layers)
     tensors = places(file, HEADER_BYTES, shapes, dtype)
@@ -115,14 +110,7 @@ def read(file: Path) -> SourceModel:
             raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
         changes.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
         tensors["wte"] = in_file(file, HEADER_BYTES, (vocab_size, width), dtype)
-    config = HFGPTConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        dtype=dtype,
-    )
+    config = HFGPTConfig(**dict(zip(SIZES, numbers, strict=True)), dtype=dtype)
     return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), changes=changes)
 
 
@@ -197,16 +185,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     if padding:
         shape = (config.vocab_size + padding, config.hidden_size)
         changes.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
-    header = (
-        MAGIC,
-        version,
-        config.max_position_embeddings,
-        config.vocab_size,
-        layers,
-        config.num_attention_heads,
-        config.hidden_size,
-        config.vocab_size + padding,
-    )
+    header = [MAGIC, version, *(getattr(config, name) for name in SIZES), config.vocab_size + padding]
     with file.open("wb") as stream:
         stream.write(np.array(header, dtype="<i4").tobytes().ljust(HEADER_BYTES, b"\0"))
         for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
