@@ -1,4 +1,4 @@
-"""Does the destination of a conversion compute what its source does? Each is run by its own mathematics."""
+"""Comparison of a conversion's source and destination, each run by its own forward pass on the same tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ and names: `logits` in the module of the format."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 """Allowed |Δlogit| per 3 of the largest |logit|. In fp64 rounding stays below 1e-12 even at the depth of GPT-2 xl, so
-that anything above 1e-9 is another model; fp32, where a runtime has no fp64, is bounded as in verify.py."""
+that anything above 1e-9 is another model; fp32, where a runtime has no fp64, is bounded as in `hfgpt verify`."""
 
 
 @dataclass(frozen=True)

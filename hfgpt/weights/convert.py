@@ -1,4 +1,4 @@
-"""From any format to any other, with word of what was done to each tensor; nothing is overwritten.
+"""Conversion from any format to any other, with a list of what was done to each tensor; nothing is overwritten.
 
 The source's tensors are read one by one into one model, and leave it one by one: a conversion needs little more memory
 than the model itself.
@@ -15,29 +15,28 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.system.machine import DTYPES
 from hfgpt.system.storage import new_path
-from hfgpt.weights import WRITERS, check_conversion, table
+from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gguf, llmc, nanogpt, onnx, openai
 from hfgpt.weights.model_parts import SourceModel, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import SAME_AS, Change
 
 FORMATS = tuple(WRITERS)
-"""What can be read, and written too."""
+"""Formats that can be read and written."""
 
 FOLDERS = ("hfgpt", "gpt2")
-"""What has its tokenizer beside it."""
+"""Formats whose tokenizer lies beside the weights."""
 
 WITH_TOKENIZER = (*FOLDERS, "openai", "gguf")
-"""What a tokenizer can go along with."""
+"""Formats that have a place for a tokenizer."""
 
 ONLY_ACTIVATION = {
     "nanogpt": "gelu",
     **dict.fromkeys(("openai", "llms-from-scratch", "llm.c", "gguf"), "gelu_new"),
 }
-"""What the formats compute that know one activation: the exact GELU, or GPT-2's, which approximates it by a tanh."""
-
-DTYPES = {name: dtype for name, dtype in table.DTYPES.items() if name != "fp64"}
+"""Format -> its activation, if it knows only one: the exact GELU, or GPT-2's, which approximates it by a tanh."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class Conversion:
 
     @property
     def lossy(self) -> list[Change]:
-        """The steps that filled, cut, dropped, rounded or exchanged something."""
-        return [step for step in [*self.steps_in, *self.steps_between, *self.steps_out] if not step.is_exact]
+        """The changes that filled, cut, dropped, rounded or exchanged something."""
+        return [change for change in [*self.steps_in, *self.steps_between, *self.steps_out] if not change.is_exact]
 
 
 def convert(
@@ -104,8 +103,8 @@ def convert(
         FileNotFoundError: its folder does not exist.
     """
     dest = Path(dest)
-    check_unused_options(to, verify, dtype, tokenizer)
-    with new_path(dest) as staged:  # first of all, so that a destination that exists costs nobody a wait
+    check_options(to, verify, dtype, tokenizer)
+    with new_path(dest) as staged:  # first, so that a destination that exists is refused at once
         found, checkpoint = open_source(source, source_format, heads, activation)
         model, steps_in = build_from(source, checkpoint)
         notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
@@ -158,8 +157,8 @@ def give_freed_tensors_back() -> None:
             mallopt(m_mmap_threshold, 2**20)
 
 
-def check_unused_options(to: str, verify: bool, dtype: str | None, tokenizer: str | None) -> None:
-    """Refuse what cannot be asked for.
+def check_options(to: str, verify: bool, dtype: str | None, tokenizer: str | None) -> None:
+    """Check the options that do not depend on the source.
 
     Raises:
         ValueError: there is no such format or dtype, or the format cannot be verified or has no place for a tokenizer.
@@ -232,9 +231,9 @@ def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Chan
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         matrices.append(("lm_head.weight", model.lm_head.weight))
     action = f"cut: {config.vocab_size - vocab_size} rows after the first {vocab_size}"
-    steps = [Change(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
+    changes = [Change(name, tuple(matrix.shape), action, is_exact=False) for name, matrix in matrices]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    return steps
+    return changes
 
 
 def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
@@ -246,17 +245,17 @@ def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
     if dtype is None:
         check_single_dtype(model)
         return []
-    steps = []
+    changes = []
     for name, parameter in model.named_parameters():
         changed = parameter.detach().to(DTYPES[dtype])
         if not changed.isfinite().all():
             largest = float(parameter.detach().abs().max())
             raise ValueError(f"{name}: holds {largest:.3g}, and {dtype} ends at {torch.finfo(DTYPES[dtype]).max:.3g}.")
         if not torch.equal(changed.to(parameter.dtype), parameter.detach()):
-            steps.append(Change(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
+            changes.append(Change(name, tuple(parameter.shape), f"rounded to {dtype}", is_exact=False))
         parameter.data = changed
     model.config.dtype = DTYPES[dtype]
-    return steps
+    return changes
 
 
 def check_debug_state(model: HFGPTForCausalLM, file: Path) -> list[str]:
@@ -314,10 +313,12 @@ def left_behind(source: Path, found: str, to: str) -> list[str]:
 def render(result: Conversion) -> str:
     """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
     parts = {"in:": result.steps_in, "changed:": result.steps_between, "out:": result.steps_out}
-    width = max(len(step.name) for steps in parts.values() for step in steps)
+    width = max(len(change.name) for changes in parts.values() for change in changes)
     lines = []
-    for title, steps in parts.items():
-        rows = [f"  {step.name:<{width}}  {'x'.join(map(str, step.shape)):>12}  {step.action}" for step in steps]
+    for title, changes in parts.items():
+        rows = [
+            f"  {change.name:<{width}}  {'x'.join(map(str, change.shape)):>12}  {change.action}" for change in changes
+        ]
         lines += [title, *rows] if rows else []
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:

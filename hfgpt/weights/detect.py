@@ -1,4 +1,4 @@
-"""What is it, a file or folder of which format, and is it safe to open?"""
+"""Which format a file or folder has, found out without running anything in it."""
 
 import zipfile
 from pathlib import Path
@@ -12,7 +12,7 @@ from hfgpt.weights.lazy_tensors import in_pickle, in_safetensors
 from hfgpt.weights.model_parts import SourceModel, named
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
-"""Of files; what is called so and is not there is not looked for on the Hub."""
+"""Endings of files; a source with one of these that does not exist is not looked for on the Hub."""
 
 
 def read_any(source: str | Path, heads: int | None, activation: str | None) -> tuple[str, SourceModel]:
@@ -41,7 +41,7 @@ def read_any(source: str | Path, heads: int | None, activation: str | None) -> t
 
 
 def check_source_exists(source: str | Path) -> None:
-    """Refuse what is no folder of a model here, and can be none on the Hub.
+    """Check that a source is a model folder, or could be the name of a repository on the Hub.
 
     Raises:
         ValueError: naming it.
@@ -64,7 +64,7 @@ def check_source_exists(source: str | Path) -> None:
 
 
 def check_unused_options(who_says: str, heads: int | None, activation: str | None) -> None:
-    """Refuse to be told what a source says itself.
+    """Refuse options for what the source itself says.
 
     Raises:
         ValueError: either is given.

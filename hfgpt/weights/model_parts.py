@@ -12,17 +12,12 @@ from transformers import GenerationConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.lazy_tensors import LazyTensor
-from hfgpt.weights.table import (
-    NONE,
-    Change,
-    TensorMapping,
-    walk_in,
-)
+from hfgpt.weights.table import NONE, Change, TensorMapping, import_tensors
 
 
 @dataclass
 class SourceModel:
-    """A checkpoint of another format, read and not yet walked.
+    """A checkpoint of another format, read and not yet imported.
 
     Attributes:
         tensors: by their names in the format; most are read from the file when they are wanted.
@@ -31,7 +26,7 @@ class SourceModel:
         logits: the format's own forward pass, on its own tensors and by its own rules, from ids (B, T) to (B, T, V) in
             the dtype it is given; the oracle of `hfgpt convert --verify`.
         dropped: pattern of names that hfgpt has no use for, such as causal masks.
-        steps: what reading alone has done, such as a head dropped because it is the token embedding.
+        changes: what reading alone has done, such as a head dropped because it is the token embedding.
         notes: what a user should know of the two formats' mathematics.
         generation: how the model writes text, if the source says it.
     """
@@ -41,7 +36,7 @@ class SourceModel:
     table: list[TensorMapping]
     logits: Callable[[Tensor, torch.dtype], Tensor]
     dropped: str = NONE
-    steps: list[Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generation: GenerationConfig | None = None
 
@@ -78,8 +73,8 @@ def build(checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
         ValueError: the tensors do not fit.
     """
     shapes = {name: tuple(each.shape) for name, each in empty_model(checkpoint.config).state_dict().items()}
-    tensors, steps = walk_in(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
-    return join_model(ModelParts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.steps, *steps]
+    tensors, changes = import_tensors(checkpoint.table, checkpoint.tensors, shapes, checkpoint.dropped)
+    return join_model(ModelParts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.changes, *changes]
 
 
 def build_from(source: Any, checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:

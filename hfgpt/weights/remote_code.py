@@ -1,4 +1,4 @@
-"""The code that travels with the weights: is a folder's the same as this hfgpt's, and how a folder gets it anew.
+"""The code that lies beside saved weights: compared with this hfgpt's, and replaced by it.
 
 transformers calls it remote code. Here it is read and compared, never run.
 """

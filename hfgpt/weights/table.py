@@ -1,18 +1,19 @@
-"""One mechanism for every format: a table of names, walked from the format to hfgpt or back.
+"""Tables of tensor names, by which every format is imported into hfgpt and exported from it.
 
-A format is a table and a reader and writer of its bytes; see nanogpt.py for the shortest. What was done to each tensor
-comes back as a list of steps, so that nothing is filled, cut or dropped unseen.
+What was done to each tensor comes back as a list of changes, so that nothing is filled, cut or dropped unseen.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.system.machine import DTYPES
+from hfgpt.weights.formats.reference_forward import EPSILON
 from hfgpt.weights.lazy_tensors import LazyTensor, read
 
 NONE = r"(?!)"
@@ -20,7 +21,7 @@ NONE = r"(?!)"
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = {"fp64": torch.float64, **DTYPES}
 """What weights are stored as; whatever else floats, such as fp8, means something only with scales beside it."""
 
 MASKS = (".attn.bias", ".att.mask")
@@ -75,25 +76,24 @@ def expand(
         block: prefix of a block in the format, with `{layer}` in the number's place.
         num_layers: number of blocks.
     """
-    rows = [TensorMapping(row.foreign, names("model.", row), row.transposed, row.is_optional) for row in whole]
+    mappings = [with_prefixes(mapping, "", "model.") for mapping in whole]
     for layer in range(num_layers):
-        for row in each_block:
-            hfgpt = names(f"model.layers.{layer}.", row)
-            rows.append(TensorMapping(block.format(layer=layer) + row.foreign, hfgpt, row.transposed, row.is_optional))
-    return rows
+        prefixes = block.format(layer=layer), f"model.layers.{layer}."
+        mappings += [with_prefixes(mapping, *prefixes) for mapping in each_block]
+    return mappings
 
 
-def names(prefix: str, row: TensorMapping) -> tuple[str, ...]:
-    return tuple(prefix + name for name in row.hfgpt)
+def with_prefixes(mapping: TensorMapping, foreign: str, hfgpt: str) -> TensorMapping:
+    return replace(mapping, foreign=foreign + mapping.foreign, hfgpt=tuple(hfgpt + name for name in mapping.hfgpt))
 
 
-def actions(row: TensorMapping, for_several: str) -> str:
-    """What a table row does to a tensor, in words."""
-    done = (["transposed"] if row.transposed else []) + ([for_several] if len(row.hfgpt) > 1 else [])
+def actions(mapping: TensorMapping, for_several: str) -> str:
+    """What a mapping does to a tensor, in words."""
+    done = (["transposed"] if mapping.transposed else []) + ([for_several] if len(mapping.hfgpt) > 1 else [])
     return ", ".join(done) or "copied"
 
 
-def walk_in(
+def import_tensors(
     table: Sequence[TensorMapping],
     tensors: Mapping[str, LazyTensor | Tensor],
     shapes: dict[str, tuple[int, ...]],
@@ -114,43 +114,43 @@ def walk_in(
         ValueError: a tensor is missing, left over or of another shape than the config says.
     """
     result: dict[str, Tensor] = {}
-    steps: list[Change] = []
-    left_over = set(tensors) - {row.foreign for row in table}
+    changes: list[Change] = []
+    left_over = set(tensors) - {mapping.foreign for mapping in table}
     for name in sorted(left_over):
         if not re.search(dropped, name):
             raise ValueError(f"{name}: left over; hfgpt has no such tensor.")
         if name.endswith(MASKS):
             check_causal_mask(name, read(tensors[name]))
     filled: list[TensorMapping] = []
-    for row in table:
-        if row.foreign not in tensors:
-            if not row.is_optional:
-                raise ValueError(f"{row.foreign}: not in the file.")
-            filled.append(row)
+    for mapping in table:
+        if mapping.foreign not in tensors:
+            if not mapping.is_optional:
+                raise ValueError(f"{mapping.foreign}: not in the file.")
+            filled.append(mapping)
             continue
-        stored = tensors[row.foreign]
-        wanted = shape_there(row, shapes)
-        if tuple(stored.shape) != wanted:
-            raise ValueError(f"{row.foreign}: expected shape {wanted}, got {tuple(stored.shape)}.")
-        if stored.dtype not in DTYPES.values():
-            raise ValueError(f"{row.foreign}: holds {stored.dtype}, and weights are {', '.join(DTYPES)}.")
-        tensor = read(stored)
+        lazy = tensors[mapping.foreign]
+        wanted = shape_there(mapping, shapes)
+        if tuple(lazy.shape) != wanted:
+            raise ValueError(f"{mapping.foreign}: expected shape {wanted}, got {tuple(lazy.shape)}.")
+        if lazy.dtype not in WEIGHT_DTYPES.values():
+            raise ValueError(f"{mapping.foreign}: holds {lazy.dtype}, and weights are {', '.join(WEIGHT_DTYPES)}.")
+        tensor = read(lazy)
         if not tensor.is_meta and not tensor.isfinite().all():
-            raise ValueError(f"{row.foreign}: holds NaN or infinity.")
-        parts = (tensor.T if row.transposed else tensor).chunk(len(row.hfgpt))
+            raise ValueError(f"{mapping.foreign}: holds NaN or infinity.")
+        parts = (tensor.T if mapping.transposed else tensor).chunk(len(mapping.hfgpt))
         # Parts in memory of their own, so that one can be let go before the others.
         result |= {
             name: part.clone(memory_format=torch.contiguous_format) if len(parts) > 1 else part.contiguous()
-            for name, part in zip(row.hfgpt, parts, strict=True)
+            for name, part in zip(mapping.hfgpt, parts, strict=True)
         }
-        steps.append(Change(row.foreign, tuple(tensor.shape), actions(row, "split")))
+        changes.append(Change(mapping.foreign, tuple(tensor.shape), actions(mapping, "split")))
     dtype = next(iter(result.values())).dtype
-    for row in filled:
-        result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in row.hfgpt}
-        steps.append(Change(row.foreign, shape_there(row, shapes), "filled with zeros", is_exact=False))
+    for mapping in filled:
+        result |= {name: torch.zeros(shapes[name], dtype=dtype) for name in mapping.hfgpt}
+        changes.append(Change(mapping.foreign, shape_there(mapping, shapes), "filled with zeros", is_exact=False))
     for name in sorted(left_over):
-        steps.append(Change(name, tuple(tensors[name].shape), "dropped", is_exact=False))
-    return result, steps
+        changes.append(Change(name, tuple(tensors[name].shape), "dropped", is_exact=False))
+    return result, changes
 
 
 def check_causal_mask(name: str, mask: Tensor) -> None:
@@ -170,14 +170,16 @@ def check_causal_mask(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name}: no causal mask; hfgpt's attention is causal and nothing else.")
 
 
-def shape_there(row: TensorMapping, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape_there(mapping: TensorMapping, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that a tensor has in the format, by those it has in hfgpt."""
-    parts = [shapes[name] for name in row.hfgpt]
+    parts = [shapes[name] for name in mapping.hfgpt]
     joined = (sum(shape[0] for shape in parts), *parts[0][1:])
-    return joined[::-1] if row.transposed else joined
+    return joined[::-1] if mapping.transposed else joined
 
 
-def walk_out(table: Sequence[TensorMapping], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Change]]:
+def export_tensors(
+    table: Sequence[TensorMapping], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Change]]:
     """Make a format's tensors from hfgpt's; they are copies.
 
     Args:
@@ -188,17 +190,17 @@ def walk_out(table: Sequence[TensorMapping], tensors: dict[str, Tensor]) -> tupl
     Raises:
         ValueError: a tensor of hfgpt's is missing in the table, or one of the table's in hfgpt.
     """
-    named = {name for row in table for name in row.hfgpt}
+    named = {name for mapping in table for name in mapping.hfgpt}
     if set(tensors) - named:
         raise ValueError(f"{min(set(tensors) - named)}: the format has no place for it.")
     if named - set(tensors):
         raise ValueError(f"{min(named - set(tensors))}: not in the model.")
-    result, steps = {}, []
-    for row in table:
-        joined = torch.cat([tensors.pop(name) for name in row.hfgpt])  # of one tensor, a copy of it
-        result[row.foreign] = joined.T.contiguous() if row.transposed else joined
-        steps.append(Change(row.foreign, tuple(result[row.foreign].shape), actions(row, "joined")))
-    return result, steps
+    result, changes = {}, []
+    for mapping in table:
+        joined = torch.cat([tensors.pop(name) for name in mapping.hfgpt])  # of one tensor, a copy of it
+        result[mapping.foreign] = joined.T.contiguous() if mapping.transposed else joined
+        changes.append(Change(mapping.foreign, tuple(result[mapping.foreign].shape), actions(mapping, "joined")))
+    return result, changes
 
 
 def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding: str) -> tuple[bool, list[Change]]:
@@ -253,7 +255,30 @@ def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
     return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
 
 
-def shape_of(tensors: dict[str, LazyTensor | Tensor], name: str) -> tuple[int, int]:
+def read_sizes(
+    tensors: Mapping[str, LazyTensor | Tensor], embedding: str, positions: str, in_each_block: str
+) -> dict[str, int]:
+    """The sizes that the tensors of a format imply, by the names of the config's fields.
+
+    Args:
+        tensors: by their names in the format.
+        embedding: name of the token embedding.
+        positions: name of the position embedding.
+        in_each_block: how the name of one tensor of each block ends.
+
+    Raises:
+        ValueError: an embedding is missing, or is no matrix.
+    """
+    vocab_size, width = shape_of(tensors, embedding)
+    return {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": shape_of(tensors, positions)[0],
+        "hidden_size": width,
+        "num_hidden_layers": sum(name.endswith(in_each_block) for name in tensors),
+    }
+
+
+def shape_of(tensors: Mapping[str, LazyTensor | Tensor], name: str) -> tuple[int, int]:
     """The shape of a matrix that must be there.
 
     Raises:
@@ -280,12 +305,17 @@ def check_config_supported(config: HFGPTConfig, **needed: Any) -> None:
             raise ValueError(f"the format needs `{name}` = {value!r}, the model has {has!r}.{hint}")
 
 
-def check_inner_width(config: HFGPTConfig) -> None:
-    """Refuse a model whose MLP is not four times as wide as its residual stream, where a format knows no other.
+def check_gpt2_like(config: HFGPTConfig, **needed: Any) -> None:
+    """Refuse what no format of a GPT-2 has a field for: another epsilon, or an MLP not four times as wide as the model.
+
+    Args:
+        config: of the model.
+        **needed: what else the format needs, as for `check_config_supported`.
 
     Raises:
-        ValueError: naming both widths.
+        ValueError: naming the field, its value and the one needed.
     """
-    needed, has = 4 * config.hidden_size, config.intermediate_size
-    if has not in (None, needed):
-        raise ValueError(f"the format needs `intermediate_size` = {needed}, the model has {has}.")
+    check_config_supported(config, **needed, layer_norm_epsilon=EPSILON)
+    width = 4 * config.hidden_size
+    if config.intermediate_size not in (None, width):
+        raise ValueError(f"the format needs `intermediate_size` = {width}, the model has {config.intermediate_size}.")

@@ -11,7 +11,7 @@ from hfgpt.cli import app
 from hfgpt.weights import WRITERS, load
 from hfgpt.weights.check_conversion import WHO_RUNS, compare
 from hfgpt.weights.convert import convert, open_source
-from hfgpt.weights.formats import nanogpt
+from hfgpt.weights.formats import llmc, nanogpt
 
 
 @pytest.fixture
@@ -192,32 +192,22 @@ def llmc_files(make_gpt2, tmp_path):
     return tmp_path / "model.bin"
 
 
-def test_the_debug_state_of_llmc_is_read_and_written(llmc_files, tmp_path):
-    from hfgpt.weights.formats import llmc
-
+def test_the_debug_state_of_llmc_is_read(llmc_files, tmp_path):
     beside = tmp_path / "model_debug_state.bin"
     model = load(llmc_files)
 
     theirs = llmc.read_debug_state(beside, model.config)
     ours = llmc.make_debug_state(model, theirs.ids, theirs.targets)
-    llmc.write_debug_state(model, tmp_path / "again.bin", theirs.ids, theirs.targets)
-    again = llmc.read_debug_state(tmp_path / "again.bin", model.config)
 
-    assert (tmp_path / "again.bin").stat().st_size == beside.stat().st_size
-    assert torch.equal(theirs.ids, again.ids)
-    assert torch.equal(theirs.targets, again.targets)
-    for found in (ours, again):
-        torch.testing.assert_close(found.logits, theirs.logits, rtol=0, atol=2e-5)
-        assert found.loss == pytest.approx(theirs.loss, abs=1e-5)
-        assert found.gradients.keys() == theirs.gradients.keys() == dict(model.named_parameters()).keys()
-        for name, gradient in theirs.gradients.items():
-            torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=2e-5)
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+    assert ours.gradients.keys() == theirs.gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient, rtol=0, atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_verify_compares_with_the_debug_state_beside_a_model(llmc_files, tmp_path):
-    from hfgpt.weights.formats import llmc
-
     [note] = convert(llmc_files, tmp_path / "out", "hfgpt", verify=True).notes
 
     words = note.split()

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from hfgpt import HFGPTConfig, HFGPTForCausalLM, HFGPTModel
 from hfgpt.weights import load, save, to_gpt2
 from hfgpt.weights.formats import gpt2 as table
-from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config, to_gpt2_tensors
-from hfgpt.weights.table import walk_in
+from hfgpt.weights.formats.gpt2 import entries, to_gpt2_config
+from hfgpt.weights.table import export_tensors, import_tensors
 
 SIZES = {  # layers, heads, width and the number of parameters
     "small": (12, 12, 768, 124_439_808),
@@ -46,12 +46,17 @@ def file_tensors(model):
 
 
 def from_gpt2_tensors(tensors, num_layers):
-    """Walk the table from GPT-2 to hfgpt."""
+    """GPT-2's tensors imported by the table."""
     (vocab_size, width), positions = tensors["transformer.wte.weight"].shape, len(tensors["transformer.wpe.weight"])
     config = HFGPTConfig(vocab_size=vocab_size, n_positions=positions, n_embd=width, n_head=1, n_layer=num_layers)
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in HFGPTForCausalLM(config).state_dict().items()}
-    return walk_in(entries(num_layers, tied=True), tensors, shapes)[0]
+    return import_tensors(entries(num_layers, tied=True), tensors, shapes)[0]
+
+
+def to_gpt2_tensors(tensors, num_layers, tied):
+    """hfgpt's tensors exported by the table."""
+    return export_tensors(entries(num_layers, tied), tensors)[0]
 
 
 def assert_same_tensors(first, second):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe
 from hfgpt.weights.model_parts import ModelParts
-from hfgpt.weights.table import QKV, Change, TensorMapping, check_config_supported, expand, walk_out
+from hfgpt.weights.table import QKV, Change, TensorMapping, check_config_supported, expand, export_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -45,8 +45,8 @@ QUANTIZATIONS = {"fp32": "F32", "fp16": "F16", "q8_0": "Q8_0"}
 
 
 def table(num_layers: int, tied: bool) -> list[TensorMapping]:
-    rows = expand(WHOLE_MODEL, EACH_BLOCK, "blk.{layer}.", num_layers)
-    return rows if tied else [*rows, HEAD]
+    mappings = expand(WHOLE_MODEL, EACH_BLOCK, "blk.{layer}.", num_layers)
+    return mappings if tied else [*mappings, HEAD]
 
 
 def write(parts: ModelParts, file: Path, tokenizer: PreTrainedTokenizerFast, quantization: str) -> list[Change]:
@@ -70,7 +70,7 @@ def write(parts: ModelParts, file: Path, tokenizer: PreTrainedTokenizerFast, qua
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`--dtype` must be one of {list(QUANTIZATIONS)} for gguf, got {quantization!r}.")
     kind = gguf.GGMLQuantizationType[QUANTIZATIONS[quantization]]
-    converted, steps = walk_out(table(config.num_hidden_layers, parts.is_tied), parts.tensors)
+    converted, changes = export_tensors(table(config.num_hidden_layers, parts.is_tied), parts.tensors)
 
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_name(file.stem)
@@ -82,23 +82,25 @@ def write(parts: ModelParts, file: Path, tokenizer: PreTrainedTokenizerFast, qua
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     add_tokenizer(writer, tokenizer, config.vocab_size)
-    for place, step in enumerate(steps):
-        tensor = converted.pop(step.name)
+    for place, change in enumerate(changes):
+        tensor = converted.pop(change.name)
         array = tensor.float().numpy()
-        is_small = tensor.ndim == 2 and step.name != "position_embd.weight" and quantization != "fp32"
+        is_small = tensor.ndim == 2 and change.name != "position_embd.weight" and quantization != "fp32"
         is_exact = torch.equal(tensor, torch.from_numpy(array).to(tensor.dtype))  # fp64 has no place in the file
         if is_small:
-            before, array = array, rounded(step.name, array, quantization)
+            before, array = array, rounded(change.name, array, quantization)
             is_exact = is_exact and array.dtype == np.float16 and np.array_equal(before, array)
         if not is_exact:
             stored_as = quantization if is_small else "fp32"
-            steps[place] = Change(step.name, step.shape, f"{step.action}, rounded to {stored_as}", is_exact=False)
-        writer.add_tensor(step.name, array, raw_dtype=kind if is_small else None)
+            changes[place] = Change(
+                change.name, change.shape, f"{change.action}, rounded to {stored_as}", is_exact=False
+            )
+        writer.add_tensor(change.name, array, raw_dtype=kind if is_small else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return steps
+    return changes
 
 
 def rounded(name: str, array: np.ndarray, quantization: str) -> np.ndarray:

@@ -7,7 +7,6 @@ value in one tensor, hfgpt in three. Everything else is a change of name.
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
@@ -15,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.model_parts import ModelParts, split_model
-from hfgpt.weights.table import QKV, Change, TensorMapping, expand, walk_out
+from hfgpt.weights.table import QKV, Change, TensorMapping, expand, export_tensors, with_prefixes
 
 WHOLE_MODEL = (
     TensorMapping("wte.weight", ("embed_tokens.weight",)),
@@ -48,29 +47,29 @@ def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[T
         tied: whether the output layer is the token embedding; if not, it is an entry of its own.
         prefix: of every name; files of a model without a head have none.
     """
-    whole = [TensorMapping(prefix + row.foreign, row.hfgpt, row.transposed) for row in WHOLE_MODEL]
-    rows = expand(whole, EACH_BLOCK, prefix + "h.{layer}.", num_layers)
-    return rows if tied else [*rows, TensorMapping("lm_head.weight", ("lm_head.weight",))]
+    whole = [with_prefixes(mapping, prefix, "") for mapping in WHOLE_MODEL]
+    mappings = expand(whole, EACH_BLOCK, prefix + "h.{layer}.", num_layers)
+    return mappings if tied else [*mappings, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
 def import_mapping() -> list[WeightRenaming | WeightConverter]:
     """The table as transformers' weight conversions, which `from_pretrained` applies while it reads a GPT-2 file."""
     # `h.` must not match inside a longer word; a lookbehind does that without changing the name that is written.
-    mapping: list[WeightRenaming | WeightConverter] = [
+    conversions: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(r"^transformer\.", r"^model\."),
         WeightRenaming(r"(?<!\w)h\.(\d+)\.", r"layers.\1."),
         WeightRenaming(r"^classifier\.", r"score."),  # GPT2ForTokenClassification's head; the other heads' names agree
     ]
-    for row in (*WHOLE_MODEL, *EACH_BLOCK):
-        operations: list[ConversionOps] = [Transpose(0, 1)] if row.transposed else []
-        if len(row.hfgpt) > 1:
+    for mapping in (*WHOLE_MODEL, *EACH_BLOCK):
+        operations: list[ConversionOps] = [Transpose(0, 1)] if mapping.transposed else []
+        if len(mapping.hfgpt) > 1:
             operations.append(Chunk(dim=0))
-        source = r"(?<!\w)" + row.foreign.replace(".", r"\.")
+        source = r"(?<!\w)" + mapping.foreign.replace(".", r"\.")
         if operations:
-            mapping.append(WeightConverter(row.foreign, list(row.hfgpt), operations))
+            conversions.append(WeightConverter(mapping.foreign, list(mapping.hfgpt), operations))
         else:
-            mapping.append(WeightRenaming(source, row.hfgpt[0]))
-    return mapping
+            conversions.append(WeightRenaming(source, mapping.hfgpt[0]))
+    return conversions
 
 
 def register() -> None:
@@ -80,15 +79,6 @@ def register() -> None:
     own GPT-2 would use one under 'gpt2'.
     """
     register_checkpoint_conversion_mapping(GPT2_SOURCE, import_mapping(), overwrite=True)
-
-
-def to_gpt2_tensors(tensors: dict[str, Tensor], num_layers: int, tied: bool) -> dict[str, Tensor]:
-    """Walk the table from hfgpt's state dict to GPT-2's; the tensors are copies.
-
-    Raises:
-        ValueError: a tensor is missing or left over.
-    """
-    return walk_out(entries(num_layers, tied), tensors)[0]
 
 
 def to_gpt2_config(config: HFGPTConfig) -> GPT2Config:
@@ -128,21 +118,21 @@ def to_gpt2(model: HFGPTForCausalLM) -> GPT2LMHeadModel:
 def from_parts(parts: ModelParts) -> tuple[GPT2LMHeadModel, list[Change]]:
     """Make transformers' GPT-2 of a model's parts, which are used up, and say what was done to each tensor."""
     config = to_gpt2_config(parts.config)
-    # Who gave the model a head of its own without saying so in the config must not lose it.
+    # A model may have a head of its own though its config says that it is tied.
     config.tie_word_embeddings = parts.is_tied
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(config)
-    tensors, steps = walk_out(entries(parts.config.num_hidden_layers, parts.is_tied), parts.tensors)
+    tensors, changes = export_tensors(entries(parts.config.num_hidden_layers, parts.is_tied), parts.tensors)
     head = {"lm_head.weight": tensors["transformer.wte.weight"]} if config.tie_word_embeddings else {}
     gpt2.load_state_dict(tensors | head, assign=True)
     gpt2.tie_weights()
     if parts.generation is not None:
         gpt2.generation_config = GenerationConfig.from_dict(parts.generation.to_dict())
-    return gpt2, steps
+    return gpt2, changes
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:
     """Save as a plain GPT-2 folder, for tools that know GPT-2 and run no code from elsewhere."""
-    gpt2, steps = from_parts(parts)
+    gpt2, changes = from_parts(parts)
     gpt2.save_pretrained(folder)
-    return steps
+    return changes

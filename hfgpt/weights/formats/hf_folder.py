@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -29,10 +30,11 @@ from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model, join
 from hfgpt.weights.remote_code import warn_of_other_code
 from hfgpt.weights.table import Change, TensorMapping, check_num_blocks, drop_tied_head, tensors_in
 
-OTHER_HEADS = HEADS - {"lm_head"} | {
-    "classifier",
-    "multiple_choice_head",
-}  # of models that classify, hfgpt's and GPT-2's
+OTHER_HEADS = HEADS - {"lm_head"} | {"classifier", "multiple_choice_head"}
+"""Heads of models that classify, hfgpt's and GPT-2's."""
+
+DROPPED = r"\.attn\.(masked_)?bias$|" + rf"^({'|'.join(sorted(OTHER_HEADS))})\."
+"""Pattern of names that hfgpt has no use for: masks, and other heads."""
 
 
 def read_folder(source: str | Path) -> tuple[str, SourceModel]:
@@ -43,44 +45,44 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
     """
     limit_waiting()
     try:
-        config = HFGPTConfig.from_pretrained(source)
+        config, notes = read_config(source)
         files = weight_files(source)
-        ignored = ignored_keys(HFGPTConfig.get_config_dict(source)[0])
     except (OSError, TypeError, AttributeError, StrictDataclassError) as error:
         # What transformers explains in paragraphs becomes one line.
         reason = " ".join(str(error).split())
         here = "" if Path(source).exists() else "there is no such folder here, and the Hub does not give it: "
         raise ValueError(f"no model {str(source)!r}: {here}{reason}") from error
-    check_manifest(source)
+    check_manifest(Path(source), files)
     if Path(source).is_dir():  # of a repository on the Hub only the weights are fetched here, not its code
         warn_of_other_code(Path(source))
     tensors = read_files(files)
     check_num_blocks(config, tensors)
-    is_gpt2 = config.model_type == GPT2_SOURCE
-    config.__dict__.pop("model_type", None)
+    is_gpt2 = config.__dict__.pop("model_type", None) == GPT2_SOURCE
     prefix = "transformer." if is_gpt2 else "model."
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""  # saved without a head, as GPT-2's own files on the Hub are
-    steps: list[Change] = []
+    changes: list[Change] = []
     if config.tie_word_embeddings:
         embedding = prefix + ("wte.weight" if is_gpt2 else "embed_tokens.weight")
-        is_tied, steps = drop_tied_head(tensors, "lm_head.weight", embedding)
+        is_tied, changes = drop_tied_head(tensors, "lm_head.weight", embedding)
         if not is_tied:
             raise ValueError(
                 f"{source}: lm_head.weight differs from {embedding}, though config.json ties them: set "
                 "`tie_word_embeddings` to false there to keep both."
             )
     if is_gpt2:
-        table = gpt2.entries(config.num_hidden_layers, config.tie_word_embeddings, prefix)
+        found, table = "gpt2", gpt2.entries(config.num_hidden_layers, config.tie_word_embeddings, prefix)
     else:
-        table = own_names(config, prefix)
-    dropped = r"\.attn\.(masked_)?bias$|" + rf"^({'|'.join(sorted(OTHER_HEADS))})\."  # masks, and other heads
-
-    def logits(ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return logits_of_transformers(source, ids_BT, dtype) if is_gpt2 else logits_of_hfgpt(source, ids_BT, dtype)
-
-    return "gpt2" if is_gpt2 else "hfgpt", SourceModel(
-        tensors, config, table, logits, dropped=dropped, steps=steps, notes=ignored, generation=generation_of(source)
+        found, table = "hfgpt", own_names(config, prefix)
+    return found, SourceModel(
+        tensors,
+        config,
+        table,
+        logits=partial(logits, FORWARD_PASSES[found], source),
+        dropped=DROPPED,
+        changes=changes,
+        notes=notes,
+        generation=read_generation_config(source),
     )
 
 
@@ -93,31 +95,51 @@ def holds(content: Mapping[Any, Any]) -> bool:
     return is_gpt2 or any(str(name).endswith("embed_tokens.weight") for name in content)
 
 
-def ignored_keys(config: dict[str, Any]) -> list[str]:
-    """A note on what a config.json says that neither hfgpt nor transformers' GPT-2 knows."""
+def read_config(source: str | Path) -> tuple[HFGPTConfig, list[str]]:
+    """The config of config.json, with a note on the keys that neither hfgpt nor transformers' GPT-2 knows.
+
+    Raises:
+        ValueError: it is of another architecture, or has impossible values.
+        OSError: there is none.
+    """
+    fields, _ = HFGPTConfig.get_config_dict(source)
     known = {*HFGPTConfig.__dataclass_fields__, *HFGPTConfig.attribute_map, *GPT2Config().to_dict(), *TRANSFORMERS_KEYS}
-    strange = sorted(set(config) - known - {"hfgpt_source"})
-    return [f"{CONFIG_NAME}: ignored what hfgpt does not know: {', '.join(strange)}."] if strange else []
+    unknown = sorted(set(fields) - known - {"hfgpt_source"})
+    notes = [f"{CONFIG_NAME}: ignored what hfgpt does not know: {', '.join(unknown)}."] if unknown else []
+    return HFGPTConfig.from_dict(fields), notes
 
 
-def check_manifest(source: str | Path) -> None:
+def read_generation_config(source: str | Path) -> GenerationConfig | None:
+    """The settings of generation_config.json, or None where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if find(source, GENERATION_CONFIG_NAME) is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}/{GENERATION_CONFIG_NAME}: no settings of generation: {reason}") from error
+
+
+def check_manifest(folder: Path, weights: list[Path]) -> None:
     """Compare what is read of a folder with its manifest, if it has one, as checkpoints of hfgpt do.
 
     Raises:
         ValueError: a file is not what was written.
-        OSError: there are no weights.
     """
-    folder = Path(source)
     if (folder / MANIFEST).is_file():
-        others = [name for name in (CONFIG_NAME, GENERATION_CONFIG_NAME) if (folder / name).is_file()]
-        check_files(folder, [*others, *(file.name for file in weight_files(source))])
+        settings = [name for name in (CONFIG_NAME, GENERATION_CONFIG_NAME) if (folder / name).is_file()]
+        check_files(folder, [*settings, *(file.name for file in weights)])
 
 
 def read_files(files: list[Path]) -> dict[str, LazyTensor | Tensor]:
     """The tensors of all files together.
 
     Raises:
-        ValueError: a file is damaged, or two of them have the same tensor: which one is meant, nobody knows.
+        ValueError: a file is damaged, or two of them have the same tensor.
     """
     tensors: dict[str, LazyTensor | Tensor] = {}
     for file in files:
@@ -181,21 +203,6 @@ def shards_of(index: Path) -> list[str]:
     return names
 
 
-def generation_of(source: str | Path) -> GenerationConfig | None:
-    """The settings of generation_config.json, or None where there is no such file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if find(source, GENERATION_CONFIG_NAME) is None:
-        return None
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except (OSError, TypeError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{source}/{GENERATION_CONFIG_NAME}: no settings of generation: {reason}") from error
-
-
 def own_names(config: HFGPTConfig, prefix: str) -> list[TensorMapping]:
     """The table of hfgpt's own files, which changes nothing."""
     names = empty_model(config).state_dict()
@@ -203,20 +210,19 @@ def own_names(config: HFGPTConfig, prefix: str) -> list[TensorMapping]:
     return table if config.tie_word_embeddings else [*table, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
-@torch.no_grad()
-def logits_of_transformers(source: str | Path, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What transformers' own GPT-2 makes of its folder: (B, T) to (B, T, V)."""
-    return GPT2LMHeadModel.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()(ids_BT).logits
+FORWARD_PASSES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "hfgpt": HFGPTForCausalLM}
+"""Format -> the class that runs its folder, read as users read it: transformers' own GPT-2, or hfgpt's model."""
 
 
 @torch.no_grad()
-def logits_of_hfgpt(source: str | Path, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What hfgpt makes of its folder, read as users read it: (B, T) to (B, T, V)."""
-    return HFGPTForCausalLM.from_pretrained(source, dtype=dtype).eval()(ids_BT).logits
+def logits(model_class: type[PreTrainedModel], source: str | Path, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a class makes of a folder: (B, T) to (B, T, V)."""
+    eager = {"attn_implementation": "eager"} if model_class is GPT2LMHeadModel else {}
+    return model_class.from_pretrained(source, dtype=dtype, **eager).eval()(ids_BT).logits
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:
     """Save in hfgpt's own layout, with the code that runs it."""
-    steps = [Change(name, tuple(tensor.shape), "copied") for name, tensor in parts.tensors.items()]
+    changes = [Change(name, tuple(tensor.shape), "copied") for name, tensor in parts.tensors.items()]
     join_model(parts).save_pretrained(folder)
-    return steps
+    return changes

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,23 +18,17 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.formats import reference_forward
-from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model
-from hfgpt.weights.table import (
-    QKV,
-    Change,
-    TensorMapping,
-    check_config_supported,
-    check_inner_width,
-    expand,
-    walk_in,
-    walk_out,
-)
+from hfgpt.weights.table import QKV, Change, TensorMapping, check_gpt2_like, expand, export_tensors, import_tensors
 
 MAGIC = 20240326
 DEBUG_MAGIC, DEBUG_VERSION = 20240327, 2
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
 HEADER_BYTES = 256 * 4
+SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
+"""The sizes of the model in the header's order, after the magic number and the version."""
+
 PADDED_TO = 128  # the vocabulary, for the sake of llm.c's kernels
 
 WHOLE_MODEL = (
@@ -100,33 +93,25 @@ def read(file: Path) -> SourceModel:
     Raises:
         ValueError: another kind of file, another byte order or version, or a size that its header does not imply.
     """
-    _, version, positions, vocab_size, layers, heads, width, padded = header_of(file, MAGIC, "a model")[:8]
+    _, version, *numbers, padded = header_of(file, MAGIC, "a model")[:8]
+    positions, vocab_size, layers, heads, width = numbers
     if version not in DTYPES:
         raise ValueError(f"{file}: version {version}; hfgpt reads {list(DTYPES)} (fp32, bf16).")
-    if min(positions, vocab_size, layers, heads, width) < 1 or padded < vocab_size:
-        shape = [positions, vocab_size, layers, heads, width, padded]
-        raise ValueError(f"{file}: the header has an impossible shape: {shape}.")
+    if min(numbers) < 1 or padded < vocab_size:
+        raise ValueError(f"{file}: the header has an impossible shape: {[*numbers, padded]}.")
     dtype = DTYPES[version]
     shapes = shapes_in_order(width, positions, padded, layers)
     tensors = places(file, HEADER_BYTES, shapes, dtype)
-    steps = []
+    changes = []
     if padded > vocab_size:
-        padding = LazyTensor(
-            file, HEADER_BYTES + vocab_size * width * dtype.itemsize, (padded - vocab_size, width), dtype
-        )
+        end = HEADER_BYTES + vocab_size * width * dtype.itemsize
+        padding = in_file(file, end, (padded - vocab_size, width), dtype)
         if padding.read().any():
             raise ValueError(f"{file}: `vocab_size` is {vocab_size}, and wte has numbers after so many rows.")
-        steps.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
-        tensors["wte"] = LazyTensor(file, tensors["wte"].offset, (vocab_size, width), dtype)
-    config = HFGPTConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        dtype=dtype,
-    )
-    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), steps=steps)
+        changes.append(Change("wte", (padded, width), f"cut: {padded - vocab_size} rows of padding", is_exact=False))
+        tensors["wte"] = in_file(file, HEADER_BYTES, (vocab_size, width), dtype)
+    config = HFGPTConfig(**dict(zip(SIZES, numbers, strict=True)), dtype=dtype)
+    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads), changes=changes)
 
 
 def header_of(file: Path, magic: int, what: str) -> list[int]:
@@ -155,12 +140,12 @@ def places(file: Path, start: int, shapes: dict[str, tuple[int, ...]], dtype: to
     expected = start + dtype.itemsize * sum(map(prod, shapes.values()))
     if size != expected:  # first of all: a header may speak of billions of blocks
         raise ValueError(f"{file}: {size} bytes, by its header it should have {expected}.")
-    in_blocks = {row.foreign for row in EACH_BLOCK}
+    in_blocks = {mapping.foreign for mapping in EACH_BLOCK}
     tensors: dict[str, LazyTensor] = {}
     for name, shape in shapes.items():
         parts = [(f"{layer}.{name}", shape[1:]) for layer in range(shape[0])] if name in in_blocks else [(name, shape)]
         for key, part in parts:
-            tensors[key] = LazyTensor(file, start, part, dtype)
+            tensors[key] = in_file(file, start, part, dtype)
             start += prod(part) * dtype.itemsize
     return tensors
 
@@ -190,59 +175,26 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     Raises:
         ValueError: another dtype, activation or inner width than llm.c has, or an untied output layer.
     """
-    check_model_kind(parts.config)
+    check_gpt2_like(parts.config, activation_function="gelu_new", tie_word_embeddings=True)
     versions = {dtype: version for version, dtype in DTYPES.items()}
     if parts.dtype not in versions:
         raise ValueError(f"the format needs fp32 or bf16, the model is {parts.dtype}. Give `--dtype`.")
     config, version = parts.config, versions[parts.dtype]
     layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
-    tensors, steps = walk_out(table(layers), parts.tensors)
+    tensors, changes = export_tensors(table(layers), parts.tensors)
     if padding:
         shape = (config.vocab_size + padding, config.hidden_size)
-        steps.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
-    header = (
-        MAGIC,
-        version,
-        config.max_position_embeddings,
-        config.vocab_size,
-        layers,
-        config.num_attention_heads,
-        config.hidden_size,
-        config.vocab_size + padding,
-    )
+        changes.append(Change("wte", shape, f"filled with {padding} rows of zeros", is_exact=False))
+    header = [MAGIC, version, *(getattr(config, name) for name in SIZES), config.vocab_size + padding]
     with file.open("wb") as stream:
-        stream.write(header_bytes(*header))
-        write_tensors(stream, tensors, config)
-    return steps
-
-
-def check_model_kind(config: HFGPTConfig) -> None:
-    """Refuse what llm.c's GPT-2 is not.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    check_config_supported(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
-    )
-    check_inner_width(config)
-
-
-def header_bytes(*values: int) -> bytes:
-    header = np.zeros(256, dtype="<i4")
-    header[: len(values)] = values
-    return header.tobytes()
-
-
-def write_tensors(stream: BinaryIO, tensors: dict[str, Tensor], config: HFGPTConfig) -> None:
-    """Write tensors in the file's order, the embedding padded with rows of zeros."""
-    layers, padding = config.num_hidden_layers, -config.vocab_size % PADDED_TO
-    for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
-        for key in [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]:
-            tensor = tensors[key].contiguous()
-            stream.write(tensor.view(torch.uint8).numpy().data)
-            if name == "wte":
-                stream.write(bytes(padding * config.hidden_size * tensor.dtype.itemsize))
+        stream.write(np.array(header, dtype="<i4").tobytes().ljust(HEADER_BYTES, b"\0"))
+        for name in shapes_in_order(config.hidden_size, config.max_position_embeddings, config.vocab_size, layers):
+            for key in [name] if name in tensors else [f"{layer}.{name}" for layer in range(layers)]:
+                tensor = tensors[key].contiguous()
+                stream.write(tensor.view(torch.uint8).numpy().data)
+                if name == "wte":
+                    stream.write(bytes(padding * config.hidden_size * tensor.dtype.itemsize))
+    return changes
 
 
 @dataclass(frozen=True)
@@ -279,24 +231,8 @@ def make_debug_state(model: HFGPTForCausalLM, ids_BT: Tensor, targets_BT: Tensor
     return DebugState(ids_BT.int(), targets_BT.int(), logits_BTV.detach(), float(loss.detach()), gradients)
 
 
-def write_debug_state(model: HFGPTForCausalLM, file: Path, ids_BT: Tensor, targets_BT: Tensor) -> None:
-    """Write what llm.c's test reads.
-
-    Raises:
-        ValueError: another activation or inner width than llm.c has, or an untied output layer.
-    """
-    check_model_kind(model.config)
-    state = make_debug_state(model, ids_BT, targets_BT)
-    gradients, _ = walk_out(table(model.config.num_hidden_layers), dict(state.gradients))
-    with file.open("wb") as stream:
-        stream.write(header_bytes(DEBUG_MAGIC, DEBUG_VERSION, *ids_BT.shape))
-        for array, dtype in ((state.ids, "<i4"), (state.targets, "<i4"), (state.logits, "<f4"), (state.loss, "<f4")):
-            stream.write(np.asarray(array).astype(dtype, copy=False).tobytes())
-        write_tensors(stream, gradients, model.config)
-
-
 def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
-    """Read what llm.c, or `write_debug_state`, has written for a model of this shape.
+    """Read what llm.c has written for a model of this shape.
 
     Raises:
         ValueError: another kind of file, version or size.
@@ -310,14 +246,14 @@ def read_debug_state(file: Path, config: HFGPTConfig) -> DebugState:
     start = HEADER_BYTES
     batches = []
     for part, dtype in ((shape, torch.int32), (shape, torch.int32), ((*shape, vocab_size), torch.float32)):
-        batches.append(LazyTensor(file, start, part, dtype))
+        batches.append(in_file(file, start, part, dtype))
         start += prod(part) * dtype.itemsize
-    loss = LazyTensor(file, start, (), torch.float32)
+    loss = in_file(file, start, (), torch.float32)
     padded = vocab_size + -vocab_size % PADDED_TO
     shapes = shapes_in_order(config.hidden_size, config.max_position_embeddings, padded, layers)
     gradients = places(file, start + 4, shapes, torch.float32)
-    gradients["wte"] = LazyTensor(file, gradients["wte"].offset, (vocab_size, config.hidden_size), torch.float32)
+    gradients["wte"] = in_file(file, start + 4, (vocab_size, config.hidden_size), torch.float32)
     shapes_here = {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
-    named, _ = walk_in(table(layers), gradients, shapes_here)
+    named, _ = import_tensors(table(layers), gradients, shapes_here)
     ids, targets, expected = (each.read() for each in batches)
     return DebugState(ids, targets, expected, float(loss.read()), named)

@@ -22,15 +22,14 @@ from hfgpt.weights.table import (
     QKV,
     Change,
     TensorMapping,
-    check_config_supported,
-    check_inner_width,
+    check_gpt2_like,
     drop_tied_head,
     expand,
+    export_tensors,
     heads_of,
     names_in,
-    shape_of,
+    read_sizes,
     tensors_in,
-    walk_out,
 )
 
 EMBEDDINGS = (
@@ -76,8 +75,8 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[TensorMapping]:
         *MLP,
     ]
     whole = [*EMBEDDINGS, *norm("final_norm", "norm", gain, shift)]
-    rows = expand(whole, block, "trf_blocks.{layer}.", num_layers)
-    return rows if tied else [*rows, HEAD]
+    mappings = expand(whole, block, "trf_blocks.{layer}.", num_layers)
+    return mappings if tied else [*mappings, HEAD]
 
 
 def recognises(content: dict[Any, Any]) -> bool:
@@ -97,17 +96,12 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         ValueError: the number of heads is not to be known, or a matrix is missing.
     """
     tensors = tensors_in(content, "model_state_dict")
-    is_tied, steps = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
-    vocab_size, width = shape_of(tensors, "tok_emb.weight")
-    positions, _ = shape_of(tensors, "pos_emb.weight")
-    is_fast = "final_norm.weight" in tensors
-    num_layers = len([name for name in tensors if name.endswith(".ff.layers.0.weight")])
-    heads, notes = heads_of(width, heads)
+    is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
+    sizes = read_sizes(tensors, "tok_emb.weight", "pos_emb.weight", ".ff.layers.0.weight")
+    num_layers, is_fast = sizes["num_hidden_layers"], "final_norm.weight" in tensors
+    heads, notes = heads_of(sizes["hidden_size"], heads)
     config = HFGPTConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        hidden_size=width,
-        num_hidden_layers=num_layers,
+        **sizes,
         num_attention_heads=heads,
         activation_function=activation or "gelu_new",
         tie_word_embeddings=is_tied,
@@ -118,7 +112,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         table(num_layers, is_tied, is_fast),
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.att\.mask$",
-        steps=steps,
+        changes=changes,
         notes=notes,
     )
 
@@ -165,19 +159,20 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
-    check_config_supported(config, activation_function="gelu_new", layer_norm_epsilon=reference_forward.EPSILON)
-    check_inner_width(config)
-    converted, steps = walk_out(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
+    check_gpt2_like(config, activation_function="gelu_new")
+    converted, changes = export_tensors(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
-        steps.append(Change("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight"))
+        changes.append(
+            Change("out_head.weight", tuple(converted["out_head.weight"].shape), "copied from tok_emb.weight")
+        )
     positions = config.max_position_embeddings
     for layer in range(config.num_hidden_layers):
         name = f"trf_blocks.{layer}.att.mask"
         converted[name] = torch.ones(positions, positions).triu(diagonal=1)
-        steps.append(Change(name, (positions, positions), "made: the causal mask, a buffer there"))
+        changes.append(Change(name, (positions, positions), "made: the causal mask, a buffer there"))
     if file.suffix == ".safetensors":
         save_file(converted, file, metadata={"format": "pt"})
     else:
         torch.save(converted, file)
-    return steps
+    return changes

@@ -25,15 +25,14 @@ from hfgpt.weights.table import (
     QKV,
     Change,
     TensorMapping,
-    check_config_supported,
-    check_inner_width,
+    check_gpt2_like,
     drop_tied_head,
     expand,
+    export_tensors,
     heads_of,
     names_in,
-    shape_of,
+    read_sizes,
     tensors_in,
-    walk_out,
 )
 
 WHOLE_MODEL = (
@@ -63,15 +62,23 @@ HEAD = TensorMapping("lm_head.weight", ("lm_head.weight",))
 META = "meta.pkl"
 """Where nanoGPT's character-level data sets keep their vocabulary."""
 
-SETTINGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""Sizes as nanoGPT calls them -> as hfgpt does."""
+
+SETTINGS = {*SIZES, "n_head", "bias", "dropout"}
 """What nanoGPT's `model_args` say, and build-nanogpt's config."""
 
 PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
 
 
 def table(num_layers: int, tied: bool) -> list[TensorMapping]:
-    rows = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
-    return rows if tied else [*rows, HEAD]
+    mappings = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
+    return mappings if tied else [*mappings, HEAD]
 
 
 def recognises(content: dict[Any, Any]) -> bool:
@@ -91,11 +98,10 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
     tensors = {strip(name): tensor for name, tensor in tensors_in(content, "model").items()}
-    is_tied, steps = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
-    vocab_size, width = shape_of(tensors, "transformer.wte.weight")
-    positions, _ = shape_of(tensors, "transformer.wpe.weight")
-    num_layers = len([name for name in tensors if name.endswith(".ln_1.weight")])
-    found = {"n_layer": num_layers, "n_embd": width, "block_size": positions, "vocab_size": vocab_size}
+    is_tied, changes = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
+    sizes = read_sizes(tensors, "transformer.wte.weight", "transformer.wpe.weight", ".ln_1.weight")
+    num_layers = sizes["num_hidden_layers"]
+    found = {theirs: sizes[ours] for theirs, ours in SIZES.items()}
     dropout, default, notes = 0.0, "gelu_new", []
     if "model_args" in content:
         settings = fields_of(content["model_args"])
@@ -106,15 +112,12 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     elif "config" in content:
         heads = said_heads(fields_of(content["config"]), found, heads)
     else:
-        heads, notes = heads_of(width, heads)
+        heads, notes = heads_of(sizes["hidden_size"], heads)
         dropout = 0.1
         if activation is None:
             notes.append("activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`.")
     config = HFGPTConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        hidden_size=width,
-        num_hidden_layers=num_layers,
+        **sizes,
         num_attention_heads=heads,
         activation_function=activation or default,
         embd_pdrop=dropout,
@@ -128,7 +131,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         table(num_layers, is_tied),
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
-        steps=steps,
+        changes=changes,
         notes=notes,
     )
 
@@ -248,12 +251,9 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
             activation than nanoGPT's, or several dropouts.
     """
     config = parts.config
-    check_config_supported(
-        config, activation_function="gelu", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
-    )
-    check_inner_width(config)
-    check_config_supported(config, attn_pdrop=config.resid_pdrop, embd_pdrop=config.resid_pdrop)
-    tensors, steps = walk_out(table(config.num_hidden_layers, tied=True), parts.tensors)
+    same_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop"), config.resid_pdrop)
+    check_gpt2_like(config, activation_function="gelu", tie_word_embeddings=True, **same_dropout)
+    tensors, changes = export_tensors(table(config.num_hidden_layers, tied=True), parts.tensors)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
         "n_layer": config.num_hidden_layers,
@@ -266,7 +266,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     }
     content: dict[str, Any] = {"model": tensors, "model_args": arguments, "iter_num": 0, "config": {}}
     torch.save({**content, "best_val_loss": torch.tensor(1e9)}, file)
-    return [*steps, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
+    return [*changes, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
 
 
 class GPTConfig(SimpleNamespace):

@@ -48,10 +48,9 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     size = sum(tensor.nbytes for tensor in parts.tensors.values())
     if size > 0.95 * LARGEST_FILE:
         raise ValueError(f"the weights take {size / 1e9:.1f} GB, an .onnx file at most 2. Try `--dtype fp16`.")
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
-        logging.ERROR
-    )  # torchvision is not needed
-    steps = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
+    # It warns that torchvision is not installed, which is not needed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    changes = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
     model = join_model(parts)
     ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -68,7 +67,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
             external_data=False,
             verbose=False,
         )
-    return steps
+    return changes
 
 
 def run(file: Path, ids: Tensor) -> Tensor:

@@ -22,18 +22,9 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
 from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe, reference_forward
-from hfgpt.weights.lazy_tensors import LazyTensor
+from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel
-from hfgpt.weights.table import (
-    QKV,
-    Change,
-    TensorMapping,
-    check_config_supported,
-    check_inner_width,
-    check_num_blocks,
-    expand,
-    walk_out,
-)
+from hfgpt.weights.table import QKV, Change, TensorMapping, check_gpt2_like, check_num_blocks, expand, export_tensors
 
 VOCABULARY, MERGES = "encoder.json", "vocab.bpe"
 HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
@@ -41,6 +32,15 @@ TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
 FLOAT32 = 1  # TensorFlow's number for it
 PARTS = 7  # the field of a variable that is stored in several
+
+SIZES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+"""Sizes in hparams.json -> in hfgpt's config."""
 
 WHOLE_MODEL = (
     TensorMapping("model/wte", ("embed_tokens.weight",)),
@@ -99,15 +99,11 @@ def read(folder: Path) -> SourceModel:
             raise ValueError(f"{folder / name} is missing.")
     try:
         shape = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
-        unknown = sorted(set(shape) - {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"})
+        unknown = sorted(set(shape) - set(SIZES))
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r}")
         config = HFGPTConfig(
-            vocab_size=shape["n_vocab"],
-            max_position_embeddings=shape["n_ctx"],
-            hidden_size=shape["n_embd"],
-            num_hidden_layers=shape["n_layer"],
-            num_attention_heads=shape["n_head"],
+            **{ours: shape[theirs] for theirs, ours in SIZES.items()},
             **{name: value for name, value in GPT2_TOKEN_IDS.items() if value < shape["n_vocab"]},
         )
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -130,7 +126,7 @@ def read(folder: Path) -> SourceModel:
         # Matrices are kernels of a convolution of width 1.
         shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
         check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
-        tensors[name] = LazyTensor(file, start, tuple(shape), torch.float32, check=check)
+        tensors[name] = in_file(file, start, tuple(shape), torch.float32, check=check)
     expected = 4 * sum(prod(each.shape) for each in tensors.values())
     if file.stat().st_size != expected:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, by the index it should have {expected}.")
@@ -302,21 +298,12 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
         ValueError: another activation, inner width or dtype than OpenAI's, or an untied output layer.
     """
     config = parts.config
-    check_config_supported(
-        config, activation_function="gelu_new", tie_word_embeddings=True, layer_norm_epsilon=reference_forward.EPSILON
-    )
+    check_gpt2_like(config, activation_function="gelu_new", tie_word_embeddings=True)
     if parts.dtype != torch.float32:
         raise ValueError(f"the format needs fp32, the model is {parts.dtype}. Give `--dtype fp32`.")
-    check_inner_width(config)
-    tensors, steps = walk_out(table(config.num_hidden_layers), parts.tensors)
+    tensors, changes = export_tensors(table(config.num_hidden_layers), parts.tensors)
     folder.mkdir()
-    hparams = {
-        "n_vocab": config.vocab_size,
-        "n_ctx": config.max_position_embeddings,
-        "n_embd": config.hidden_size,
-        "n_head": config.num_attention_heads,
-        "n_layer": config.num_hidden_layers,
-    }
+    hparams = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     (folder / HPARAMS).write_text(json.dumps(hparams), encoding="utf-8")
     (folder / "checkpoint").write_text(
         'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n', encoding="utf-8"
@@ -335,7 +322,7 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
             entries.append((name.encode(), place))
             start += len(content)
     (folder / INDEX).write_bytes(sorted_table(entries))
-    return steps
+    return changes
 
 
 def as_varint(value: int) -> bytes:
