@@ -110,31 +110,20 @@ def configure_engine(accelerator: Accelerator) -> None:
     """Check that the engine is the one asked for, and set its precision by the recipe; call it before `prepare`.
 
     Raises:
-        ValueError: see `check_engine`.
+        ValueError: the launcher was asked for another engine.
     """
-    check_engine(accelerator)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError(
+                f"the launcher asks for FSDP, and accelerate gives {accelerator.distributed_type.value}: it splits "
+                "models on GPUs only. `train.shard=true` does so on CPUs too, with a plain launch."
+            )
+        if not accelerator.is_fsdp2:
+            raise ValueError("the launcher asks for FSDP1. Set `fsdp_version: 2` in the configuration of accelerate.")
     deepspeed.configure_deepspeed()
     if accelerator.is_fsdp2:
         # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Refuse to train with another engine than the launcher was asked for.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return
-    if accelerator.distributed_type != DistributedType.FSDP:
-        came = accelerator.distributed_type.value
-        raise ValueError(
-            f"the launcher asks for FSDP, and accelerate gives {came}: it splits models on GPUs only. "
-            "`train.shard=true` does so on CPUs too, with a plain launch."
-        )
-    if not accelerator.is_fsdp2:
-        raise ValueError("the launcher asks for FSDP1. Set `fsdp_version: 2` in the configuration of accelerate.")
 
 
 def hint_to_scale_out() -> str | None:

@@ -31,7 +31,6 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
 PLAIN_LINES = 40
 """About so many training lines are printed over a run where there is no terminal to draw a bar on."""
 
-
 DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
 
 
@@ -213,10 +212,6 @@ class Recorder:
         if sample:
             self.print_status("  " + " ".join(sample.split()))
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation of a step is written; the main process calls it."""
-        return any(line["step"] == step for line in self.evaluations)
-
     def write(self, line: dict[str, Any], kind: str) -> None:
         """Append a line to metrics.jsonl, and send it to the trackers, under `kind`."""
         line = {**line, "elapsed_seconds": self.elapsed_seconds()}
@@ -274,10 +269,7 @@ def open_recorder(run: Run, started_at: float) -> Recorder:
 def describe(rows: Rows) -> str:
     """How much text there is."""
     train, validation = (
-        f"{name} {count.tokens:,} tokens in {len(part):,} rows, {count.remainder} left over"
-        for name, count, part in (
-            ("train", rows.train_counts, rows.train),
-            ("validation", rows.validation_counts, rows.validation),
-        )
+        f"{count.tokens:,} tokens in {count.rows:,} rows, {count.remainder} left over"
+        for count in (rows.train_counts, rows.validation_counts)
     )
-    return f"train from a stream; {validation}" if rows.streamed is not None else f"{train}; {validation}"
+    return f"train {'from a stream' if rows.streamed is not None else train}; validation {validation}"

@@ -70,18 +70,13 @@ class ControlCallback(TrainerCallback):
     def __init__(self, trainer: "HFGPTTrainer") -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer sets the epoch of loaders of accelerate only.
         start_at(kwargs["train_dataloader"], int(state.epoch or 0), 0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.training_control.end_step(self.trainer.step_loss)
         control.should_training_stop |= self.trainer.training_control.is_over
-        return control
 
 
 class HFGPTTrainer(Trainer):
