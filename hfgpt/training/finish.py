@@ -98,15 +98,9 @@ def summarize(
     comparable: dict[str, Any],
     metrics: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What results.json holds besides the evaluation of the weights that are kept.
+    """What results.json holds besides `line`, the evaluation on all rows of the weights that are kept.
 
-    Args:
-        run: the run.
-        recorder: its records.
-        state: where training stood when it had these weights.
-        line: their evaluation on all rows.
-        comparable: their evaluation on the rows of all other evaluations.
-        metrics: all lines of metrics.jsonl.
+    `state` is where training stood when it had them; `comparable` their evaluation on the rows of all others.
     """
     best = best_evaluation([*recorder.evaluations, comparable])
     assert best is not None

@@ -163,28 +163,14 @@ class Recorder:
             self.print_status(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
 
     def log_skipped_step(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
-        """Log that a step was left out.
-
-        Args:
-            step: optimizer steps done, this one included.
-            tokens: targets seen so far, this step's included.
-            grad_norm: what was not finite.
-            origin: where that comes from.
-        """
+        """Log that a step, of optimizer steps and targets so far, was left out; `origin` says where it is not finite."""
         if not self.is_main:
             return
         self.write({"step": step, "skipped": origin, "tokens": tokens}, "train")
         self.print_status(f"step {step}/{self.total_steps}  left out: the gradient norm is {grad_norm} ({origin})")
 
-    def skipped_in_a_row(self) -> int:
-        """Steps left out just before where training starts, one after the other; 0 on other than the main process."""
-        return self.in_a_row(lambda line: "skipped" in line)
-
-    def zeros_in_a_row(self) -> int:
-        """Steps just before where training starts whose gradient norm was exactly 0; counted as the others."""
-        return self.in_a_row(lambda line: line.get("grad_norm") == 0)
-
-    def in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
+    def count_in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Consecutive steps, up to where training starts, whose line is wanted; 0 on other than the main process."""
         steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.is_main else set()
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
@@ -242,9 +228,7 @@ class Recorder:
 def open_recorder(run: Run, started_at: float) -> Recorder:
     """Open the run's records where training starts: a resumed run drops the lines that it will write again.
 
-    Args:
-        run: the run.
-        started_at: `time.perf_counter()` when this process began with it.
+    `started_at` is `time.perf_counter()` when this process began with the run.
     """
     config, process = run.config, PartialState()
     peak = process.num_processes * matmul_peak(process.device, config.train.precision)

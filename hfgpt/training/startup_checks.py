@@ -196,15 +196,8 @@ def check_compiled(
     """Compare loss and gradients of the prepared model, compiled, with those of the very same one run eagerly.
 
     Dropout is off, since compiled code draws other masks; a model that has any is therefore compiled once more when
-    training begins. Random numbers, gradients and weights are left as they are. Every process calls this.
-
-    Args:
-        run: whose step it is.
-        recorder: prints how far apart they are, and how long that took.
-        accelerator: has prepared `model`.
-        model: what is trained, around `run.model`.
-        batch: the first micro-batch of this process.
-        targets: in the whole step, over all processes.
+    training begins. Random numbers, gradients and weights are left as they are. Every process calls this, with its
+    first micro-batch and the targets of the whole step over all processes.
 
     Raises:
         ValueError: they are not the same; naming both norms and what to do.
