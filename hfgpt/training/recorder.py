@@ -163,7 +163,7 @@ class Recorder:
             self.print_status(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
 
     def log_skipped_step(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
-        """Log that a step, of optimizer steps and targets so far, was left out; `origin` says where it is not finite."""
+        """Log that the last step was left out; `tokens` counts its targets too, `origin` says where it went wrong."""
         if not self.is_main:
             return
         self.write({"step": step, "skipped": origin, "tokens": tokens}, "train")
