@@ -44,10 +44,7 @@ class Run:
     """One run, ready to train.
 
     Attributes:
-        config: every option.
         folder: what the run leaves.
-        tokenizer: of the model.
-        rows: training and validation rows.
         model: with its first weights, or those of the checkpoint to go on from.
         start: where training starts.
         resume_from: the checkpoint to go on from, or None.
