@@ -1,7 +1,6 @@
 """A launch of several processes: how they find one another, and which options of the launcher a recipe allows."""
 
 import os
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainingArguments
 
 from hfgpt.config.schema import RunConfig
 from hfgpt.distributed import deepspeed
@@ -90,66 +90,40 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-@dataclass(frozen=True)
-class TrainerEngine:
-    """The same for transformers' Trainer, which makes an Accelerator of its own.
-
-    Attributes:
-        arguments: of `TrainingArguments`.
-        plugin: to set as its `deepspeed_plugin`; None leaves Trainer's, which is made of the launcher's words alone.
-        environment: variables to make arguments and Trainer under; they hold against a launcher's.
-    """
-
-    arguments: dict[str, Any]
-    plugin: Any
-    environment: dict[str, str]
-
-
-def trainer_engine(config: RunConfig) -> TrainerEngine:
-    """Device, precision and engine of a recipe, for Trainer."""
-    precision = config.train.precision
+def make_training_arguments(config: RunConfig, **options: Any) -> TrainingArguments:
+    """The same for transformers' Trainer, which makes an Accelerator of its own: `options`, and device and engine."""
     plugin = deepspeed.deepspeed_plugin(config, config.train.gradient_accumulation_steps)
-    arguments = {
+    arguments = TrainingArguments(
         # Trainer wants `use_cpu` before it takes bf16 on a CPU; that turns DeepSpeed off.
-        "use_cpu": PartialState().device.type == "cpu" and plugin is None,
-        "ddp_backend": deepspeed.backend(),
-        "bf16": precision == "bf16" and plugin is None,
-        "fp16": precision == "fp16",
-    }
-    # Trainer would take the precision from a launcher; DeepSpeed has it in its plugin.
-    environment = {"ACCELERATE_MIXED_PRECISION": PRECISIONS[precision] if plugin is None else "no"}
-    return TrainerEngine(arguments, plugin, environment)
+        use_cpu=PartialState().device.type == "cpu" and plugin is None,
+        ddp_backend=deepspeed.backend(),
+        bf16=config.train.precision == "bf16" and plugin is None,  # DeepSpeed has the precision in its plugin
+        fp16=config.train.precision == "fp16",
+        **options,
+    )
+    if plugin is not None:  # Trainer's own is made of the launcher's words alone
+        arguments.deepspeed_plugin = plugin
+    return arguments
 
 
 def configure_engine(accelerator: Accelerator) -> None:
     """Check that the engine is the one asked for, and set its precision by the recipe; call it before `prepare`.
 
     Raises:
-        ValueError: see `check_engine`.
+        ValueError: the launcher was asked for another engine.
     """
-    check_engine(accelerator)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError(
+                f"the launcher asks for FSDP, and accelerate gives {accelerator.distributed_type.value}: it splits "
+                "models on GPUs only. `train.shard=true` does so on CPUs too, with a plain launch."
+            )
+        if not accelerator.is_fsdp2:
+            raise ValueError("the launcher asks for FSDP1. Set `fsdp_version: 2` in the configuration of accelerate.")
     deepspeed.configure_deepspeed()
     if accelerator.is_fsdp2:
         # Autocast alone, as with every engine. accelerate (1.15) would round weights, gradients and even losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Refuse to train with another engine than the launcher was asked for.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return
-    if accelerator.distributed_type != DistributedType.FSDP:
-        came = accelerator.distributed_type.value
-        raise ValueError(
-            f"the launcher asks for FSDP, and accelerate gives {came}: it splits models on GPUs only. "
-            "`train.shard=true` does so on CPUs too, with a plain launch."
-        )
-    if not accelerator.is_fsdp2:
-        raise ValueError("the launcher asks for FSDP1. Set `fsdp_version: 2` in the configuration of accelerate.")
 
 
 def hint_to_scale_out() -> str | None:

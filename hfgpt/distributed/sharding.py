@@ -82,11 +82,8 @@ def gather_full_state_dict(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
         return None
     weights = {}
     for name, parameter in model.named_parameters():
-        weight = (
-            deepspeed.whole_parameter(parameter)
-            if deepspeed.is_partitioned(parameter)
-            else full_tensor(parameter.detach())
-        )
+        split = deepspeed.is_partitioned(parameter)
+        weight = deepspeed.whole_parameter(parameter) if split else full_tensor(parameter.detach())
         if PartialState().is_main_process:
             weights[name] = weight.cpu()
     return weights
@@ -132,11 +129,7 @@ def for_own_gradients(
 ) -> tuple[nn.Module, AbstractContextManager[Any]]:
     """What to run, and under which context, for gradients that are no step's: processes exchange nothing.
 
-    Args:
-        accelerator: has prepared `model`.
-        model: what is trained.
-        inner: the same, not wrapped.
-        precision: of the recipe.
+    `model` is what `accelerator` has prepared, `inner` the same without its wrapping.
     """
     if deepspeed.is_running():  # its engine, which casts, would take any backward pass for one of training
         return inner, torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")

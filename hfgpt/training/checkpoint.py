@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,16 +231,14 @@ def prune(folder: Path, keep_last: int) -> None:
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, the older one of equals; None if none was scored.
 
-    Only its manifest is read, not its files.
+    Only manifests are read; a checkpoint whose manifest is damaged is none.
     """
     scored: list[tuple[float, int, Path]] = []
     for path in checkpoints(folder):
-        try:
-            content = unseal((path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # damaged
-        if content.get("val_loss") is not None:
-            scored.append((content["val_loss"], content["state"]["step"], path))
+        with suppress(ValueError):
+            manifest = load_manifest(path)
+            if manifest.val_loss is not None:
+                scored.append((manifest.val_loss, manifest.state.step, path))
     return min(scored)[2] if scored else None
 
 

@@ -20,7 +20,6 @@ from hfgpt.distributed.deepspeed import clear_overflow
 from hfgpt.distributed.sharding import optimizer_state
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.training import checkpoint
-from hfgpt.training.checkpoint import load_states, restore_random_states
 from hfgpt.training.early_stopping import EarlyStopping
 from hfgpt.training.evaluate import evaluate
 from hfgpt.training.nonfinite import NonFiniteGuard
@@ -44,7 +43,7 @@ class TrainingControl:
             raises ends the run as a kill would.
 
     Attributes:
-        state: where training stands.
+        state: where training stands; during a step, where it will stand after it.
         is_over: whether the last step is done, or early stopping has ended training.
     """
 
@@ -64,8 +63,8 @@ class TrainingControl:
         """
         run, step = self.run, self.state.step
         is_wanted = step == 0 or self.is_evaluation_due()
-        is_missing = [is_wanted and not (self.recorder.is_main and self.recorder.has_evaluation(step))]
-        if broadcast_object_list(is_missing)[0]:
+        is_missing = is_wanted and all(line["step"] != step for line in self.recorder.evaluations)
+        if broadcast_object_list([is_missing])[0]:  # the main process alone knows the evaluations
             line = evaluate(run, self.recorder, self.state, self.stop)
             if line is None:
                 raise self.stopped()
@@ -77,26 +76,22 @@ class TrainingControl:
     def set_up(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: LRScheduler) -> None:
         """Take what accelerate has prepared, seed the process, and load the checkpoint's states if the run goes on.
 
-        Args:
-            accelerator: of this process.
-            model: what is trained, around `run.model`.
-            optimizer: of it.
-            schedule: of the optimizer's learning rate.
+        `model` is what accelerate has put around `run.model`, or that itself.
         """
         run = self.run
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
         self.states: dict[str, Any] = {"optimizer": optimizer_state(run.model, optimizer), "schedule": schedule}
         if accelerator.scaler is not None:
             self.states["scaler"] = accelerator.scaler
-        seed_training(run.config.seed)
+        set_seed(run.config.seed + PartialState().process_index)  # each process draws dropout of its own
         if run.resume_from is not None:
-            load_states(run.resume_from, self.states, run.rows.streamed)
+            checkpoint.load_states(run.resume_from, self.states, run.rows.streamed)
         self.guard = NonFiniteGuard(run.model, run.config.train, self.recorder)
 
     def steps(self, loader: DataLoader) -> Iterator[MicroBatches]:
-        """Yield the micro-batches of one optimizer step after the other until training is over; resumes in an epoch.
+        """Yield the micro-batches of each optimizer step until training is over, from the row where the run goes on.
 
-        At the end of an epoch a step may have fewer micro-batches.
+        The last step of an epoch may have fewer micro-batches.
         """
         while not self.is_over:
             epoch = self.state.epoch
@@ -110,7 +105,7 @@ class TrainingControl:
     def restore_random_states(self) -> None:
         """Set the random number generators to those of the checkpoint, if the run goes on from one."""
         if self.run.resume_from is not None:
-            restore_random_states(self.run.resume_from, self.run.config.seed)
+            checkpoint.restore_random_states(self.run.resume_from, self.run.config.seed)
 
     def begin_step(self, micro_batches: MicroBatches) -> Tensor:
         """Count the targets of a step over all processes, and ask all whether to stop; one exchange does both.
@@ -133,16 +128,16 @@ class TrainingControl:
         """Whether the optimizer may use the gradients; if not, the loop drops them before it takes its step.
 
         Args:
-            grad_norm: of the step, before clipping.
+            grad_norm: of the step, before clipping. Under fp16 it may be infinite: the scaler then skips the step.
 
         Raises:
-            FloatingPointError: see `NonFiniteGuard.should_step`.
+            FloatingPointError: training has diverged or learns nothing, see `NonFiniteGuard.should_step`.
         """
         self.grad_norm, self.learning_rate = grad_norm, float(self.schedule.get_last_lr()[0])
-        self.is_finite = self.guard.should_step(self.state, grad_norm, self.micro_batches, self.targets)
-        if not self.is_finite:
+        self.is_used = self.guard.should_step(self.state, grad_norm, self.micro_batches, self.targets)
+        if not self.is_used:
             clear_overflow(self.optimizer)
-        return self.is_finite
+        return self.is_used
 
     def end_step(self, loss: Tensor) -> None:
         """Log the step, then evaluate, save and stop where the recipe, early stopping or a signal asks for it.
@@ -154,7 +149,7 @@ class TrainingControl:
             Stopped: a stop was asked for; there is a checkpoint of this step.
         """
         run, state, train = self.run, self.state, self.run.config.train
-        if self.is_finite and self.is_due(train.log_every):
+        if self.is_used and self.is_due(train.log_every):
             mean_loss = float(self.accelerator.reduce(loss, "mean"))
             self.recorder.log_step(state.step, mean_loss, float(self.grad_norm), self.learning_rate, state.tokens)
         self.on_step(state.step)
@@ -195,8 +190,3 @@ class TrainingControl:
         where = "It has no checkpoint and starts again" if newest is None else f"It goes on from {newest.name}"
         step, total = self.state.step, self.run.total_steps
         return Stopped(f"stopped at step {step} of {total}, as asked. {where} with `--resume`.")
-
-
-def seed_training(seed: int) -> None:
-    """Set every random number generator as training starts: each process draws dropout of its own."""
-    set_seed(seed + PartialState().process_index)

@@ -20,15 +20,14 @@ from hfgpt.training.run import Run, prompt_ids
 from hfgpt.training.signals import Stopped, StopRequest
 
 
-def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Score:
-    """Score the first `limit` rows of a split, or all of them if `limit` is 0, on all processes together.
+def score_rows(run: Run, rows: TokenRows, stop: StopRequest) -> Score:
+    """Score rows on all processes together.
 
     Raises:
         Stopped: a stop was asked for.
     """
     process = PartialState()
-    chosen = rows.first(limit or len(rows))
-    loader = eval_loader(chosen, run.config.train.batch_size, process.process_index, process.num_processes)
+    loader = eval_loader(rows, run.config.train.batch_size, process.process_index, process.num_processes)
 
     def until_stopped() -> Iterator[dict[str, torch.Tensor]]:
         for batch in loader:
@@ -44,9 +43,7 @@ def score_split(run: Run, rows: TokenRows, limit: int, stop: StopRequest) -> Sco
 
 
 def evaluate(run: Run, recorder: Recorder, state: TrainState, stop: StopRequest) -> dict[str, Any] | None:
-    """Score both splits, write the line and a sample text; every process calls it.
-
-    The training rows are as many as the validation rows, always the same ones, scored in the same way.
+    """Score `train.eval_rows` of both splits, write the line and a sample text; every process calls it.
 
     Returns:
         The line of metrics.jsonl, or None if a stop was asked for before there was one.
@@ -65,7 +62,7 @@ def evaluate(run: Run, recorder: Recorder, state: TrainState, stop: StopRequest)
 def record_evaluation(
     run: Run, recorder: Recorder, line: dict[str, Any], comparable: dict[str, Any] | None = None
 ) -> None:
-    """Write an evaluation and a sample text; every process calls it. See `Recorder.evaluation`."""
+    """Write an evaluation and a sample text, see `Recorder.log_evaluation`; every process calls it."""
     is_main = PartialState().is_main_process
     sample = write_sample(run) if is_main or is_sharded(run.model) else ""
     reshard(run.model)
@@ -75,15 +72,23 @@ def record_evaluation(
 
 
 def score(run: Run, state: TrainState, limit: int, stop: StopRequest) -> dict[str, Any]:
-    """Score both splits, as `evaluate` does, and write nothing.
+    """Score the first rows of both splits; every process calls it.
+
+    Args:
+        run: its model is scored.
+        state: where training stands.
+        limit: rows of each split; 0 takes all validation rows, and as many training rows.
+        stop: looked at between batches.
+
+    Returns:
+        A line for metrics.jsonl.
 
     Raises:
         Stopped: a stop was asked for.
+        FloatingPointError: the validation loss is not finite.
     """
-    limit = limit or len(run.rows.validation)
-    train, validation = (
-        score_split(run, rows, min(limit, len(rows)), stop) for rows in (run.rows.train, run.rows.validation)
-    )
+    count = limit or len(run.rows.validation)
+    train, validation = (score_rows(run, rows.first(count), stop) for rows in (run.rows.train, run.rows.validation))
     check_finite_loss("val_loss", validation.loss, state.step)
     return {
         "step": state.step,

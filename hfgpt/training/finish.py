@@ -44,20 +44,16 @@ SHAPE_FIELDS = (
 )
 
 
-def finish_run(run: Run, recorder: Recorder, control: TrainingControl) -> dict[str, Any]:
+def finish_run(control: TrainingControl) -> dict[str, Any]:
     """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
 
-    Args:
-        run: the run, trained.
-        recorder: its records.
-        control: knows where training ended. A stop that is asked for leaves the end for another time.
-
     Returns:
-        What results.json holds, on the main process.
+        What results.json holds, on the main process; an empty dict on others.
 
     Raises:
         Stopped: a stop was asked for.
     """
+    run, recorder = control.run, control.recorder
     keeps_best = run.config.train.patience is not None
     state = restore_best(run, recorder) if keeps_best else control.state
     limit = run.config.train.eval_rows
@@ -102,15 +98,9 @@ def summarize(
     comparable: dict[str, Any],
     metrics: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What results.json holds besides the evaluation of the weights that are kept.
+    """What results.json holds besides `line`, the evaluation on all rows of the weights that are kept.
 
-    Args:
-        run: the run.
-        recorder: its records.
-        state: of the weights that are kept.
-        line: their evaluation, on all rows.
-        comparable: the same on the rows of all other evaluations.
-        metrics: all lines of metrics.jsonl.
+    `state` is where training stood when it had them; `comparable` their evaluation on the rows of all others.
     """
     best = best_evaluation([*recorder.evaluations, comparable])
     assert best is not None

@@ -32,30 +32,30 @@ def run_loop(run: Run, control: TrainingControl) -> None:
     control.set_up(accelerator, model, optimizer, schedule)
 
     model.train()
-    for micro_batches in control.steps(loader):
-        targets = control.begin_step(micro_batches)
+    for micro_batches in control.steps(loader):  # those of one optimizer step, epoch after epoch
+        targets = control.begin_step(micro_batches)  # counted over all processes
         loss = backward(accelerator, model, micro_batches, targets)
         grad_norm = clip(accelerator, model, config.optim.max_grad_norm)
-        if not control.should_step(grad_norm):  # they are not finite
+        if not control.should_step(grad_norm):  # the gradients are not finite, and the recipe says to skip
             optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
             schedule.step()
         optimizer.zero_grad()
-        control.end_step(loss)
+        control.end_step(loss)  # log, evaluate, save and stop, where that is due
 
 
 def backward(accelerator: Accelerator, model: nn.Module, micro_batches: MicroBatches, targets: Any) -> Tensor:
-    """Forward and backward passes of all micro-batches of a step; processes exchange gradients with the last one.
+    """Run forward and backward passes of a step; processes exchange gradients with its last micro-batch.
 
     Args:
         accelerator: of this process.
         model: prepared by it.
-        micro_batches: see `hfgpt.data.loaders.collate`.
+        micro_batches: of this process, from `hfgpt.data.loaders.collate`.
         targets: in the whole step, over all processes.
 
     Returns:
-        The loss of the step, nats per token; the mean over the processes is the mean over all targets.
+        The loss, nats per token; its mean over the processes is the mean over all targets of the step.
     """
     step_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, start=1):

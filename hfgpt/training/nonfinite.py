@@ -42,8 +42,9 @@ class NonFiniteGuard:
         self.model, self.recorder = model, recorder
         self.skips, self.is_compiled = train.on_nonfinite == "skip", train.compile
         self.is_scaled = train.precision == "fp16"
-        counts = [recorder.skipped_in_a_row(), recorder.zeros_in_a_row()]
-        self.in_a_row, self.zeros_in_a_row = broadcast_object_list(counts)
+        skipped = recorder.count_in_a_row(lambda line: "skipped" in line)
+        zeros = recorder.count_in_a_row(lambda line: line.get("grad_norm") == 0)
+        self.skipped_in_a_row, self.zeros_in_a_row = broadcast_object_list([skipped, zeros])
 
     def should_step(
         self, state: TrainState, grad_norm: Tensor | float, batches: list[dict[str, Tensor]], targets: Any
@@ -62,7 +63,7 @@ class NonFiniteGuard:
         """
         norm = float(grad_norm)
         if math.isfinite(norm):
-            self.in_a_row = 0
+            self.skipped_in_a_row = 0
             self.check_zero_gradients(state, norm, targets)
             return True
         if self.is_scaled:  # the scaler leaves the step out
@@ -71,11 +72,11 @@ class NonFiniteGuard:
         found = gather_object([spoilt or repeat_step(self.model, batches, targets)])
         unknown = "a split model is not searched" if is_sharded(self.model) else "the same step done again is finite"
         origin = next((each for each in found if each), unknown)
-        self.in_a_row += 1
+        self.skipped_in_a_row += 1
         where = f"the gradient norm is {norm} at step {state.step} ({origin})"
         if not self.skips or spoilt:
             raise FloatingPointError(f"{where}: {DIVERGED}")
-        if self.in_a_row > MOST_SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{where}, as in {MOST_SKIPPED_IN_A_ROW} steps before it, which were left out: {DIVERGED}"
             )

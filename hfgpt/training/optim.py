@@ -64,7 +64,7 @@ def check_warmup(config: OptimConfig, total_steps: int) -> None:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer that a recipe names."""
+    """The optimizer that a recipe names."""
     return OPTIMIZERS[config.name](model, config)
 
 

@@ -31,7 +31,6 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
 PLAIN_LINES = 40
 """About so many training lines are printed over a run where there is no terminal to draw a bar on."""
 
-
 DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
 
 
@@ -164,28 +163,14 @@ class Recorder:
             self.print_status(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
 
     def log_skipped_step(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
-        """Log that a step was left out.
-
-        Args:
-            step: optimizer steps done, this one included.
-            tokens: targets seen so far, this step's included.
-            grad_norm: what was not finite.
-            origin: where that comes from.
-        """
+        """Log that the last step was left out; `tokens` counts its targets too, `origin` says where it went wrong."""
         if not self.is_main:
             return
         self.write({"step": step, "skipped": origin, "tokens": tokens}, "train")
         self.print_status(f"step {step}/{self.total_steps}  left out: the gradient norm is {grad_norm} ({origin})")
 
-    def skipped_in_a_row(self) -> int:
-        """Steps left out just before where training starts, one after the other; 0 on other than the main process."""
-        return self.in_a_row(lambda line: "skipped" in line)
-
-    def zeros_in_a_row(self) -> int:
-        """Steps just before where training starts whose gradient norm was exactly 0; counted as the others."""
-        return self.in_a_row(lambda line: line.get("grad_norm") == 0)
-
-    def in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
+    def count_in_a_row(self, is_wanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Consecutive steps, up to where training starts, whose line is wanted; 0 on other than the main process."""
         steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.is_main else set()
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
@@ -212,10 +197,6 @@ class Recorder:
         )
         if sample:
             self.print_status("  " + " ".join(sample.split()))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation of a step is written; the main process calls it."""
-        return any(line["step"] == step for line in self.evaluations)
 
     def write(self, line: dict[str, Any], kind: str) -> None:
         """Append a line to metrics.jsonl, and send it to the trackers, under `kind`."""
@@ -247,9 +228,7 @@ class Recorder:
 def open_recorder(run: Run, started_at: float) -> Recorder:
     """Open the run's records where training starts: a resumed run drops the lines that it will write again.
 
-    Args:
-        run: the run.
-        started_at: `time.perf_counter()` when this process began with it.
+    `started_at` is `time.perf_counter()` when this process began with the run.
     """
     config, process = run.config, PartialState()
     peak = process.num_processes * matmul_peak(process.device, config.train.precision)
@@ -274,10 +253,7 @@ def open_recorder(run: Run, started_at: float) -> Recorder:
 def describe(rows: Rows) -> str:
     """How much text there is."""
     train, validation = (
-        f"{name} {count.tokens:,} tokens in {len(part):,} rows, {count.remainder} left over"
-        for name, count, part in (
-            ("train", rows.train_counts, rows.train),
-            ("validation", rows.validation_counts, rows.validation),
-        )
+        f"{count.tokens:,} tokens in {count.rows:,} rows, {count.remainder} left over"
+        for count in (rows.train_counts, rows.validation_counts)
     )
-    return f"train from a stream; {validation}" if rows.streamed is not None else f"{train}; {validation}"
+    return f"train {'from a stream' if rows.streamed is not None else train}; validation {validation}"

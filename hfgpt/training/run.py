@@ -44,10 +44,7 @@ class Run:
     """One run, ready to train.
 
     Attributes:
-        config: every option.
         folder: what the run leaves.
-        tokenizer: of the model.
-        rows: training and validation rows.
         model: with its first weights, or those of the checkpoint to go on from.
         start: where training starts.
         resume_from: the checkpoint to go on from, or None.
@@ -162,7 +159,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     if resume_from is not None:
         manifest = checkpoint.load_manifest(resume_from)
         check_same_run(run, manifest)
-        run = replace(run, start=manifest.state, origins=manifest.origins)
+        run = replace(run, start=manifest.state, origins=manifest.origins or run.origins)
     return lock_run(place_model(run), resume)
 
 
@@ -211,14 +208,23 @@ def place_model(run: Run) -> Run:
 
 
 def lock_run(run: Run, resume: bool | str) -> Run:
-    """Lock the folder, and begin to write into it: run.yaml, and checkpoints that are no longer part of the run go.
+    """Lock the folder, until this process releases it or ends, and begin to write into it.
+
+    run.yaml is written, and checkpoints that are no longer part of the run go.
 
     Raises:
         ValueError: another process writes there, or another run has begun there in the meantime.
     """
     if PartialState().is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run = replace(run, lock=lock_folder(run.folder))
+        lock = FileLock(run.folder / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another process is writing into `output_dir` ({run.folder}). Wait, or name another."
+            ) from error
+        run = replace(run, lock=lock)
         check_folder(run.config, run.folder, resume)
         write_atomically(run.folder / RUN_FILE, config_yaml(run.config).encode())
         if run.resume_from is not None:
@@ -226,20 +232,6 @@ def lock_run(run: Run, resume: bool | str) -> Run:
             checkpoint.prune(run.folder, run.config.train.keep_last)  # what a run that was killed has not come to
     PartialState().wait_for_everyone()
     return run
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Keep other runs out of a folder until this process releases it, or ends in whatever way.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is writing into `output_dir` ({folder}). Wait, or name another.") from error
-    return lock
 
 
 def rows_hash(rows: TokenRows) -> str:
@@ -270,7 +262,10 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
             there = replace(there, train=replace(there.train, **elastic))
     except ValueError as error:
         raise ValueError(f"`output_dir` ({folder}) holds another run, unreadable: {error}") from error
-    old, new = flatten(asdict(there)), flatten(asdict(config))
+    # An empty section is none, or a difference within it would be named after the section.
+    old, new = (
+        {name: value for name, value in flatten(asdict(each)).items() if value != {}} for each in (there, config)
+    )
     for name in old | new:
         if old.get(name) != new.get(name):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Stopping by a signal: it is noted, the step is finished, a checkpoint written, and the exit code is 75."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,9 +36,7 @@ class StopRequest:
                 self.before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

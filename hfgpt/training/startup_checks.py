@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
@@ -37,23 +38,22 @@ KEPT_OF = 8
 
 @dataclass(frozen=True)
 class Check:
-    """One look, and what it found.
-
-    Attributes:
-        value: the number.
-        is_normal: whether it is as it should be.
-        text: both in words; where it is not normal, what that can mean.
-    """
+    """One look, and what it found: a number, whether it is as it should be, and both in words."""
 
     value: float
     is_normal: bool
     text: str
 
 
+def make_check(value: float, is_normal: bool, text: str, meaning: str) -> Check:
+    """A check whose text goes on with what the value can mean, where it is not normal."""
+    return Check(value, is_normal, text if is_normal else f"{text}{meaning}")
+
+
 def check_start(run: Run, recorder: Recorder) -> None:
     """Check a run that has not begun, after its first evaluation; log what was found.
 
-    Every process calls it, the main one speaks. Nothing is drawn from the random number generators of training.
+    Every process calls it. Nothing is drawn from the random number generators of training.
     """
     recorder.pause()
     rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
@@ -82,32 +82,25 @@ def check_start(run: Run, recorder: Recorder) -> None:
 
 
 def check_loss(loss: float, vocab_size: int, is_new: bool) -> Check:
-    """A new model finds every token about as likely; one that was trained before does better than that.
-
-    Args:
-        loss: of the validation rows at step 0, nats per token.
-        vocab_size: V.
-        is_new: whether the weights are drawn at random.
-    """
+    """Check the loss at step 0, in nats per token: a new model must do as well as guessing, a trained one better."""
     even = math.log(vocab_size)
     text = f"loss {loss:.2f}, ln(vocab_size) {even:.2f}"
-    if is_new and loss < even - 0.5:
-        return Check(loss, False, f"{text}: no new model can be so good. Does it see the tokens it has to predict?")
-    if is_new and loss > even + 1:
-        return Check(loss, False, f"{text}: the first weights are too large. Lower `model.initializer_range`.")
-    if not is_new and loss > even:
-        return Check(loss, False, f"{text}: worse than guessing. Do weights and tokenizer belong together?")
-    return Check(loss, True, text)
+    if not is_new:
+        return make_check(loss, loss <= even, text, ": worse than guessing. Do weights and tokenizer belong together?")
+    meaning = ": the first weights are too large. Lower `model.initializer_range`."
+    if loss < even:
+        meaning = ": no new model can be so good. Does it see the tokens it has to predict?"
+    return make_check(loss, even - 0.5 <= loss <= even + 1, text, meaning)
 
 
 def check_shift(rows: TokenRows) -> Check:
     """In real rows, every target is the next id of the input."""
-    batch = collate([rows[index] for index in range(len(rows))])
+    batch = collate(list(rows))
     targets, following = batch["shift_labels"][:, :-1], batch["input_ids"][:, 1:]
     counted = (targets != IGNORE_INDEX) & (batch["shift_labels"][:, 1:] != IGNORE_INDEX)
     share = float((targets == following)[counted].double().mean()) if counted.any() else 1.0
     text = f"{share:.1%} of the targets are the next token"
-    return Check(share, share == 1, text if share == 1 else f"{text}: the rest is trained on something else.")
+    return make_check(share, share == 1, text, ": the rest is trained on something else.")
 
 
 @torch.no_grad()
@@ -116,7 +109,7 @@ def check_next_token(model: HFGPTForCausalLM, rows: TokenRows) -> Check:
 
     The value is their difference, in nats per token.
     """
-    batch = {name: each.to(model.device) for name, each in collate([rows[i] for i in range(len(rows))]).items()}
+    batch = {name: each.to(model.device) for name, each in collate(list(rows)).items()}
     was_training = model.training
     model.eval()
     try:
@@ -126,42 +119,38 @@ def check_next_token(model: HFGPTForCausalLM, rows: TokenRows) -> Check:
     finally:
         model.train(was_training)
     # From the rows themselves, so that a collator that shifts wrongly is found.
-    ids = torch.from_numpy(np.stack([rows[index]["input_ids"] for index in range(len(rows))])).long().to(model.device)
+    ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long().to(model.device)
     flat = logits.float().flatten(0, 1)
     following = float(F.cross_entropy(flat, ids[:, 1:].flatten(), ignore_index=IGNORE_INDEX))
     same = float(F.cross_entropy(flat, ids[:, :-1].flatten(), ignore_index=IGNORE_INDEX))
     difference = trained - following
     text = f"trained loss {trained:.2f}; of the next token {following:.2f}, of the same token {same:.2f}"
     is_normal = abs(difference) < 0.02  # what TF32 or bf16 change
-    return Check(difference, is_normal, text if is_normal else f"{text}: labels are shifted twice, or not at all.")
+    return make_check(difference, is_normal, text, ": labels are shifted twice, or not at all.")
 
 
 def check_range(rows: TokenRows, vocab_size: int) -> Check:
     """Every id that is there is one that the model knows."""
-    ids = np.concatenate([rows[index]["input_ids"] for index in range(len(rows))])
+    ids = np.concatenate([row["input_ids"] for row in rows])
     ids = ids[ids != IGNORE_INDEX]
     share = float(((ids < 0) | (ids >= vocab_size)).mean())
     text = f"ids {ids.min()} to {ids.max()} of {vocab_size:,}"
-    return Check(share, share == 0, text if share == 0 else f"{text}: tokenizer and model do not belong together.")
+    return make_check(share, share == 0, text, ": tokenizer and model do not belong together.")
 
 
 def check_padding(padding: int, targets: int) -> Check:
     """Places that hold no target cost as much as those that do."""
     share = padding / (padding + targets)
-    text = f"{share:.1%} padding"
-    return Check(share, share < 0.5, text if share < 0.5 else f"{text}: lower `data.block_size`, or pack documents.")
+    meaning = ": lower `data.block_size`, or pack documents."
+    return make_check(share, share < 0.5, f"{share:.1%} padding", meaning)
 
 
 def check_duplicates(train: TokenArray, validation: TokenArray) -> Check:
     """Text of the validation split that is in the training split too makes the validation loss too good."""
     share = duplicated_share(train, validation)
     text = f"{share:.1%} of the validation text is in the training text"
-    is_normal = share < 0.05
-    return Check(
-        share,
-        is_normal,
-        text if is_normal else f"{text}, {WINDOW} tokens and more at a stretch: the validation loss flatters.",
-    )
+    meaning = f", {WINDOW} tokens and more at a stretch: the validation loss flatters."
+    return make_check(share, share < 0.05, text, meaning)
 
 
 def duplicated_share(train: TokenArray, validation: TokenArray) -> float:
@@ -207,15 +196,8 @@ def check_compiled(
     """Compare loss and gradients of the prepared model, compiled, with those of the very same one run eagerly.
 
     Dropout is off, since compiled code draws other masks; a model that has any is therefore compiled once more when
-    training begins. Random numbers, gradients and weights are left as they are. Every process calls this.
-
-    Args:
-        run: whose step it is.
-        recorder: prints how far apart they are, and how long that took.
-        accelerator: has prepared `model`.
-        model: what is trained, around `run.model`.
-        batch: the first micro-batch of this process.
-        targets: in the whole step, over all processes.
+    training begins. Random numbers, gradients and weights are left as they are. Every process calls this, with its
+    first micro-batch and the targets of the whole step over all processes.
 
     Raises:
         ValueError: they are not the same; naming both norms and what to do.
@@ -226,7 +208,7 @@ def check_compiled(
     batch = send_to_device(batch, device)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     dropouts = {name: getattr(run.model.config, name) for name in DROPOUT_FIELDS}
-    set_all(run.model.config, dict.fromkeys(DROPOUT_FIELDS, 0.0))
+    run.model.config.update(dict.fromkeys(DROPOUT_FIELDS, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
     model, context = for_own_gradients(accelerator, model, run.model, run.config.train.precision)
@@ -242,13 +224,13 @@ def check_compiled(
                     eager_loss += row_loss
                     torch._foreach_add_(eager_gradients, row_gradients)
     finally:
-        set_all(run.model.config, dropouts)
+        run.model.config.update(dropouts)
     if any(dropouts.values()):
         torch.compiler.reset()  # or the changed numbers would be compiled as if they were to change again and again
     scale = 1 / max(1, int(targets))  # of the mean, as in the lines of training
-    norm, eager_norm = length(gradients) * scale, length(eager_gradients) * scale
+    norm, eager_norm = float(get_total_norm(gradients)) * scale, float(get_total_norm(eager_gradients)) * scale
     torch._foreach_sub_(gradients, eager_gradients)
-    apart = length(gradients) * scale
+    apart = float(get_total_norm(gradients)) * scale
     seconds = time.perf_counter() - started_at
     tolerance = TOLERANCES[run.config.train.precision]
     is_same = apart <= tolerance * eager_norm and abs(loss - eager_loss) <= tolerance * max(1.0, eager_loss)
@@ -261,9 +243,9 @@ def check_compiled(
             f"{apart:.4g} apart; loss {loss:.6g}, eager {eager_loss:.6g}. Nothing was trained. Set "
             "`train.compile=false` in another `output_dir`, or take another torch."
         )
-    first = next((each for each in gather_object([problem]) if each), None)
-    if first is not None:
-        raise ValueError(first)
+    for found in gather_object([problem]):  # of all processes, so that all stop
+        if found is not None:
+            raise ValueError(found)
     recorder.print_status(
         f"the compiled step is the eager one: gradient norm {norm:.4g} and {eager_norm:.4g}, {apart:.1e} apart "
         f"({seconds:.0f} s)"
@@ -281,13 +263,3 @@ def differentiate(
     loss = model(**batch, num_items_in_batch=targets, skip_logits=True).loss
     gradients = torch.autograd.grad(loss * targets, parameters, allow_unused=True, materialize_grads=True)
     return float(loss.detach()), list(gradients)
-
-
-def length(gradients: list[Tensor]) -> float:
-    """The norm of all gradients together."""
-    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
-
-
-def set_all(config: Any, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)

@@ -100,22 +100,14 @@ def settings(name: str, folder: Path, step: int, run_id: str | None) -> dict[str
         logging_dir = folder / TRACKERS_FOLDER
         return {"run_name": "tensorboard", "logging_dir": logging_dir, "purge_step": step + 1 if step else 0}
     if name == "trackio":
-        resume = "allow" if step else "never"
-        return {
-            "run_name": PROJECT,
-            "name": folder.name,
-            "resume": resume,
-            "auto_log_cpu": False,
-            "auto_log_gpu": False,
-        }
+        private = {"auto_log_cpu": False, "auto_log_gpu": False}
+        return {"run_name": PROJECT, "name": folder.name, "resume": "allow" if step else "never", **private}
     if name == "wandb":
         # Without these it takes command line, program, packages, git's remote and the terminal along.
-        private = {
-            **{"x_disable_meta": True, "x_save_requirements": False, "console": "off"},
-            **{"disable_git": True, "disable_code": True},
-        }
-        going_on = "allow" if run_id else None
-        return {"run_name": PROJECT, "name": folder.name, "id": run_id, "resume": going_on, "settings": private}
+        hidden = {"x_disable_meta": True, "x_save_requirements": False, "disable_git": True, "disable_code": True}
+        wandb_settings = {**hidden, "console": "off"}
+        resume = "allow" if run_id else None
+        return {"run_name": PROJECT, "name": folder.name, "id": run_id, "resume": resume, "settings": wandb_settings}
     # Of its own accord MLflow would name the user and the path of the program.
     tags = {"mlflow.user": PROJECT, "mlflow.source.name": PROJECT}
     return {"experiment_name": PROJECT, "run_name": folder.name, "run_id": run_id, "tags": tags}

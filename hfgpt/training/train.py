@@ -50,7 +50,7 @@ def train(
             if run.start.step == 0:
                 check_start(run, recorder)
             train_loop(run, control)
-            return finish_run(run, recorder, control)
+            return finish_run(control)
     finally:
         recorder.close()
         if run.lock is not None:

@@ -4,6 +4,7 @@ Trainer owns the loop: devices, accumulation, backward, clipping. What happens a
 in loop.py; `HFGPTTrainer` calls it in the places that Trainer has for that.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from hfgpt.data.loaders import start_at
-from hfgpt.distributed.launch import TrainerEngine, configure_engine, trainer_engine
+from hfgpt.distributed.launch import configure_engine, make_training_arguments
 from hfgpt.training.control import MicroBatches, TrainingControl
 from hfgpt.training.optim import make_optimizer, make_schedule
 from hfgpt.training.run import Run
@@ -28,9 +29,8 @@ def run_trainer(run: Run, control: TrainingControl) -> None:
     Raises:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
-    engine = trainer_engine(run.config)
-    with patch_environment(**engine.environment):
-        trainer = HFGPTTrainer(run, control, training_arguments(run, engine))
+    with patch_environment(ACCELERATE_MIXED_PRECISION="no"):  # the recipe's holds against a launcher's
+        trainer = HFGPTTrainer(run, control, training_arguments(run))
     configure_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     if control.is_over:  # Trainer would train one step before it looks
@@ -40,10 +40,11 @@ def run_trainer(run: Run, control: TrainingControl) -> None:
     trainer.train(resume_from_checkpoint=None if run.resume_from is None else str(run.resume_from))
 
 
-def training_arguments(run: Run, engine: TrainerEngine) -> TrainingArguments:
+def training_arguments(run: Run) -> TrainingArguments:
     """The recipe in Trainer's words; when to log, evaluate and save is not Trainer's to decide."""
     config = run.config
-    arguments = TrainingArguments(
+    return make_training_arguments(
+        config,
         output_dir=str(run.folder),
         seed=config.seed,
         max_steps=run.total_steps,
@@ -60,11 +61,7 @@ def training_arguments(run: Run, engine: TrainerEngine) -> TrainingArguments:
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
-        **engine.arguments,
     )
-    if engine.plugin is not None:
-        arguments.deepspeed_plugin = engine.plugin
-    return arguments
 
 
 class ControlCallback(TrainerCallback):
@@ -73,18 +70,13 @@ class ControlCallback(TrainerCallback):
     def __init__(self, trainer: "HFGPTTrainer") -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer sets the epoch of loaders of accelerate only.
         start_at(kwargs["train_dataloader"], int(state.epoch or 0), 0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.training_control.end_step(self.trainer.step_loss)
         control.should_training_stop |= self.trainer.training_control.is_over
-        return control
 
 
 class HFGPTTrainer(Trainer):
@@ -129,8 +121,8 @@ class HFGPTTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[MicroBatches, Tensor | int | None]:
-        micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+    ) -> tuple[MicroBatches, Tensor]:
+        micro_batches = list(islice(epoch_iterator, num_batches))
         self.step_loss = torch.zeros((), device=device)
         return micro_batches, self.training_control.begin_step(micro_batches)
 

@@ -255,8 +255,8 @@ datasets.config.HF_DATASETS_CACHE, datasets.config.IN_MEMORY_MAX_SIZE = Path(sys
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 from hfgpt.training import checkpoint, evaluate, loop
-from hfgpt.config import load_config
-from hfgpt.train import train
+from hfgpt.config.loading import load_config
+from hfgpt.training.train import train
 
 place, recipe, overrides = sys.argv[2], sys.argv[3], sys.argv[4:]
 calls = 0

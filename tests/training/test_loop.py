@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from runs import (
     files,
     metrics,
     run,
+    run_to_step,
     run_until_killed,
     training_lines,
 )
@@ -23,12 +25,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HFGPTForCausalLM
-from hfgpt.config.loading import load_config
+from hfgpt.config.loading import config_yaml, load_config
 from hfgpt.data.loaders import eval_loader
 from hfgpt.evaluation.loss import score_batches
+from hfgpt.system.storage import seal, unseal
 from hfgpt.training.checkpoint import checkpoints
-from hfgpt.training.evaluate import score_split
-from hfgpt.training.run import open_run
+from hfgpt.training.evaluate import score_rows
+from hfgpt.training.run import check_folder, open_run
 from hfgpt.training.signals import StopRequest
 from hfgpt.training.train import train
 
@@ -336,6 +339,28 @@ def test_another_run_in_the_folder_is_refused(recipe):
     assert files(folder) == before
 
 
+def test_another_run_is_told_by_the_option_where_its_section_was_left_out(recipe):
+    folder = recipe.parent / "out"
+    folder.mkdir()
+    config = load_config(recipe)
+    (folder / "run.yaml").write_text(config_yaml(replace(config, model={})))
+
+    with pytest.raises(ValueError, match=r"its `model\.attn_pdrop` is None, this one's 0\.0"):
+        check_folder(config, folder, resume=False)
+
+
+def test_a_checkpoint_that_does_not_name_its_origins_takes_those_of_the_recipe(recipe):
+    folder = run_to_step(recipe, "out", 3)
+    manifest = checkpoints(folder)[0] / "manifest.json"
+    content = unseal(manifest.read_text())
+    assert content.pop("origins") == {"model": "nothing", "tokenizer": "nothing"}
+    manifest.write_text(seal(content))
+
+    run(recipe, "out", resume=True)
+
+    assert json.loads((folder / "results.json").read_text())["run"]["starts_from"] == "nothing"
+
+
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(recipe):
     folder = run(recipe, "out")
     (folder / "results.json").unlink()
@@ -387,7 +412,7 @@ def test_an_evaluation_before_training_has_the_precision_of_the_run(recipe):
         expected = score_batches(prepared.model, eval_loader(prepared.rows.validation, 4)).loss
 
     with StopRequest() as stop:
-        found = score_split(prepared, prepared.rows.validation, 0, stop).loss
+        found = score_rows(prepared, prepared.rows.validation, stop).loss
 
     assert found == expected
     assert found != score_batches(prepared.model, eval_loader(prepared.rows.validation, 4)).loss  # in fp32

@@ -158,7 +158,7 @@ def test_only_steps_that_follow_one_another_count_as_in_a_row(tmp_path):
         first.log_skipped_step(step, step, float("nan"), "somewhere")
 
     for step, count in [(7, 3), (6, 2), (4, 0), (3, 2), (0, 0)]:
-        assert recorder(step).skipped_in_a_row() == count  # each cuts what is after it
+        assert recorder(step).count_in_a_row(lambda line: "skipped" in line) == count  # each cuts what is after it
     first.close()
 
 

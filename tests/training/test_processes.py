@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from runs import DROPOUT, assert_same_path, assert_same_run, run, run_to_step, wait_for_step, workers_of
 
-from hfgpt.distributed.launch import check_engine, join_processes
+from hfgpt.distributed.launch import configure_engine, join_processes
 from hfgpt.training.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes/accelerate"
@@ -121,11 +121,11 @@ def test_a_launch_that_is_not_what_was_asked_for_is_refused(monkeypatch, environ
 
 def test_an_engine_that_did_not_come_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
-    check_engine(accelerator)
+    configure_engine(accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
 
     with pytest.raises(ValueError, match=r"asks for FSDP, and accelerate gives NO: it splits models on GPUs only"):
-        check_engine(accelerator)
+        configure_engine(accelerator)
 
 
 @pytest.mark.slow
