@@ -59,7 +59,7 @@ def push(
         tag=tag,
         message=message,
         own_code=own_code,
-        say=print_status,
+        log=print_status,
     )
     if as_json:
         print_json(asdict(pushed))
@@ -99,7 +99,7 @@ def pull(
     """Fetch a model from the Hub, and check every file against the Hub's checksum."""
     from hfgpt.hub.pull import pull
 
-    pulled = pull(repo_id, folder, revision=revision, say=print_status)
+    pulled = pull(repo_id, folder, revision=revision, log=print_status)
     if as_json:
         print_json(asdict(pulled))
     else:

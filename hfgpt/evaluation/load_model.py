@@ -20,12 +20,11 @@ from transformers import (
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.system.console import print_status
+from hfgpt.system.machine import DTYPES
 from hfgpt.system.network import limit_waiting
 from hfgpt.weights import load
 from hfgpt.weights.detect import check_source_exists
 from hfgpt.weights.formats import openai
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """Names under which configs of transformers keep the longest sequence."""

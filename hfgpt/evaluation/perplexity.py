@@ -9,30 +9,26 @@ a whole context, so that every token after the first `context` has at least `con
 
 All sums run over all texts before anything is divided: a mean of the perplexities of texts is no perplexity.
 
-Shape letters: B windows in a batch, T tokens in the longest of them, K its last positions, N targets, V vocabulary.
+Shape letters: B windows in a batch, T tokens in the longest of them, K its last positions, N targets.
 """
 
-import inspect
 import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfgpt.data.tokenizer import encode_arrays
-from hfgpt.loss import CHUNK_TOKENS, IGNORE_INDEX
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.evaluation.loss import Score, e_to, score_batches
+from hfgpt.loss import IGNORE_INDEX
 
 FIRST_TOKEN = ("lm-eval", "text", "skip")
 """What is scored at the beginning of a text.
@@ -88,40 +84,13 @@ class Window:
 
 
 @dataclass(frozen=True)
-class TokenLosses:
-    """Sums over token losses, from which all else follows.
-
-    Attributes:
-        tokens: how many losses.
-        total: their sum, in nats.
-        squares: the sum of their squares.
-    """
-
-    tokens: int
-    total: float
-    squares: float
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.tokens
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the mean, as if losses were independent: neighbours are alike, so it is a little small. None for one."""
-        if self.tokens < 2:
-            return None
-        variance = max(0.0, self.squares - self.total**2 / self.tokens) / (self.tokens - 1)
-        return math.sqrt(variance / self.tokens)
-
-
-@dataclass(frozen=True)
 class Perplexity:
     """One summed loss, divided by whatever people divide it by.
 
     Attributes:
         tokens: targets, each scored once, over all processes.
         loss: nats per token.
-        loss_standard_error: see `TokenLosses`.
+        loss_standard_error: see `Score`.
         token_perplexity: e to the loss; infinite beyond floating point, as those below.
         word_perplexity: e to the nats per word; None where words are not known or first tokens were not scored.
         byte_perplexity: e to the nats per byte; as above.
@@ -232,11 +201,12 @@ def make_windows(lengths: Iterable[int], context: int, stride: int) -> Iterator[
             done = end
 
 
-def make_batch(texts: EncodedTexts, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+def make_batch(texts: EncodedTexts, windows: Sequence[Window]) -> dict[str, Tensor]:
     """Put windows into one batch, shorter ones filled up behind, where nothing before sees it.
 
     Returns:
-        Inputs (B, T), and targets (B, K) of the last K positions; `IGNORE_INDEX` where another window scores them.
+        `input_ids` (B, T), and `shift_labels` (B, K), the targets of the last K positions; `IGNORE_INDEX` where another
+        window scores them.
     """
     length = max(window.end - window.start for window in windows)
     first = min(window.end - window.start - window.scored for window in windows)
@@ -247,43 +217,10 @@ def make_batch(texts: EncodedTexts, windows: Sequence[Window]) -> tuple[Tensor, 
         own = len(ids) - 1
         inputs[row, :own] = ids[:-1]
         targets[row, own - window.scored : own] = ids[1 + own - window.scored :]
-    return inputs, targets[:, first:]
+    return {"input_ids": inputs, "shift_labels": targets[:, first:]}
 
 
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each target, in nats.
-
-    Args:
-        model: any causal language model, in eval mode.
-        inputs: (B, T) ids, on the model's device.
-        targets: (B, K) ids after the last K of them, or `IGNORE_INDEX`.
-
-    Returns:
-        (N,) in fp32, whatever the model computes in; of an hfgpt model without ever holding all logits.
-    """
-    kept = targets.shape[1]
-    head: nn.Module = nn.Identity()
-    if isinstance(model, HFGPTForCausalLM):
-        states, head = model.model(input_ids=inputs, use_cache=False).last_hidden_state, model.lm_head
-    else:
-        known = inspect.signature(model.forward).parameters
-        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": kept}
-        options = {name: value for name, value in options.items() if name in known}
-        states = model(input_ids=inputs, **options).logits
-    states, targets = states[:, -kept:].flatten(0, 1), targets.flatten()
-    losses = []
-    for start in range(0, len(targets), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
-        is_target = targets[chunk] != IGNORE_INDEX
-        logits_NV = head(states[chunk][is_target]).float()
-        losses.append(F.cross_entropy(logits_NV, targets[chunk][is_target], reduction="none"))
-    return torch.cat(losses)
-
-
-def score_windows(
-    model: PreTrainedModel, texts: EncodedTexts, windows: Sequence[Window], batch_size: int
-) -> TokenLosses:
+def score_windows(model: PreTrainedModel, texts: EncodedTexts, windows: Sequence[Window], batch_size: int) -> Score:
     """Score the targets of all windows, of which each process takes its share.
 
     The longest windows come first, so that what does not fit into memory fails at once, and little is filled up.
@@ -291,29 +228,18 @@ def score_windows(
     process = PartialState()
     order = sorted(windows, key=lambda window: window.start - window.end)
     mine = order[process.process_index :: process.num_processes]
-    # fp64, because a corpus adds up millions of fp32 losses; MPS has no fp64, so the sums live on the CPU.
-    sums = torch.zeros(3, dtype=torch.float64)
     terminal = Console(stderr=True)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in track(
-            range(0, len(mine), batch_size),
-            description="scoring",
-            console=terminal,
-            transient=True,
-            disable=not (terminal.is_terminal and process.is_main_process),
-        ):
-            inputs, targets = make_batch(texts, mine[start : start + batch_size])
-            losses = token_losses(model, inputs.to(model.device), targets.to(model.device)).cpu().double()
-            sums += torch.stack([torch.tensor(len(losses)).double(), losses.sum(), losses.square().sum()])
-    finally:
-        model.train(was_training)
-    if process.num_processes > 1:
-        sums = reduce(sums.to(model.device), "sum").cpu()
-    tokens, total, squares = sums.tolist()
-    assert tokens == sum(window.scored for window in windows), "a token was scored twice, or not at all"
-    return TokenLosses(int(tokens), total, squares)
+    starts = track(
+        range(0, len(mine), batch_size),
+        description="scoring",
+        console=terminal,
+        transient=True,
+        disable=not (terminal.is_terminal and process.is_main_process),
+    )
+    batches = (make_batch(texts, mine[start : start + batch_size]) for start in starts)
+    score = score_batches(model, batches, each_token=True)
+    assert score.tokens == sum(window.scored for window in windows), "a token was scored twice, or not at all"
+    return score
 
 
 def measure_texts(
@@ -342,35 +268,30 @@ def measure_texts(
     if not windows:
         raise ValueError("there is nothing to score: no text holds a token after its first.")
     started_at = time.perf_counter()
-    losses = score_windows(model, texts, windows, batch_size)
+    score = score_windows(model, texts, windows, batch_size)
     elapsed_seconds = time.perf_counter() - started_at
-    if not math.isfinite(losses.total):
-        raise FloatingPointError(f"the loss is {losses.total}: a weight is no number, or {model.dtype} is too narrow.")
-    perplexity = summarize(losses, texts.words, texts.bytes, is_whole=texts.prefix is not None)
+    if not math.isfinite(score.total):
+        raise FloatingPointError(f"the loss is {score.total}: a weight is no number, or {model.dtype} is too narrow.")
+    perplexity = summarize(score, texts.words, texts.bytes, is_whole=texts.prefix is not None)
     return Measurement(**asdict(perplexity), stride=stride, windows=len(windows), elapsed_seconds=elapsed_seconds)
 
 
-def summarize(losses: TokenLosses, words: int | None, bytes: int | None, is_whole: bool = True) -> Perplexity:
+def summarize(score: Score, words: int | None, bytes: int | None, is_whole: bool = True) -> Perplexity:
     """Divide the summed loss by tokens, words and bytes.
 
     Args:
-        losses: of all targets.
+        score: of all targets.
         words: of the same texts; None or 0 where they are not known.
         bytes: as above.
         is_whole: whether every token of the texts was scored. Without the first ones, nats per word would be too few.
     """
-    per_word, per_byte = (losses.total / units if units and is_whole else None for units in (words, bytes))
+    per_word, per_byte = (score.total / units if units and is_whole else None for units in (words, bytes))
     return Perplexity(
-        tokens=losses.tokens,
-        loss=losses.mean,
-        loss_standard_error=losses.standard_error,
-        token_perplexity=e_to(losses.mean),
+        tokens=score.tokens,
+        loss=score.loss,
+        loss_standard_error=score.standard_error,
+        token_perplexity=score.perplexity,
         word_perplexity=None if per_word is None else e_to(per_word),
         byte_perplexity=None if per_byte is None else e_to(per_byte),
         bits_per_byte=None if per_byte is None else per_byte / math.log(2),
     )
-
-
-def e_to(nats: float) -> float:
-    """E to the power of `nats`; infinite where that is beyond floating point."""
-    return math.inf if nats > 700 else math.exp(nats)

@@ -10,7 +10,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from hfgpt.evaluation.perplexity import TokenLosses, encode_texts, measure_texts, summarize
+from hfgpt.evaluation.loss import Score
+from hfgpt.evaluation.perplexity import encode_texts, measure_texts, summarize
 
 DESCRIPTION = """
 Perplexity of a causal language model: e to the mean loss of all tokens, never a mean of perplexities of texts.
@@ -75,8 +76,8 @@ def of_losses(losses: list[float], words: int | None = None, bytes: int | None =
     array = np.asarray(losses, dtype=np.float64)
     if not np.isfinite(array).all():
         raise FloatingPointError(f"{int((~np.isfinite(array)).sum())} of {len(array)} losses are no numbers.")
-    sums = TokenLosses(len(array), float(array.sum()), float(np.square(array).sum()))
-    return named(asdict(summarize(sums, words, bytes)), "e to the mean of the losses that were added")
+    score = Score(len(array), float(array.sum()), float(np.square(array).sum()))
+    return named(asdict(summarize(score, words, bytes)), "e to the mean of the losses that were added")
 
 
 def of_texts(

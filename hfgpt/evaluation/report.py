@@ -18,6 +18,7 @@ from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, load_causal_lm
 from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.results.records import RESULTS_FILE
+from hfgpt.system.console import align_columns
 from hfgpt.system.machine import peak_memory_bytes
 from hfgpt.system.storage import write_json
 
@@ -202,12 +203,8 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def render(report: Report) -> str:
     """The report as a person reads it."""
-    parts = []
-    if report.text is not None:
-        parts.append(render_text(report.model, report.text))
-    if report.tasks:
-        parts.append(render_tasks(report.tasks))
-    return "\n\n".join(parts)
+    text = [] if report.text is None else [render_text(report.model, report.text)]
+    return "\n\n".join([*text, *([render_tasks(report.tasks)] if report.tasks else [])])
 
 
 def render_text(model: str, text: TextReport) -> str:
@@ -235,8 +232,8 @@ def render_text(model: str, text: TextReport) -> str:
         ("forward passes", [f"{each.windows:,} rows" for each in text.measurements]),
         ("time", [f"{each.elapsed_seconds:,.1f} s" for each in text.measurements]),
     ]
-    table = align([[name, *cells] for name, cells in rows])
-    return "\n".join([*head, "", *table, f"peak memory {text.peak_memory_bytes / 1e6:,.0f} MB"])
+    table = align_columns([[name, *cells] for name, cells in rows], numbers=True)
+    return "\n".join([*head, "", table, f"peak memory {text.peak_memory_bytes / 1e6:,.0f} MB"])
 
 
 def render_tasks(tasks: dict[str, dict[str, Any]]) -> str:
@@ -247,17 +244,4 @@ def render_tasks(tasks: dict[str, dict[str, Any]]) -> str:
             if isinstance(value, float | str) and not name.endswith(("_stderr", "_version")):
                 shown = [f"{each:,.4f}" if isinstance(each, float) else str(each or "-") for each in (value, error)]
                 rows.append([task, name, *shown, str(found["samples"])])
-    return "\n".join([f"lm-eval {next(iter(tasks.values()))['lm_eval_version']}", "", *align(rows)])
-
-
-def align(rows: list[list[str]]) -> list[str]:
-    """Lay out cells in columns; the first row is the head, numbers stand right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    is_number = [all(row[i][:1].isdigit() or row[i] == "-" for row in rows[1:]) for i in range(len(widths))]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    return "\n\n".join([f"lm-eval {next(iter(tasks.values()))['lm_eval_version']}", align_columns(rows)])

@@ -1,6 +1,6 @@
-"""What of a model folder may leave this machine: a list, and what must not be in the files that are on it.
+"""Which files of a model folder a push sends, and what must not be in them.
 
-huggingface_hub uploads whatever a folder holds. Here nothing goes that is not on `LIST`; the Hub is not asked.
+huggingface_hub uploads whatever a folder holds. Here only what is on `LIST` is sent. The Hub is not asked.
 """
 
 import os
@@ -24,7 +24,7 @@ LIST = (
     *("run.yaml", "results.json", "metrics.jsonl", "samples.md", "README.md", ".eval_results/*.yaml"),
     *("*.png", "*.jpg", "*.svg"),
 )
-"""What push sends, besides the code that config.json names. Nothing else ever leaves."""
+"""What push sends, besides the code that config.json names, and nothing else."""
 
 REASONS = (
     (".env*", "secrets"),

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
 from hfgpt.hub.repository import checksum, connect, has_checksum, repo_info
-from hfgpt.hub.retry import TRIES, HubError, Say, one_line_errors, was_retried_by_the_client, with_retries
+from hfgpt.hub.retry import TRIES, HubError, Log, one_line_errors, was_retried_by_the_client, with_retries
 from hfgpt.system.storage import make_readable, sync, write_atomically
 
 PULL_FILE = ".pulled.json"
@@ -43,7 +43,7 @@ def pull(
     *,
     revision: str | None = None,
     token: str | None = None,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> Pulled:
     """Fetch a repository into a folder, which is whole and verified when it appears, or does not appear.
 
@@ -54,7 +54,7 @@ def pull(
         folder: a new or empty one, or one that an earlier pull of this repository left and nobody changed.
         revision: branch, tag or commit; None is main.
         token: of the Hub; None takes that of `HF_TOKEN` or `hf auth login`.
-        say: hears what is going on.
+        log: called with each message for a person.
 
     Raises:
         ValueError: there is no such repository or revision, or the folder holds something else. It stays as it is.
@@ -67,7 +67,7 @@ def pull(
     kept = kept_files(folder, repo_id)
     with one_line_errors(repo_id):
         api = connect(token)
-        info = repo_info(api, repo_id, revision, say)
+        info = repo_info(api, repo_id, revision, log)
         wanted = {sibling.rfilename: sibling for sibling in info.siblings or []}
         for name in wanted:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
@@ -81,7 +81,7 @@ def pull(
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, staged / name)
         with ThreadPoolExecutor(max_workers=4) as threads:
-            list(threads.map(lambda one: fetch(api, repo_id, str(info.sha), one, staged, say), wanted.values()))
+            list(threads.map(lambda one: fetch(api, repo_id, str(info.sha), one, staged, log), wanted.values()))
     install(staged, folder, repo_id, str(info.sha), list(wanted))
     return Pulled(repo_id, str(info.sha), len(wanted), is_new=True)
 
@@ -114,7 +114,7 @@ def kept_files(folder: Path, repo_id: str) -> dict[str, Path]:
     return found
 
 
-def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: Path, say: Say) -> None:
+def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: Path, log: Log) -> None:
     """Download one file until it has the Hub's checksum, which the client itself does not look at.
 
     Raises:
@@ -125,7 +125,7 @@ def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: P
         if path.is_file():
             if has_checksum(path, sibling):
                 return
-            say(f"{sibling.rfilename} is damaged; fetching it {'again' if number else 'anew'}")
+            log(f"{sibling.rfilename} is damaged; fetching it {'again' if number else 'anew'}")
         is_again = path.is_file()
 
         def download(is_again: bool = is_again) -> None:
@@ -133,12 +133,12 @@ def fetch(api: HfApi, repo_id: str, commit: str, sibling: RepoSibling, folder: P
             api.hf_hub_download(repo_id, sibling.rfilename, revision=commit, local_dir=folder, force_download=is_again)
 
         try:
-            with_retries(download, say, is_final=was_retried_by_the_client)
+            with_retries(download, log, is_final=was_retried_by_the_client)
         except OSError as error:
             # Of another size than announced, huggingface_hub 2.4 raises a bare OSError.
             if type(error) is not OSError or error.errno is not None:
                 raise
-            say(f"{sibling.rfilename} came with another size than the Hub told")
+            log(f"{sibling.rfilename} came with another size than the Hub told")
     if not (path.is_file() and has_checksum(path, sibling)):
         raise HubError(f"{sibling.rfilename} of {repo_id} came damaged {TRIES} times. Nothing was changed.")
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hfgpt.hub.allowlist import WEIGHTS, Plan, plan_push
 from hfgpt.hub.repository import connect, has_checksum, repo_info
-from hfgpt.hub.retry import HubError, Say, one_line_errors, was_retried_by_the_client, with_retries
+from hfgpt.hub.retry import HubError, Log, one_line_errors, was_retried_by_the_client, with_retries
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def push(
     message: str = "Upload model",
     token: str | None = None,
     own_code: bool = False,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> Pushed:
     """Send a model folder to the Hub, in one commit, or in none if the Hub holds the same files.
 
@@ -60,7 +60,7 @@ def push(
         message: of the commit.
         token: of the Hub; None takes that of `HF_TOKEN` or `hf auth login`.
         own_code: see `plan_push`.
-        say: hears what is going on.
+        log: called with each message for a person.
 
     Raises:
         ValueError: the folder must not go, see `plan_push`; the repository is not as private as was asked for; the tag
@@ -69,17 +69,24 @@ def push(
     """
     check_target(repo_id, revision, create_pr, tag)
     plan = plan_push(folder, token, own_code)
-    return send(
-        plan,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        tag=tag,
-        message=message,
-        token=token,
-        say=say,
-    )
+    for note in plan.notes:
+        log(note)
+    with one_line_errors(repo_id):
+        if (token or get_token()) is None:
+            raise ValueError("there is no token for the Hub. Run `hf auth login`, or set HF_TOKEN.")
+        target = Target(repo_id, revision, create_pr, connect(token), log)
+        target.make(private)
+        head = target.repo_info(revision)
+        if tag is not None:
+            target.check_tag(tag, plan)
+        if holds(head, plan):
+            commit, is_new, pull_request = str(head.sha), False, None
+        else:
+            commit, pull_request = target.commit(plan, head, message)
+            is_new = True
+        if tag is not None:
+            with_retries(lambda: target.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), log)
+    return Pushed(repo_id, commit, f"{target.api.endpoint}/{repo_id}/commit/{commit}", is_new, pull_request)
 
 
 def check_target(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
@@ -95,39 +102,6 @@ def check_target(repo_id: str, revision: str | None, create_pr: bool, tag: str |
         raise ValueError("a pull request goes to main and has no tag: leave out the revision and the tag.")
 
 
-def send(
-    plan: Plan,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
-    message: str = "Upload model",
-    token: str | None = None,
-    say: Say = lambda text: None,
-) -> Pushed:
-    """Send what a plan says; see `push`."""
-    for note in plan.notes:
-        say(note)
-    with one_line_errors(repo_id):
-        if (token or get_token()) is None:
-            raise ValueError("there is no token for the Hub. Run `hf auth login`, or set HF_TOKEN.")
-        target = Target(repo_id, revision, create_pr, connect(token), say)
-        target.make(private)
-        head = target.repo_info(revision)
-        if tag is not None:
-            target.check_tag(tag, plan)
-        if holds(head, plan):
-            commit, is_new, pull_request = str(head.sha), False, None
-        else:
-            commit, pull_request = target.commit(plan, head, message)
-            is_new = True
-        if tag is not None:
-            with_retries(lambda: target.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), say)
-    return Pushed(repo_id, commit, f"{target.api.endpoint}/{repo_id}/commit/{commit}", is_new, pull_request)
-
-
 @dataclass(frozen=True)
 class Target:
     """Where a push goes."""
@@ -136,11 +110,11 @@ class Target:
     revision: str | None
     create_pr: bool
     api: HfApi
-    say: Say
+    log: Log
 
     def repo_info(self, revision: str | None) -> ModelInfo:
         """The repository as it is now, with every file's checksum."""
-        return repo_info(self.api, self.repo_id, revision, self.say)
+        return repo_info(self.api, self.repo_id, revision, self.log)
 
     def make(self, private: bool | None) -> None:
         """Make the repository and the branch where there are none.
@@ -148,7 +122,7 @@ class Target:
         Raises:
             ValueError: the repository is there, and not as private as it should be.
         """
-        with_retries(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True), self.say)
+        with_retries(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True), self.log)
         is_private = self.repo_info(None).private
         if private is not None and private != is_private:
             raise ValueError(
@@ -157,11 +131,11 @@ class Target:
             )
         branch = self.revision
         if branch not in (None, "main") and not str(branch).startswith("refs/"):
-            with_retries(lambda: self.api.create_branch(self.repo_id, branch=str(branch), exist_ok=True), self.say)
+            with_retries(lambda: self.api.create_branch(self.repo_id, branch=str(branch), exist_ok=True), self.log)
 
     def refs(self) -> dict[str, str]:
         """Ref -> commit, of branches, tags and pull requests."""
-        found = with_retries(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True), self.say)
+        found = with_retries(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True), self.log)
         return {ref.ref: ref.target_commit for ref in [*found.branches, *found.tags, *(found.pull_requests or [])]}
 
     def check_tag(self, tag: str, plan: Plan) -> None:
@@ -206,9 +180,9 @@ class Target:
             return done.oid, done.pr_revision
 
         for name in stale:
-            self.say(f"{name} of an earlier model is removed")
+            self.log(f"{name} of an earlier model is removed")
         try:
-            commit, pull_request = with_retries(attempt, self.say, is_final=was_retried_by_the_client)
+            commit, pull_request = with_retries(attempt, self.log, is_final=was_retried_by_the_client)
         except HfHubHTTPError as error:
             if error.response.status_code != 412:
                 raise

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from hfgpt import __version__
-from hfgpt.hub.retry import Say, with_retries
+from hfgpt.hub.retry import Log, with_retries
 from hfgpt.system.network import limit_waiting
 
 
@@ -18,9 +18,9 @@ def connect(token: str | None) -> HfApi:
     return HfApi(token=token, library_name="hfgpt", library_version=__version__)
 
 
-def repo_info(api: HfApi, repo_id: str, revision: str | None, say: Say) -> ModelInfo:
+def repo_info(api: HfApi, repo_id: str, revision: str | None, log: Log) -> ModelInfo:
     """A repository at a revision, with every file's checksum."""
-    return with_retries(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), say)
+    return with_retries(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), log)
 
 
 def has_checksum(source: Path | bytes, sibling: RepoSibling) -> bool:

@@ -29,7 +29,7 @@ LONGEST_WAIT_SECONDS = 300.0
 PASSING = (408, 429, 500, 502, 503, 504)
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class HubError(OSError):
@@ -37,13 +37,13 @@ class HubError(OSError):
 
 
 def with_retries(
-    call: Callable[[], Any], say: Say, is_final: Callable[[BaseException], bool] = lambda error: False
+    call: Callable[[], Any], log: Log, is_final: Callable[[BaseException], bool] = lambda error: False
 ) -> Any:
     """Call, and call again while what fails is likely to pass; at most `TRIES` times.
 
     Args:
         call: must be safe to be called twice.
-        say: hears of every failure.
+        log: called with a line on every failure.
         is_final: failures that are not to be tried again.
     """
 
@@ -54,7 +54,7 @@ def with_retries(
 
     def tell(state: RetryCallState) -> None:
         seconds = state.next_action.sleep if state.next_action else 0.0
-        say(f"{reason(failure(state))}; trying again in {seconds:.0f} s ({state.attempt_number} of {TRIES - 1})")
+        log(f"{reason(failure(state))}; trying again in {seconds:.0f} s ({state.attempt_number} of {TRIES - 1})")
 
     return Retrying(
         stop=stop_after_attempt(TRIES),

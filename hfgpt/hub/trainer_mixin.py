@@ -1,4 +1,4 @@
-"""transformers' Trainer with the push of hfgpt: only what the allowlist names leaves the machine."""
+"""transformers' Trainer with the push of hfgpt: only files on the allowlist are sent."""
 
 from concurrent.futures import Future
 from pathlib import Path

@@ -166,7 +166,7 @@ def test_nothing_to_score_is_refused(model):
 
 
 def test_perplexity_is_e_to_the_loss():
-    assert Score(0.0, 1).perplexity == 1
-    assert Score(math.log(50257), 1).perplexity == pytest.approx(50257)
-    assert Score(1e4, 1).perplexity == math.inf
-    assert math.isnan(Score(math.nan, 1).perplexity)
+    assert Score(1, 0.0).perplexity == 1
+    assert Score(1, math.log(50257)).perplexity == pytest.approx(50257)
+    assert Score(1, 1e4).perplexity == math.inf
+    assert math.isnan(Score(1, math.nan).perplexity)

@@ -15,15 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt import HFGPTForCausalLM
 from hfgpt.data.tokenizer import PIECE, encode_ids
 from hfgpt.evaluation import METRIC
+from hfgpt.evaluation.loss import Score, token_losses
 from hfgpt.evaluation.perplexity import (
     EncodedTexts,
-    TokenLosses,
     encode_texts,
     make_batch,
     make_windows,
     measure_texts,
     summarize,
-    token_losses,
 )
 
 
@@ -118,8 +117,9 @@ def test_batches_ask_for_each_token_after_those_before_it(lengths, context, data
     while windows:
         size = data.draw(st.integers(1, len(windows)))
 
-        inputs, targets = make_batch(texts, windows[:size])
+        batch = make_batch(texts, windows[:size])
 
+        inputs, targets = batch["input_ids"], batch["shift_labels"]
         assert inputs.shape[1] <= context
         kept = inputs[:, -targets.shape[1] :]
         is_target = targets != -100
@@ -214,7 +214,8 @@ def test_losses_of_a_narrow_model_are_fp32_and_their_sums_fp64(dtype, tiny_confi
 
     losses = []
     for window in make_windows(texts.lengths, 64, 64):
-        inputs, targets = make_batch(texts, [window])
+        batch = make_batch(texts, [window])
+        inputs, targets = batch["input_ids"], batch["shift_labels"]
         with torch.no_grad():
             logits = model(input_ids=inputs).logits[0, -targets.shape[1] :].double()
         losses += torch.nn.functional.cross_entropy(logits, targets[0], reduction="none", ignore_index=-100)[
@@ -237,7 +238,7 @@ def test_logits_of_all_tokens_of_an_hfgpt_model_never_exist(tiny_config):
     inputs = torch.randint(320, (40, 64))
 
     with LargestTensor() as largest:
-        losses = token_losses(model, inputs, inputs.roll(-1, dims=1))
+        losses = token_losses(model, {"input_ids": inputs}, inputs.roll(-1, dims=1))
 
     assert losses.shape == (40 * 64,)
     assert largest.elements == CHUNK_TOKENS * 320 < 40 * 64 * 320
@@ -251,7 +252,7 @@ def test_a_diverged_model_gets_no_figures(hfgpt_model):
 
 
 def test_what_is_beyond_floating_point_is_infinite():
-    perplexity = summarize(TokenLosses(1, 1e4, 1e8), words=1, bytes=1)
+    perplexity = summarize(Score(1, 1e4, 1e8), words=1, bytes=1)
 
     assert (perplexity.token_perplexity, perplexity.word_perplexity) == (math.inf, math.inf)
     assert perplexity.bits_per_byte == pytest.approx(1e4 / math.log(2))
@@ -356,7 +357,9 @@ def test_the_metric_gives_the_same_of_token_losses(metric, hfgpt_model, tokenize
     expected = measure_texts(hfgpt_model, ids, 64, 64)
 
     for window in make_windows(ids.lengths, 64, 64):
-        metric.add_batch(predictions=token_losses(hfgpt_model, *make_batch(ids, [window])))
+        batch = make_batch(ids, [window])
+        targets = batch.pop("shift_labels")
+        metric.add_batch(predictions=token_losses(hfgpt_model, batch, targets))
     computed = metric.compute(words=ids.words, bytes=ids.bytes)
 
     assert computed["tokens"] == expected.tokens

@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found_and_fetched_again(hub, repo, tmp_path, endpoint)
     hub.fail(endpoint, "flip", 2)
     said = []
 
-    pull(repo, tmp_path / "copy", say=said.append)
+    pull(repo, tmp_path / "copy", log=said.append)
 
     assert copied(tmp_path / "copy") == hub.files(repo)
     assert len([line for line in said if line.endswith("is damaged; fetching it again")]) == 2

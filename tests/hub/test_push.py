@@ -206,7 +206,7 @@ def test_an_answer_that_never_comes_is_not_waited_for(hub, run, monkeypatch):
     said = []
 
     started = time.monotonic()
-    push(run, "anna/demo", say=said.append)
+    push(run, "anna/demo", log=said.append)
 
     assert time.monotonic() - started < 10
     assert "the Hub did not answer in time" in said[0]
@@ -217,7 +217,7 @@ def test_the_hub_s_wish_to_wait_is_honoured(hub, run):
     said = []
 
     started = time.monotonic()
-    push(run, "anna/demo", say=said.append)
+    push(run, "anna/demo", log=said.append)
 
     assert time.monotonic() - started >= 1
     assert said == ["the Hub answered 429; trying again in 1 s (1 of 4)"]
@@ -245,14 +245,16 @@ def test_a_token_that_the_hub_does_not_know_is_told(hub, run):
         push(run, "anna/demo", token="hf_of nobody")
 
 
-SEND = """
+PUSH = """
 import sys
 from pathlib import Path
+import hfgpt.hub.push as pushing
 from hfgpt.hub.allowlist import Plan
-from hfgpt.hub.push import send  # without the checks before, which take seconds to import
 
 folder = Path(sys.argv[1])
-send(Plan(folder, {name: folder / name for name in sys.argv[2:]}, {}), "anna/demo")
+# Without the checks of a plan, which take seconds to import.
+pushing.plan_push = lambda *args: Plan(folder, {name: folder / name for name in sys.argv[2:]}, {})
+pushing.push(folder, "anna/demo")
 """
 
 
@@ -271,7 +273,7 @@ def test_a_killed_push_goes_on_with_what_is_missing(hub, run, tmp_path, whole):
             time.sleep(20)  # in a thread of the Hub; the push is killed by then
 
     hub.before = hold_back
-    command = ["-m", "hfgpt", "push", run, "anna/demo"] if whole else ["-c", SEND, run, *names]
+    command = ["-m", "hfgpt", "push", run, "anna/demo"] if whole else ["-c", PUSH, run, *names]
     process = subprocess.Popen(
         [sys.executable, *command], env=os.environ | environment(hub, tmp_path / "home"), stderr=subprocess.DEVNULL
     )

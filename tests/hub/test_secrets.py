@@ -44,9 +44,9 @@ def test_the_token_and_the_paths_of_this_machine_are_nowhere(hub, run, tmp_path,
 
     hub.fail("create", "status", 1, value=503)
     hub.fail("commit", "lose", 1)
-    push(run, "anna/demo", say=said.append)
+    push(run, "anna/demo", log=said.append)
     hub.fail("storage-get", "flip", 1)
-    pull("anna/demo", tmp_path / "copy", say=said.append)
+    pull("anna/demo", tmp_path / "copy", log=said.append)
     HFGPTForCausalLM.from_pretrained("anna/demo")
     trainer = make_trainer(ListedTrainer, run, tmp_path / "trained", hub_strategy="every_save")
     trainer.train()
@@ -55,7 +55,7 @@ def test_the_token_and_the_paths_of_this_machine_are_nowhere(hub, run, tmp_path,
         if fault:
             hub.fail("info", fault, 5, value=500)
         with pytest.raises((HubError, ValueError)) as failure:
-            push(run, "anna/demo" if fault else "guild/none", token=token, say=said.append)
+            push(run, "anna/demo" if fault else "guild/none", token=token, log=said.append)
         said.append(repr(failure.value))
 
     requests = [
