@@ -250,9 +250,7 @@ def test_the_map_leads_to_what_a_newcomer_looks_for(words, file):
     assert words in files_of_the_map()[file]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, page in PAGES.items() if name.startswith("hfgpt/")]
-)
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if name.startswith("hfgpt/")])
 def test_the_page_of_a_room_names_every_file_of_it_and_none_that_does_not_exist(name):
     page, room = PAGES[name], (ROOT / name).parent
     there = {path.relative_to(room).as_posix() for path in room.rglob("*.py") if path.name != "__init__.py"}
