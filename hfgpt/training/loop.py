@@ -60,8 +60,8 @@ def backward(accelerator: Accelerator, model: nn.Module, micro_batches: MicroBat
     step_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches, start=1):
         with exchange_gradients(accelerator, model, is_last=number == len(micro_batches)):
-            # Each loss is a sum divided by all targets of the step, so that the step's loss is their mean however
-            # unequal the micro-batches are. DDP and FSDP average over processes: the factor undoes it.
+            # Each loss is a sum divided by `num_items_in_batch`, all targets of the step, so that the losses add up to
+            # the mean however unequal the micro-batches are. DDP and FSDP average over processes: the factor undoes it.
             inputs = send_to_device(batch, accelerator.device)
             loss = model(**inputs, num_items_in_batch=targets, skip_logits=True).loss * accelerator.num_processes
             accelerator.backward(loss)
