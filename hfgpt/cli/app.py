@@ -13,7 +13,6 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hfgpt.config.recipes import run_recipes
-from hfgpt.config.schema import RunConfig
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
@@ -87,6 +86,8 @@ def complete_override(incomplete: str) -> list[str]:
 
 def recipe_keys() -> list[str]:
     """The key path of every option of a recipe."""
+    from hfgpt.config.schema import RunConfig  # which `hfgpt --help` does not need
+
     keys: list[str] = []
     for name, value in asdict(RunConfig()).items():
         inner = model_fields() if name == "model" else value if isinstance(value, dict) else None
