@@ -139,10 +139,10 @@ def options(
 
 @contextmanager
 def busy(doing: str, source: str | Path | None = None) -> Iterator[None]:
-    """Show a spinner on a terminal while something of unknown length goes on.
+    """Show a spinner on a terminal while something of unknown length is done.
 
     Args:
-        doing: what goes on.
+        doing: what is done.
         source: the model that is read. If it comes from the Hub nothing is shown, because the download has bars.
     """
     console = Console(stderr=True)

@@ -127,7 +127,7 @@ class TrainConfig:
     """
     on_nonfinite: str = field(default="stop", metadata=one_of("stop", "skip"))
     """What a step whose loss or gradient is NaN or infinite does: `stop` ends the run before its weights are spoilt,
-    `skip` leaves the step out and goes on, ten times in a row at most.
+    `skip` skips the step, ten times in a row at most.
     """
     trackers: list[str] = field(default_factory=list)
     """Where the lines of metrics.jsonl go besides, some of `TRACKERS`."""

@@ -114,7 +114,7 @@ def outlive_one_sigterm(worker: int) -> None:
 
 
 def start_at(loader: DataLoader[dict[str, np.ndarray]], epoch: int, number: int) -> None:
-    """Begin the next iteration with micro-batch `number` of an epoch; a stream goes on where it is."""
+    """Begin the next iteration with micro-batch `number` of an epoch; a stream continues where it is."""
     if isinstance(loader.batch_sampler, EpochBatches):
         loader.batch_sampler.set_epoch(epoch)
         loader.batch_sampler.skip_to(number)

@@ -161,7 +161,7 @@ def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
 
 
 def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTokenizerFast, Rows]:
-    """The tokenizer of a run, or of the checkpoint that it goes on from, and its text as rows."""
+    """The tokenizer of a run, or of the checkpoint that it resumes from, and its text as rows."""
     process = PartialState()
     if config.data.streaming:
         tokenizer = existing_tokenizer(config, resume_from)

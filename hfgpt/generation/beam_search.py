@@ -62,7 +62,7 @@ def beam_search(
     - `num_beams`: texts to keep per row. With as many as there are texts the search is exhaustive.
     - `length_penalty`: exponent of the length that a text's log-probability is divided by; 0 favours short texts, 1
       takes the mean, more favours long ones.
-    - `early_stopping`: True stops a row once it has `num_beams` finished texts; False also goes on while the best
+    - `early_stopping`: True stops a row once it has `num_beams` finished texts; False also continues while the best
       unfinished text, at its present length, would beat the worst finished one; "never" takes for that the best that it
       could become, which is the only exact way if `length_penalty` is above 0.
     - the rules about earlier tokens, on log-probabilities, as in transformers.

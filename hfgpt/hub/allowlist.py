@@ -13,6 +13,10 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.weights.formats.hf_folder import read_folder
+from hfgpt.weights.lazy_tensors import read
+from hfgpt.weights.model_parts import build_from
 from hfgpt.weights.remote_code import code_files, describe_other_code, read_config
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -152,8 +156,6 @@ def shareable_run(path: Path) -> tuple[bytes, list[str]]:
     Raises:
         ValueError: the file is no run of this version of hfgpt.
     """
-    from hfgpt.config.loading import config_yaml, load_config
-
     try:
         config = load_config(path)
     except ValueError as error:
@@ -220,10 +222,6 @@ def check_model_files(folder: Path) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    from hfgpt.weights.formats.hf_folder import read_folder
-    from hfgpt.weights.lazy_tensors import read
-    from hfgpt.weights.model_parts import build_from
-
     _, checkpoint = read_folder(folder)
     for name, tensor in checkpoint.tensors.items():
         if not read(tensor).isfinite().all():

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -124,6 +123,8 @@ def git_commit(root: Path) -> str | None:
 
 def peak_memory_bytes() -> int:
     """Largest memory so far: the tensors on the current CUDA device if there are any, else the whole process."""
+    import resource  # Windows has none, and loading a model does not need it
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     process_bytes = peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
     return torch.cuda.max_memory_allocated() or process_bytes  # 0 where CUDA is absent or was not used
