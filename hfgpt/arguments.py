@@ -67,6 +67,11 @@ def with_both_cache_names(forward: Callable) -> Callable:
     return wrapper
 
 
+def own_arguments(kwargs: dict[str, Any]) -> list[str]:
+    """The arguments that mean something to the attention function alone; vLLM and others have some."""
+    return [name for name, value in kwargs.items() if value is not None and name not in KNOWN_ARGUMENTS]
+
+
 def check_arguments(kwargs: dict[str, Any], attend: Callable, forward: Callable) -> None:
     """Refuse what nothing would read: a misspelt argument, or one that changes another model's logits.
 
@@ -80,7 +85,7 @@ def check_arguments(kwargs: dict[str, Any], attend: Callable, forward: Callable)
     Raises:
         TypeError: naming the argument and the nearest one that there is.
     """
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_ARGUMENTS]
+    unknown = own_arguments(kwargs)
     if not unknown:
         return
     package = attend.__module__.partition(".")[0]

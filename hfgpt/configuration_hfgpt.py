@@ -93,6 +93,7 @@ class HFGPTConfig(PreTrainedConfig):
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
+        "num_key_value_heads": "num_attention_heads",  # TGI reads it; no two heads share their keys
         "n_inner": "intermediate_size",
         "n_positions": "max_position_embeddings",
         "n_ctx": "max_position_embeddings",
@@ -104,6 +105,13 @@ class HFGPTConfig(PreTrainedConfig):
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+    }
+    # vLLM and SGLang cut a model into stages by it: each module's inputs and outputs.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "embed_positions": (["inputs_embeds", "position_ids"], ["hidden_states"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",

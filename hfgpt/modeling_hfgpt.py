@@ -55,7 +55,7 @@ class HFGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HFGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -257,7 +257,7 @@ class HFGPTModel(HFGPTPreTrainedModel):
             x_BTC = block(
                 x_BTC,
                 attention_mask=mask,
-                kv_cache=past_key_values,
+                past_key_values=past_key_values,
                 attend=attend,
                 position_ids=position_ids,
                 **kwargs,
