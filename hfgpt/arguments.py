@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+logger.addFilter(lambda record: record.levelno >= logging.get_verbosity())  # transformers.logging.set_verbosity_error()
 
 (CACHE,) = {field.name for field in fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}
 """The name of the cache in calls and outputs: `past_key_values` in transformers 5.23, `cache` from 5.24 on."""
