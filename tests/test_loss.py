@@ -224,7 +224,7 @@ def test_on_a_gpu_one_kernel_gives_the_loss_and_gradients_of_torch(monkeypatch, 
     monkeypatch.setattr(loss, "CHUNK_TOKENS_ON_GPU", 48)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(100, 64, generator=generator).cuda().to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, 64, generator=generator).cuda().requires_grad_()
+    weight = (torch.randn(vocabulary, 64, generator=generator) / 8).cuda().requires_grad_()
     targets = torch.randint(vocabulary, (100,), generator=generator).cuda()
     targets[::7] = IGNORE_INDEX
 
