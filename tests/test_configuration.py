@@ -223,9 +223,7 @@ def test_a_value_of_another_tool_survives_saving_and_loading_with_one_warning(ti
         assert each.to_dict()[name] == NOTES[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["sliding_window", "transformers_weights", "gradient_checkpointing", "save_pretrained"]
-)
+@pytest.mark.parametrize("name", ["sliding_window", "head_dim", "transformers_weights", "save_pretrained"])
 @pytest.mark.parametrize("model_type", ["gpt2", "hfgpt"])
 def test_what_transformers_would_act_upon_is_ignored_and_said_so(tiny, write, caplog, model_type, name):
     config = HFGPTConfig.from_pretrained(write({**tiny, "model_type": model_type, name: 4, "note": "x"}))
