@@ -8,6 +8,7 @@ import torch
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.system.console import print_status
 from hfgpt.system.storage import new_path
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gpt2, hf_folder, llmc, llms_from_scratch, nanogpt, openai
@@ -42,8 +43,8 @@ def load(
         source: folder or Hub id of an hfgpt or GPT-2 model; folder of OpenAI's original GPT-2; file of nanoGPT, minGPT,
             build-nanogpt, LLMs-from-scratch or llm.c.
         dtype: of the weights in memory; None keeps that of the file.
-        heads: number of attention heads, for a file that does not say it.
-        activation: the MLP's, for a file that does not say it.
+        heads: number of attention heads, for a file that does not say it; what is guessed instead is printed.
+        activation: the MLP's, for a file that does not say it; what is guessed instead is printed.
         **config: fields of its config that shall differ, such as `resid_pdrop`.
 
     Raises:
@@ -51,6 +52,8 @@ def load(
             are of several types and none is chosen.
     """
     _, checkpoint = read_any(source, heads, activation)
+    for guess in checkpoint.guesses:
+        print_status(f"{source}: guessed: {guess}")
     for name, value in canonical_fields(config).items():
         if name not in HFGPTConfig.__dataclass_fields__:
             raise ValueError(unknown_field_message(name))

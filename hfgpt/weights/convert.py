@@ -6,7 +6,7 @@ than the model itself.
 
 import ctypes
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class Conversion:
         steps_in: what was done to each tensor of the source.
         steps_between: what `nearest`, `vocab_size` and `dtype` changed, by hfgpt's names.
         steps_out: what was done to each tensor of the destination, by its name there.
+        guesses: what the source does not say and was taken to be, see `SourceModel`.
         notes: what else a user should know.
         parameters: of the model.
         comparison: of the destination with the source, if it was asked for.
@@ -57,6 +58,7 @@ class Conversion:
     steps_in: list[Change]
     steps_between: list[Change]
     steps_out: list[Change]
+    guesses: list[str]
     notes: list[str]
     parameters: int
     comparison: check_conversion.Comparison | None
@@ -88,7 +90,7 @@ def convert(
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
-        strict: whether to refuse a conversion that fills, cuts, drops, rounds or exchanges anything.
+        strict: whether to refuse a conversion that guesses, fills, cuts, drops, rounds or exchanges anything.
         verify: whether to run the source and the destination, and compare their logits.
         dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
@@ -132,16 +134,21 @@ def convert(
             elif goes_along is not None:
                 goes_along.init_kwargs.pop("auto_map", None)  # names code that does not go along
                 goes_along.save_pretrained(staged)
-        result = Conversion(found, steps_in, steps_between, steps_out, notes, parameters, None)
+        guesses = checkpoint.guesses
+        result = Conversion(found, steps_in, steps_between, steps_out, guesses, notes, parameters, None)
         if strict and result.lossy:
             first = result.lossy[0]
             raise ValueError(
                 f"--strict: {first.name} would be {first.action} ({len(result.lossy)} such tensors in all)."
             )
+        if strict and guesses:
+            raise ValueError(f"--strict: to be guessed: {' '.join(guesses)}")
     if not verify:
         return result
-    comparison = check_conversion.compare(checkpoint.logits, found, dest, to, config, is_exact=not steps_between)
-    return Conversion(found, steps_in, steps_between, steps_out, notes, parameters, comparison)
+    comparison = check_conversion.compare(
+        checkpoint.logits, found, dest, to, config, is_exact=not steps_between, is_guess=bool(guesses)
+    )
+    return replace(result, comparison=comparison)
 
 
 def give_freed_tensors_back() -> None:
@@ -320,6 +327,7 @@ def render(result: Conversion) -> str:
             f"  {change.name:<{width}}  {'x'.join(map(str, change.shape)):>12}  {change.action}" for change in changes
         ]
         lines += [title, *rows] if rows else []
+    lines += [f"guessed: {guess}" for guess in result.guesses]
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:
         lines.append(check_conversion.render(result.comparison))

@@ -27,7 +27,9 @@ class SourceModel:
             the dtype it is given; the oracle of `hfgpt convert --verify`.
         dropped: pattern of names that hfgpt has no use for, such as causal masks.
         changes: what reading alone has done, such as a head dropped because it is the token embedding.
-        notes: what a user should know of the two formats' mathematics.
+        guesses: what the file does not say and would change the logits, as it was taken, with the option that says it.
+            Where a guess is wrong, this is another model, and `logits` does not see that: it rests on the guess too.
+        notes: what else a user should know.
         generation: how the model writes text, if the source says it.
     """
 
@@ -37,6 +39,7 @@ class SourceModel:
     logits: Callable[[Tensor, torch.dtype], Tensor]
     dropped: str = NONE
     changes: list[Change] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generation: GenerationConfig | None = None
 

@@ -27,6 +27,9 @@ WEIGHT_DTYPES = {"fp64": torch.float64, **DTYPES}
 MASKS = (".attn.bias", ".att.mask")
 """How names of causal masks end, which older files keep as buffers; the dot spares `c_attn.bias`."""
 
+GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+"""Width -> attention heads, of the four sizes of GPT-2."""
+
 SAME_AS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 """Activations that are another one, computed another way."""
 
@@ -247,12 +250,20 @@ def check_num_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
 
 
 def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
-    """The number of attention heads of a format that does not say it, with a note on where the number is from."""
+    """The number of attention heads of a format that does not say it, with the guess that it rests on, if it does.
+
+    Raises:
+        ValueError: the width is none of GPT-2's, of which the number of heads would be known.
+    """
     if heads is not None:
         return heads, []
-    if width % 64:
-        raise ValueError(f"the file does not say how many heads share its width of {width}. Give `--heads`.")
-    return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
+    if width not in GPT2_HEADS:
+        raise ValueError(
+            f"the file does not say how many heads share its width of {width}. Give `--heads` to `hfgpt convert`, or "
+            "`heads` to `hfgpt.weights.load`."
+        )
+    number = GPT2_HEADS[width]
+    return number, [f"{number} heads, GPT-2's at this width: the file does not say. Else give `--heads`."]
 
 
 def read_sizes(

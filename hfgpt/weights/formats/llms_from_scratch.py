@@ -89,7 +89,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
 
     Args:
         content: the state dict, or a dictionary that holds it as `model_state_dict`.
-        heads: number of attention heads; None takes heads of width 64, as GPT-2 has.
+        heads: number of attention heads; None takes GPT-2's, where the width is one of GPT-2's.
         activation: of the MLP; None takes the book's, tanh GELU.
 
     Raises:
@@ -99,7 +99,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
     sizes = read_sizes(tensors, "tok_emb.weight", "pos_emb.weight", ".ff.layers.0.weight")
     num_layers, is_fast = sizes["num_hidden_layers"], "final_norm.weight" in tensors
-    heads, notes = heads_of(sizes["hidden_size"], heads)
+    heads, guesses = heads_of(sizes["hidden_size"], heads)
     config = HFGPTConfig(
         **sizes,
         num_attention_heads=heads,
@@ -113,7 +113,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.att\.mask$",
         changes=changes,
-        notes=notes,
+        guesses=guesses,
     )
 
 

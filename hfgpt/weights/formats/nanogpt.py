@@ -5,7 +5,7 @@ build-nanogpt one with `model` and a `config` object; minGPT's users save the ba
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,24 +102,20 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
     sizes = read_sizes(tensors, "transformer.wte.weight", "transformer.wpe.weight", ".ln_1.weight")
     num_layers = sizes["num_hidden_layers"]
     found = {theirs: sizes[ours] for theirs, ours in SIZES.items()}
-    dropout, default, notes = 0.0, "gelu_new", []
-    if "model_args" in content:
-        settings = fields_of(content["model_args"])
-        heads, default = said_heads(settings, found, heads), "gelu"
-        dropout = settings.get("dropout", 0.0)
-        if activation is None:
-            notes.append("activation gelu, nanoGPT's since its PR 274; for an older one give `--activation gelu_new`.")
-    elif "config" in content:
-        heads = said_heads(fields_of(content["config"]), found, heads)
+    settings = fields_of(content.get("model_args", content.get("config", {})))
+    guesses: list[str] = []
+    if settings:
+        heads = said_heads(settings, found, heads)
     else:
-        heads, notes = heads_of(sizes["hidden_size"], heads)
-        dropout = 0.1
-        if activation is None:
-            notes.append("activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`.")
+        heads, guesses = heads_of(sizes["hidden_size"], heads)
+    if activation is None:
+        activation, guess = activation_of(content, tensors)
+        guesses += guess
+    dropout = settings.get("dropout", 0.0) if settings else 0.1
     config = HFGPTConfig(
         **sizes,
         num_attention_heads=heads,
-        activation_function=activation or default,
+        activation_function=activation,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         resid_pdrop=dropout,
@@ -132,7 +128,7 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
         changes=changes,
-        notes=notes,
+        guesses=guesses,
     )
 
 
@@ -147,6 +143,19 @@ def fields_of(settings: Any) -> dict[Any, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"the file's settings are a {type(settings).__name__}, not a dictionary.")
     return settings
+
+
+def activation_of(content: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The activation of the program that has probably written a file, since no file says it; and what is guessed."""
+    settings = fields_of(content.get("config", {}))
+    has_options = "model_args" in content or settings.keys() & {"bias", "dropout"}
+    if has_options or "transformer.ln_f.bias" not in tensors:  # only nanoGPT has models without
+        which = "gelu, nanoGPT's since June 2023: the file does not say. Give `--activation gelu`, or gelu_new if it is"
+        return "gelu", [f"activation {which} older."]
+    if isinstance(content.get("config"), GPTConfig):
+        return "gelu_new", []  # build-nanogpt's, which never had another
+    which = "gelu_new, minGPT's: the file does not say. Give `--activation gelu_new`, or gelu if nanoGPT has written it"
+    return "gelu_new", [f"activation {which}."]
 
 
 def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | None) -> int:
@@ -169,8 +178,11 @@ def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | Non
             raise ValueError(f"the file says `{name}` = {settings[name]!r}, its tensors say {value}.")
     heads = settings.get("n_head")
     if not isinstance(heads, int):
+        if asked is not None:
+            return asked
         raise ValueError(
-            f"the file's settings have no `n_head`; they have {', '.join(map(str, settings)) or 'nothing'}."
+            f"the file's settings have no `n_head`; they have {', '.join(map(str, settings)) or 'nothing'}. Give "
+            "`--heads`."
         )
     if asked not in (None, heads):
         raise ValueError(f"`--heads` is {asked}, the file says `n_head` = {heads}.")
