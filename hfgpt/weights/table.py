@@ -206,6 +206,30 @@ def export_tensors(
     return result, changes
 
 
+def leave_out_zero_biases(
+    table: Sequence[TensorMapping], tensors: dict[str, Tensor], changes: list[Change]
+) -> tuple[bool, list[Change]]:
+    """Take the optional biases out of `tensors` if all of them are zero, as they come from a file without them.
+
+    Args:
+        table: of the format.
+        tensors: the format's.
+        changes: what was done to each of them.
+
+    Returns:
+        Whether the biases are still there, and what was done to each tensor with that.
+    """
+    optional = {mapping.foreign for mapping in table if mapping.is_optional}
+    if any(bool(tensors[name].any()) for name in optional):
+        return True, changes
+    for name in optional:
+        del tensors[name]
+    return False, [
+        replace(change, action="left out: all zero, and optional") if change.name in optional else change
+        for change in changes
+    ]
+
+
 def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding: str) -> tuple[bool, list[Change]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 

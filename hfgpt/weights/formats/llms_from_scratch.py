@@ -27,6 +27,7 @@ from hfgpt.weights.table import (
     expand,
     export_tensors,
     heads_of,
+    leave_out_zero_biases,
     names_in,
     read_sizes,
     tensors_in,
@@ -153,14 +154,18 @@ def logits(
 
 
 def write(parts: ModelParts, file: Path) -> list[Change]:
-    """Write the state dict of a `GPTModel` with `qkv_bias=True`, as .safetensors if the file is called so.
+    """Write the state dict of a `GPTModel`, as .safetensors if the file is called so.
+
+    Its config has `qkv_bias=True`, or False if all biases of queries, keys and values are zero.
 
     Raises:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
     check_gpt2_like(config, activation_function="gelu_new")
-    converted, changes = export_tensors(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
+    mappings = table(config.num_hidden_layers, is_tied, fast=False)
+    converted, changes = export_tensors(mappings, parts.tensors)
+    _, changes = leave_out_zero_biases(mappings, converted, changes)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
         changes.append(

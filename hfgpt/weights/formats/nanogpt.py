@@ -30,6 +30,7 @@ from hfgpt.weights.table import (
     expand,
     export_tensors,
     heads_of,
+    leave_out_zero_biases,
     names_in,
     read_sizes,
     tensors_in,
@@ -258,6 +259,8 @@ class PlainUnpickler(pickle.Unpickler):
 def write(parts: ModelParts, file: Path) -> list[Change]:
     """Write a nanoGPT `ckpt.pt`, to sample from or, with a fresh optimizer, to go on training with `init_from=resume`.
 
+    With `bias=False` if all biases are zero.
+
     Raises:
         ValueError: the model has an untied output layer, another inner width than four times its own, another
             activation than nanoGPT's, or several dropouts.
@@ -265,14 +268,16 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     config = parts.config
     same_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop"), config.resid_pdrop)
     check_gpt2_like(config, activation_function="gelu", tie_word_embeddings=True, **same_dropout)
-    tensors, changes = export_tensors(table(config.num_hidden_layers, tied=True), parts.tensors)
+    mappings = table(config.num_hidden_layers, tied=True)
+    tensors, changes = export_tensors(mappings, parts.tensors)
+    has_biases, changes = leave_out_zero_biases(mappings, tensors, changes)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
         "n_layer": config.num_hidden_layers,
         "n_head": config.num_attention_heads,
         "n_embd": config.hidden_size,
         "block_size": config.max_position_embeddings,
-        "bias": True,
+        "bias": has_biases,
         "vocab_size": config.vocab_size,
         "dropout": float(config.resid_pdrop),
     }
