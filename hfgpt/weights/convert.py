@@ -19,7 +19,7 @@ from hfgpt.system.machine import DTYPES
 from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
-from hfgpt.weights.formats import gguf, llmc, nanogpt, onnx, openai
+from hfgpt.weights.formats import gguf, gpt2, llmc, nanogpt, onnx, openai
 from hfgpt.weights.model_parts import SourceModel, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import SAME_AS, Change
 
@@ -129,11 +129,8 @@ def convert(
             steps_out = onnx.write(parts, staged)
         else:
             steps_out = WRITERS[to](parts, staged)
-            if goes_along is not None and to == "openai":
-                openai.write_tokenizer(goes_along, staged)
-            elif goes_along is not None:
-                goes_along.init_kwargs.pop("auto_map", None)  # names code that does not go along
-                goes_along.save_pretrained(staged)
+            if goes_along is not None:
+                notes += write_tokenizer(goes_along, staged, to)
         guesses = checkpoint.guesses
         result = Conversion(found, steps_in, steps_between, steps_out, guesses, notes, parameters, None)
         if strict and result.lossy:
@@ -306,6 +303,20 @@ def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrain
         if path.is_dir():
             raise
         return None  # a repository on the Hub without one
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, to: str) -> list[str]:
+    """Write a tokenizer into a model folder, as its format has it; a note on what could not be.
+
+    Raises:
+        ValueError: OpenAI's files have no place for it.
+    """
+    if to == "openai":
+        openai.write_tokenizer(tokenizer, folder)
+        return []
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code that does not go along
+    tokenizer.save_pretrained(folder)
+    return gpt2.write_vocabulary(tokenizer, folder) if to == "gpt2" else []
 
 
 def left_behind(source: Path, found: str, to: str) -> list[str]:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from foreign import HEADS_UNKNOWN, KINDS, Canary, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.cli import app
 from hfgpt.data.tokenizer import encode_ids, load_tokenizer
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
+from hfgpt.weights.formats.bpe import join_model
 from hfgpt.weights.model_parts import build_from
 
 
@@ -555,3 +557,31 @@ def test_tensors_of_several_types_are_not_loaded_unless_told(make_gpt2, tmp_path
     with pytest.raises(ValueError, match="of several types"):
         load(tmp_path / "gpt2")
     assert load(tmp_path / "gpt2", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_gpt2_folder_has_the_two_files_that_other_tools_read(make_gpt2, tokenizer, tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    text = "The file object: 한국어 \r\n  and so on<|endoftext|>"
+
+    result = convert(tmp_path / "gpt2", tmp_path / "again", "gpt2")
+
+    assert result.notes == []
+    alone = join_model(tmp_path / "again/vocab.json", tmp_path / "again/merges.txt", 64)
+    assert alone(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert alone.get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(str(tmp_path / "again"))(text)["input_ids"] == tokenizer(text)["input_ids"]
+    with_pad = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    with_pad.add_special_tokens({"pad_token": "<pad>"})
+    with_pad.save_pretrained(tmp_path / "pad")
+    make_gpt2(vocab_size=321).save_pretrained(tmp_path / "pad")
+    [note] = convert(tmp_path / "pad", tmp_path / "padded", "gpt2").notes
+    assert note == "who reads vocab.json and merges.txt alone splits '<pad>', which tokenizer.json keeps whole."
+
+
+def test_a_tokenizer_of_another_kind_goes_along_without_them_and_it_is_said(nanogpt_with_characters, tmp_path):
+    [note] = convert(tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", activation="gelu").notes
+
+    assert note.startswith("tokenizer.json alone, no vocab.json and merges.txt")
+    assert {"vocab.json", "merges.txt"}.isdisjoint(file.name for file in (tmp_path / "out").iterdir())
+    assert load_tokenizer(str(tmp_path / "out")).decode([3, 4]) == "ab"

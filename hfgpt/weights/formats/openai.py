@@ -179,14 +179,10 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     Raises:
         ValueError: the tokenizer is not of their kind.
     """
-    vocabulary, merges = bpe.split_model(tokenizer)
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
+    added = bpe.kept_whole(tokenizer)
     if added:
         raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
-    in_order = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-    (folder / VOCABULARY).write_text(json.dumps(in_order), encoding="utf-8")
-    lines = ["#version: 0.2", *merges, ""]  # encoder.py leaves the first and the last out
-    (folder / MERGES).write_bytes("\n".join(lines).encode())
+    bpe.write_files(tokenizer, folder / VOCABULARY, folder / MERGES)
 
 
 def table_entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
