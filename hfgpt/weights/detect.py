@@ -1,6 +1,7 @@
 """Which format a file or folder has, found out without running anything in it."""
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from hfgpt.weights.formats import hf_folder, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.lazy_tensors import in_pickle, in_safetensors
 from hfgpt.weights.model_parts import SourceModel, named
+from hfgpt.weights.state_dict import check_tensors, state_dict_in, unwrap
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx")
 """Endings of files; a source with one of these that does not exist is not looked for on the Hub."""
@@ -85,10 +87,12 @@ def read_file(file: Path, heads: int | None, activation: str | None) -> tuple[st
     content: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, nanogpt.allowed_classes())
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors.")
-    if hf_folder.holds(content):
+    tensors, notes = unwrap(state_dict_in(content))
+    if hf_folder.holds(tensors):
         raise ValueError(f"{file}: one of transformers' files. Give its folder, where its config.json is.")
     for name, family in (("nanogpt", nanogpt), ("llms-from-scratch", llms_from_scratch)):
-        if family.recognises(content):
-            return name, family.read(content, heads, activation)
+        if family.recognises(tensors):
+            checkpoint = family.read(check_tensors(tensors), content, heads, activation)
+            return name, replace(checkpoint, notes=[*notes, *checkpoint.notes])
     some = ", ".join(sorted(map(str, content))[:3])
     raise ValueError(f"{file}: no format that hfgpt knows; it holds {some}, ...")

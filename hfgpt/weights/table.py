@@ -244,25 +244,6 @@ def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding
     return True, [Change(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
 
 
-def names_in(content: dict[Any, Any], wrapped_as: str) -> list[str]:
-    """The names in a file's dictionary of tensors, which is its content or lies in that under a name."""
-    tensors = content.get(wrapped_as, content)
-    return [name for name in tensors if isinstance(name, str)] if isinstance(tensors, dict) else []
-
-
-def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, LazyTensor | Tensor]:
-    """That dictionary itself, once it is known to be one.
-
-    Raises:
-        ValueError: something in it has no name or is no tensor.
-    """
-    tensors = dict(content.get(wrapped_as, content))
-    for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, LazyTensor | Tensor)):
-            raise ValueError(f"{name!r}: a {type(tensor).__name__}, where named tensors were to be expected.")
-    return tensors
-
-
 def check_num_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
     """Refuse a config with more blocks than there are tensors, before a table of them fills the memory.
 

@@ -5,6 +5,7 @@ layers have no biases when they were trained from scratch, and the output layer 
 https://github.com/rasbt/LLMs-from-scratch
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,7 @@ from hfgpt.weights.table import (
     export_tensors,
     heads_of,
     leave_out_zero_biases,
-    names_in,
     read_sizes,
-    tensors_in,
 )
 
 EMBEDDINGS = (
@@ -80,23 +79,25 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[TensorMapping]:
     return mappings if tied else [*mappings, HEAD]
 
 
-def recognises(content: dict[Any, Any]) -> bool:
-    """Whether what `torch.load` or safetensors gave is of this family."""
-    return "tok_emb.weight" in names_in(content, "model_state_dict")
+def recognises(tensors: Mapping[Any, Any]) -> bool:
+    """Whether tensors of these names are of this family."""
+    return "tok_emb.weight" in tensors
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
+def read(
+    tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], heads: int | None, activation: str | None
+) -> SourceModel:
     """Understand a file's content.
 
     Args:
-        content: the state dict, or a dictionary that holds it as `model_state_dict`.
+        tensors: by their names.
+        content: what else the file holds.
         heads: number of attention heads; None takes GPT-2's, where the width is one of GPT-2's.
         activation: of the MLP; None takes the book's, tanh GELU.
 
     Raises:
         ValueError: the number of heads is not to be known, or a matrix is missing.
     """
-    tensors = tensors_in(content, "model_state_dict")
     is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
     sizes = read_sizes(tensors, "tok_emb.weight", "pos_emb.weight", ".ff.layers.0.weight")
     num_layers, is_fast = sizes["num_hidden_layers"], "final_norm.weight" in tensors

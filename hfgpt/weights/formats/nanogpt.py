@@ -31,9 +31,7 @@ from hfgpt.weights.table import (
     export_tensors,
     heads_of,
     leave_out_zero_biases,
-    names_in,
     read_sizes,
-    tensors_in,
 )
 
 WHOLE_MODEL = (
@@ -74,31 +72,31 @@ SIZES = {
 SETTINGS = {*SIZES, "n_head", "bias", "dropout"}
 """What nanoGPT's `model_args` say, and build-nanogpt's config."""
 
-PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
-
 
 def table(num_layers: int, tied: bool) -> list[TensorMapping]:
     mappings = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
     return mappings if tied else [*mappings, HEAD]
 
 
-def recognises(content: dict[Any, Any]) -> bool:
-    """Whether what `torch.load` gave is of this family."""
-    return any(name.endswith("transformer.wte.weight") for name in names_in(content, "model"))
+def recognises(tensors: Mapping[Any, Any]) -> bool:
+    """Whether tensors of these names are of this family."""
+    return "transformer.wte.weight" in tensors
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
+def read(
+    tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], heads: int | None, activation: str | None
+) -> SourceModel:
     """Understand what `torch.load` gave.
 
     Args:
-        content: the dictionary of the file.
+        tensors: by their names.
+        content: what else the file holds.
         heads: number of attention heads, where the file does not say it (minGPT).
         activation: of the MLP; None takes nanoGPT's, or that of the others.
 
     Raises:
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
-    tensors = {strip(name): tensor for name, tensor in tensors_in(content, "model").items()}
     is_tied, changes = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
     sizes = read_sizes(tensors, "transformer.wte.weight", "transformer.wpe.weight", ".ln_1.weight")
     num_layers = sizes["num_hidden_layers"]
@@ -219,13 +217,6 @@ def logits(
         x = x + linear(inner, f"{block}.mlp.c_proj")
     head = weight("lm_head.weight") if "lm_head.weight" in tensors else embedding
     return norm(x, "transformer.ln_f") @ head.T
-
-
-def strip(name: str) -> str:
-    """Take off the prefixes that wrappers put before a name."""
-    while name.startswith(PREFIXES):
-        name = name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
-    return name
 
 
 def read_meta(file: Path) -> PreTrainedTokenizerFast:
