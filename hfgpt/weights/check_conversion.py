@@ -10,6 +10,7 @@ from torch import Tensor
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import onnx
+from hfgpt.weights.model_parts import Unsaid
 
 WHO_RUNS = {
     "hfgpt": "hfgpt",
@@ -90,7 +91,7 @@ def compare(
         found = onnx.run(dest, ids)
     else:
         says_no_heads = to == "llms-from-scratch"
-        _, written = read_any(dest, config.num_attention_heads if says_no_heads else None, None)
+        _, written = read_any(dest, Unsaid(heads=config.num_attention_heads if says_no_heads else None))
         found = written.logits(ids, dtype)
     width = min(expected.shape[-1], found.shape[-1])
     log_expected, log_found = (each.log_softmax(dim=-1)[..., :width] for each in (expected, found))

@@ -20,7 +20,7 @@ from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gguf, gpt2, llmc, nanogpt, onnx, openai
-from hfgpt.weights.model_parts import SourceModel, build_from, check_single_dtype, split_model
+from hfgpt.weights.model_parts import SourceModel, Unsaid, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import SAME_AS, Change
 
 FORMATS = tuple(WRITERS)
@@ -79,6 +79,7 @@ def convert(
     dtype: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    lora_alpha: float | None = None,
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     nearest: bool = False,
@@ -95,6 +96,7 @@ def convert(
         dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
+        lora_alpha: of LoRA layers, for sources that have such; they are merged.
         vocab_size: keep so many tokens and cut the rest, which is padding.
         tokenizer: folder, Hub id or nanoGPT's meta.pkl, to go along; None takes the one beside the source.
         nearest: whether to take the GELU that the destination knows, where it does not know the model's.
@@ -107,7 +109,7 @@ def convert(
     dest = Path(dest)
     check_options(to, verify, dtype, tokenizer)
     with new_path(dest) as staged:  # first, so that a destination that exists is refused at once
-        found, checkpoint = open_source(source, source_format, heads, activation)
+        found, checkpoint = open_source(source, source_format, heads, activation, lora_alpha)
         model, steps_in = build_from(source, checkpoint)
         notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
         if verify and found == "llm.c":
@@ -142,9 +144,8 @@ def convert(
             raise ValueError(f"--strict: to be guessed: {' '.join(guesses)}")
     if not verify:
         return result
-    comparison = check_conversion.compare(
-        checkpoint.logits, found, dest, to, config, is_exact=not steps_between, is_guess=bool(guesses)
-    )
+    is_exact = not steps_between and lora_alpha is None  # merging rounds
+    comparison = check_conversion.compare(checkpoint.logits, found, dest, to, config, is_exact, is_guess=bool(guesses))
     return replace(result, comparison=comparison)
 
 
@@ -178,7 +179,11 @@ def check_options(to: str, verify: bool, dtype: str | None, tokenizer: str | Non
 
 
 def open_source(
-    source: str | Path, source_format: str = "auto", heads: int | None = None, activation: str | None = None
+    source: str | Path,
+    source_format: str = "auto",
+    heads: int | None = None,
+    activation: str | None = None,
+    lora_alpha: float | None = None,
 ) -> tuple[str, SourceModel]:
     """Find out what a source is, and read it; see `convert`.
 
@@ -187,7 +192,7 @@ def open_source(
     """
     if source_format not in ("auto", *FORMATS):
         raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
-    found, checkpoint = read_any(source, heads, activation)
+    found, checkpoint = read_any(source, Unsaid(heads, activation, lora_alpha))
     if source_format not in ("auto", found):
         raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
     return found, checkpoint

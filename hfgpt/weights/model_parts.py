@@ -15,6 +15,21 @@ from hfgpt.weights.lazy_tensors import LazyTensor
 from hfgpt.weights.table import NONE, Change, TensorMapping, import_tensors
 
 
+@dataclass(frozen=True)
+class Unsaid:
+    """What files of some formats do not say of their model, as the user says it; None is left to the format.
+
+    Attributes:
+        heads: attention heads.
+        activation: of the MLP.
+        lora_alpha: by which LoRA layers are scaled, over their rank.
+    """
+
+    heads: int | None = None
+    activation: str | None = None
+    lora_alpha: float | None = None
+
+
 @dataclass
 class SourceModel:
     """A checkpoint of another format, read and not yet imported.

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.formats import reference_forward
 from hfgpt.weights.lazy_tensors import LazyTensor
-from hfgpt.weights.model_parts import ModelParts, SourceModel
+from hfgpt.weights.model_parts import ModelParts, SourceModel, Unsaid
 from hfgpt.weights.table import (
     QKV,
     Change,
@@ -83,16 +83,14 @@ def recognises(tensors: Mapping[Any, Any]) -> bool:
     return "transformer.wte.weight" in tensors
 
 
-def read(
-    tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], heads: int | None, activation: str | None
-) -> SourceModel:
+def read(tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], told: Unsaid) -> SourceModel:
     """Understand what `torch.load` gave.
 
     Args:
         tensors: by their names.
         content: what else the file holds.
-        heads: number of attention heads, where the file does not say it (minGPT).
-        activation: of the MLP; None takes nanoGPT's, or that of the others.
+        told: the number of attention heads, where the file does not say it (minGPT), and the activation of the MLP;
+            without, it is nanoGPT's, or that of the others.
 
     Raises:
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
@@ -103,10 +101,13 @@ def read(
     found = {theirs: sizes[ours] for theirs, ours in SIZES.items()}
     settings = fields_of(content.get("model_args", content.get("config", {})))
     guesses: list[str] = []
+    if told.lora_alpha is not None:
+        raise ValueError("`--lora-alpha` is for LoRA layers in a file of LLMs-from-scratch's, and this is none.")
     if settings:
-        heads = said_heads(settings, found, heads)
+        heads = said_heads(settings, found, told.heads)
     else:
-        heads, guesses = heads_of(sizes["hidden_size"], heads)
+        heads, guesses = heads_of(sizes["hidden_size"], told.heads)
+    activation = told.activation
     if activation is None:
         activation, guess = activation_of(content, tensors)
         guesses += guess
