@@ -34,6 +34,9 @@ converted and transformers' own GPT-2 is never touched.
 # What GPT-2 reads from a config.json that names no value, as transformers' GPT2Config does.
 GPT2_TOKEN_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}
 
+# Names of hfgpt's that a GPT-2 config.json may have and that transformers' GPT-2 does not read, beside what it reads.
+GPT2_UNREAD = {"n_ctx": "n_positions", "intermediate_size": "n_inner", "num_key_value_heads": "n_head"}
+
 # GPT-2 options that change the mathematics and are not built here, with the one value that leaves it as it is.
 UNSUPPORTED_OPTIONS = {
     "scale_attn_weights": True,
@@ -205,9 +208,21 @@ class HFGPTConfig(PreTrainedConfig):
 
 
 def from_gpt2_fields(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark a GPT-2 config.json with `GPT2_SOURCE` and fill in the token ids it implies; others pass as they are."""
+    """Mark a GPT-2 config.json with `GPT2_SOURCE`, with the token ids it implies and without what GPT-2 does not read.
+
+    Other architectures' pass as they are.
+    """
     if config_dict.get("model_type") != "gpt2":
         return dict(config_dict)
+    for name, read in GPT2_UNREAD.items():
+        if name in config_dict and config_dict[name] != config_dict.get(read):
+            logger.warning(
+                f"`{name}` ({config_dict[name]}) of config.json has no effect in GPT-2, which reads `{read}` "
+                f"({config_dict.get(read, 'its default')})."
+            )
+    config_dict = {name: value for name, value in config_dict.items() if name not in GPT2_UNREAD}
+    if config_dict.get("classifier_dropout", 0) is None:  # GPT-2's word for its default
+        del config_dict["classifier_dropout"]
     vocab_size = config_dict.get("vocab_size", HFGPTConfig.vocab_size)
     implied = {name: value for name, value in GPT2_TOKEN_IDS.items() if value < vocab_size}
     return {**implied, **config_dict, "model_type": HFGPTConfig.model_type, "hfgpt_source": GPT2_SOURCE}
