@@ -13,24 +13,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.machine import DTYPES
 from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
-from hfgpt.weights.formats import gguf, gpt2, llmc, nanogpt, onnx, openai
+from hfgpt.weights.formats import gguf, llmc, onnx
 from hfgpt.weights.model_parts import SourceModel, Unsaid, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import SAME_AS, Change
+from hfgpt.weights.tokenizer import WITH_TOKENIZER, tokenizer_for, write_tokenizer
 
 FORMATS = tuple(WRITERS)
 """Formats that can be read and written."""
-
-FOLDERS = ("hfgpt", "gpt2")
-"""Formats whose tokenizer lies beside the weights."""
-
-WITH_TOKENIZER = (*FOLDERS, "openai", "gguf")
-"""Formats that have a place for a tokenizer."""
 
 ONLY_ACTIVATION = {
     "nanogpt": "gelu",
@@ -111,10 +105,11 @@ def convert(
     with new_path(dest) as staged:  # first, so that a destination that exists is refused at once
         found, checkpoint = open_source(source, source_format, heads, activation, lora_alpha)
         model, steps_in = build_from(source, checkpoint)
-        notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
+        notes = [*checkpoint.notes]
         if verify and found == "llm.c":
             notes += check_debug_state(model, Path(source))
-        goes_along = tokenizer_for(source, found, tokenizer) if to in WITH_TOKENIZER else None
+        goes_along, said = tokenizer_for(source, found, checkpoint, tokenizer, to)
+        notes += said
         steps_between = exchange_activation(model.config, to) if nearest else []
         steps_between += cut_vocabulary(model, vocab_size)
         check_token_ids(model.config, goes_along)
@@ -284,53 +279,6 @@ def check_debug_state(model: HFGPTForCausalLM, file: Path) -> list[str]:
         f"{beside.name}: max |Δlogit| {logits:.1e}, |Δloss| {abs(ours.loss - theirs.loss):.1e}, gradients within "
         f"{gradient:.1e} of the largest (most in {name})"
     ]
-
-
-def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that goes along: the one asked for, or the one that lies beside the weights.
-
-    Raises:
-        ValueError: the one asked for is not there.
-    """
-    if asked is not None:
-        return nanogpt.read_meta(Path(asked)) if Path(asked).is_file() else load_tokenizer(asked)
-    path = Path(source)
-    if found == "openai":
-        return openai.read_tokenizer(path)
-    if found == "nanogpt":
-        meta = path.with_name(nanogpt.META)
-        return nanogpt.read_meta(meta) if meta.is_file() else None
-    if found not in FOLDERS or (path.is_dir() and not (path / "tokenizer.json").is_file()):
-        return None
-    try:
-        return load_tokenizer(str(source))
-    except ValueError:
-        if path.is_dir():
-            raise
-        return None  # a repository on the Hub without one
-
-
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, to: str) -> list[str]:
-    """Write a tokenizer into a model folder, as its format has it; a note on what could not be.
-
-    Raises:
-        ValueError: OpenAI's files have no place for it.
-    """
-    if to == "openai":
-        openai.write_tokenizer(tokenizer, folder)
-        return []
-    tokenizer.init_kwargs.pop("auto_map", None)  # names code that does not go along
-    tokenizer.save_pretrained(folder)
-    return gpt2.write_vocabulary(tokenizer, folder) if to == "gpt2" else []
-
-
-def left_behind(source: Path, found: str, to: str) -> list[str]:
-    """A note on a tokenizer that lies beside the weights, where the destination has no place for one."""
-    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.parent / nanogpt.META}
-    tokenizer = beside.get(found, source / "tokenizer.json")
-    if to in WITH_TOKENIZER or not tokenizer.is_file():
-        return []
-    return [f"the tokenizer stays behind, in {tokenizer}: {to} has no place for one."]
 
 
 def render(result: Conversion) -> str:

@@ -46,6 +46,7 @@ class SourceModel:
             Where a guess is wrong, this is another model, and `logits` does not see that: it rests on the guess too.
         notes: what else a user should know.
         generation: how the model writes text, if the source says it.
+        dataset: name of the data set that it was trained on, where that has the tokenizer (nanoGPT); else empty.
     """
 
     tensors: dict[str, LazyTensor | Tensor]
@@ -57,6 +58,7 @@ class SourceModel:
     guesses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generation: GenerationConfig | None = None
+    dataset: str = ""
 
 
 @dataclass

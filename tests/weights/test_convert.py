@@ -580,7 +580,9 @@ def test_a_gpt2_folder_has_the_two_files_that_other_tools_read(make_gpt2, tokeni
 
 
 def test_a_tokenizer_of_another_kind_goes_along_without_them_and_it_is_said(nanogpt_with_characters, tmp_path):
-    [note] = convert(tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", activation="gelu").notes
+    taken, note = convert(tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", activation="gelu").notes
+
+    assert taken == f"the tokenizer is that of {tmp_path / 'meta.pkl'}."
 
     assert note.startswith("tokenizer.json alone, no vocab.json and merges.txt")
     assert {"vocab.json", "merges.txt"}.isdisjoint(file.name for file in (tmp_path / "out").iterdir())

@@ -59,7 +59,10 @@ EACH_BLOCK = (
 HEAD = TensorMapping("lm_head.weight", ("lm_head.weight",))
 
 META = "meta.pkl"
-"""Where nanoGPT's character-level data sets keep their vocabulary."""
+"""Where nanoGPT's character-level data sets keep their vocabulary: in `data/<dataset>` of nanoGPT's own folder."""
+
+FOLDERS_UP = 3
+"""How far above a checkpoint's folder nanoGPT's own is looked for; its `out_dir` is mostly one in it."""
 
 SIZES = {
     "n_layer": "num_hidden_layers",
@@ -99,7 +102,8 @@ def read(tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], told:
     sizes = read_sizes(tensors, "transformer.wte.weight", "transformer.wpe.weight", ".ln_1.weight")
     num_layers = sizes["num_hidden_layers"]
     found = {theirs: sizes[ours] for theirs, ours in SIZES.items()}
-    settings = fields_of(content.get("model_args", content.get("config", {})))
+    run = fields_of(content.get("config", {}))
+    settings = fields_of(content["model_args"]) if "model_args" in content else run
     guesses: list[str] = []
     if told.lora_alpha is not None:
         raise ValueError("`--lora-alpha` is for LoRA layers in a file of LLMs-from-scratch's, and this is none.")
@@ -129,6 +133,7 @@ def read(tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], told:
         dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
         changes=changes,
         guesses=guesses,
+        dataset=run["dataset"] if isinstance(run.get("dataset"), str) else "",
     )
 
 
@@ -220,6 +225,20 @@ def logits(
     return norm(x, "transformer.ln_f") @ head.T
 
 
+def meta_of(file: Path, dataset: str) -> Path | None:
+    """Where the characters of a checkpoint lie: beside it, or in its data set's folder; None if nowhere.
+
+    Args:
+        file: the checkpoint.
+        dataset: its name for the data set; one that leads elsewhere is not followed.
+    """
+    places = [file.with_name(META)]
+    if dataset and not Path(dataset).is_absolute() and ".." not in Path(dataset).parts:
+        here = file.resolve().parent
+        places += [folder / "data" / dataset / META for folder in (here, *here.parents[:FOLDERS_UP], Path.cwd())]
+    return next((place for place in places if place.is_file()), None)
+
+
 def read_meta(file: Path) -> PreTrainedTokenizerFast:
     """The characters of a `meta.pkl` as a tokenizer, which refuses all others; it has no token that ends a text.
 
@@ -249,7 +268,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def write(parts: ModelParts, file: Path) -> list[Change]:
-    """Write a nanoGPT `ckpt.pt`, to sample from or, with a fresh optimizer, to go on training with `init_from=resume`.
+    """Write a nanoGPT `ckpt.pt`, to sample from or to go on training with `--init_from=resume`, at iteration 0.
 
     With `bias=False` if all biases are zero.
 
@@ -274,8 +293,20 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
         "dropout": float(config.resid_pdrop),
     }
     content: dict[str, Any] = {"model": tensors, "model_args": arguments, "iter_num": 0, "config": {}}
-    torch.save({**content, "best_val_loss": torch.tensor(1e9)}, file)
+    content |= {"best_val_loss": torch.tensor(1e9), "optimizer": new_optimizer(tensors)}
+    torch.save(content, file)
     return [*changes, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
+
+
+def new_optimizer(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of nanoGPT's AdamW before its first step, without which its train.py does not resume.
+
+    Its hyperparameters are train.py's defaults: those are resumed too, but for the learning rate.
+    """
+    parameters = [each for name, each in tensors.items() if name != HEAD.foreign]
+    matrices = {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": 0.1}
+    vectors = {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=6e-4, betas=(0.9, 0.95)).state_dict()
 
 
 class GPTConfig(SimpleNamespace):
