@@ -9,7 +9,7 @@ FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 CORE := tests/test_modeling.py tests/test_registration.py tests/generation tests/citizen \
 	tests/compat tests/training/test_loop.py tests/training/test_checkpoint.py
 
-.PHONY: demo test test-all test-floor test-newest test-oldest faults upstream release-check lint venv clean
+.PHONY: demo test test-all test-floor test-newest test-oldest faults gpu upstream release-check lint venv clean
 
 demo: venv
 	$(BIN)/hfgpt train demo --resume
@@ -38,6 +38,15 @@ test-oldest:
 faults: .venv/tested
 	$(BIN)/python tests/training/faults.py
 	HF_HUB_VERBOSITY=error $(BIN)/python tests/hub/hub_faults.py
+
+# What needs a GPU, tests and benchmark; ten minutes, no network. `NANOGPT` is a checkout to measure beside. Takes the
+# environment of `make test`, or, where there is none, whatever PYTHON has.
+NANOGPT ?=
+AGAINST ?= transformers$(if $(NANOGPT),$(comma)nanogpt=$(NANOGPT))
+comma := ,
+
+gpu:
+	tests/gpu.sh $(firstword $(wildcard $(BIN)/python) $(PYTHON)) $(AGAINST) $(REHEARSE)
 
 # transformers' own tests of a model, from its source distribution on PyPI, on its GPT-2 and on hfgpt: those of the
 # version that we develop on, and those of the oldest.

@@ -13,7 +13,14 @@ from typing import NoReturn
 
 from typer.exceptions import TyperException
 
-from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands, weights_commands  # noqa: F401 - registered
+from hfgpt.cli import (  # noqa: F401 - registered
+    card_commands,
+    hub_commands,
+    model_commands,
+    run_commands,
+    studio_commands,
+    weights_commands,
+)
 from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
