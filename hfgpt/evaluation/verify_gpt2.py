@@ -83,8 +83,10 @@ def verify(source: str | Path, bf16: bool = False) -> Verification:
         bf16: whether to compare in bf16 as well; slow on most CPUs.
 
     Raises:
-        ValueError: there is no such model, or it does not fit its config.
+        ValueError: there is no such model, it does not fit its config, or it is a file, of which GPT-2 reads none.
     """
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file, and GPT-2 reads folders. `hfgpt convert --verify` compares files.")
     model = load(source, dtype=torch.float32)
     if HFGPTConfig.from_pretrained(source).model_type == GPT2_SOURCE:
         reference = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)

@@ -8,11 +8,12 @@ import torch
 
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields, unknown_field_message
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.system.console import print_status
 from hfgpt.system.storage import new_path
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gpt2, hf_folder, llmc, llms_from_scratch, nanogpt, openai
 from hfgpt.weights.formats.gpt2 import to_gpt2
-from hfgpt.weights.model_parts import ModelParts, build_from, check_single_dtype, split_model
+from hfgpt.weights.model_parts import ModelParts, Unsaid, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import Change
 
 __all__ = ["WRITERS", "load", "save", "to_gpt2"]
@@ -34,6 +35,7 @@ def load(
     dtype: torch.dtype | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    lora_alpha: float | None = None,
     **config: Any,
 ) -> HFGPTForCausalLM:
     """Load a model of any format that hfgpt reads, in eval mode.
@@ -42,15 +44,18 @@ def load(
         source: folder or Hub id of an hfgpt or GPT-2 model; folder of OpenAI's original GPT-2; file of nanoGPT, minGPT,
             build-nanogpt, LLMs-from-scratch or llm.c.
         dtype: of the weights in memory; None keeps that of the file.
-        heads: number of attention heads, for a file that does not say it.
-        activation: the MLP's, for a file that does not say it.
+        heads: number of attention heads, for a file that does not say it; what is guessed instead is printed.
+        activation: the MLP's, for a file that does not say it; what is guessed instead is printed.
+        lora_alpha: of LoRA layers, which their file does not say; they are merged.
         **config: fields of its config that shall differ, such as `resid_pdrop`.
 
     Raises:
         ValueError: there is no such model, it is of another kind or damaged, its weights do not fit its config, or they
             are of several types and none is chosen.
     """
-    _, checkpoint = read_any(source, heads, activation)
+    _, checkpoint = read_any(source, Unsaid(heads, activation, lora_alpha))
+    for guess in checkpoint.guesses:
+        print_status(f"{source}: guessed: {guess}")
     for name, value in canonical_fields(config).items():
         if name not in HFGPTConfig.__dataclass_fields__:
             raise ValueError(unknown_field_message(name))

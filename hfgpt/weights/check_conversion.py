@@ -10,6 +10,7 @@ from torch import Tensor
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import onnx
+from hfgpt.weights.model_parts import Unsaid
 
 WHO_RUNS = {
     "hfgpt": "hfgpt",
@@ -40,6 +41,7 @@ class Comparison:
         kl: mean divergence of the next-token distributions, in nats.
         argmax_agreement: share of positions with the same likeliest token, in [0, 1].
         tolerance: what `max_abs_diff` may be; None if a change was asked for: then it is measured, not judged.
+        is_guess: whether both rest on something that the source does not say: then they agree in what may be wrong.
     """
 
     source_by: str
@@ -49,10 +51,11 @@ class Comparison:
     kl: float
     argmax_agreement: float
     tolerance: float | None
+    is_guess: bool
 
     @property
     def passed(self) -> bool:
-        """Whether the destination is the same model, as far as that was to be expected."""
+        """Whether the destination is the same model, as far as that was to be expected, and guessed."""
         return self.tolerance is None or self.max_abs_diff <= self.tolerance
 
 
@@ -64,6 +67,7 @@ def compare(
     to: str,
     config: HFGPTConfig,
     is_exact: bool = True,
+    is_guess: bool = False,
 ) -> Comparison:
     """Run the destination beside the source.
 
@@ -74,6 +78,7 @@ def compare(
         to: its format, a key of `WHO_RUNS`.
         config: of the model that was written.
         is_exact: whether nothing was rounded or cut on the way.
+        is_guess: whether `run_source` and `config` rest on something that the source does not say.
 
     Raises:
         ValueError: what was written cannot be read.
@@ -86,7 +91,7 @@ def compare(
         found = onnx.run(dest, ids)
     else:
         says_no_heads = to == "llms-from-scratch"
-        _, written = read_any(dest, config.num_attention_heads if says_no_heads else None, None)
+        _, written = read_any(dest, Unsaid(heads=config.num_attention_heads if says_no_heads else None))
         found = written.logits(ids, dtype)
     width = min(expected.shape[-1], found.shape[-1])
     log_expected, log_found = (each.log_softmax(dim=-1)[..., :width] for each in (expected, found))
@@ -100,17 +105,18 @@ def compare(
         kl=float((log_expected.exp() * (log_expected - log_found)).sum(dim=-1).mean()),
         argmax_agreement=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
         tolerance=TOLERANCES[dtype] * scale if is_exact else None,
+        is_guess=is_guess,
     )
 
 
 def render(result: Comparison) -> str:
     """The comparison as a line to read."""
-    verdict = (
-        "measured, after a change that was asked for"
-        if result.tolerance is None
-        else ("verified" if result.passed else "FAILED, another model")
-        + f": at most {result.tolerance:.1e} was to be expected"
-    )
+    if result.tolerance is None:
+        verdict = "measured, after a change that was asked for"
+    else:
+        agreed = "the same on a guess, which both share and this cannot judge" if result.is_guess else "verified"
+        found = agreed if result.passed else "FAILED, another model"
+        verdict = f"{found}: at most {result.tolerance:.1e} was to be expected"
     return (
         f"{result.dest_by} beside {result.source_by}, in {result.dtype}: max |Δlogit| {result.max_abs_diff:.2e}, KL "
         f"{result.kl:.1e} nats, the same likeliest token at {result.argmax_agreement:.2%} of the positions ({verdict})"

@@ -6,31 +6,25 @@ than the model itself.
 
 import ctypes
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
-from hfgpt.data.tokenizer import load_tokenizer
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.machine import DTYPES
 from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
-from hfgpt.weights.formats import gguf, llmc, nanogpt, onnx, openai
-from hfgpt.weights.model_parts import SourceModel, build_from, check_single_dtype, split_model
+from hfgpt.weights.formats import gguf, llmc, onnx
+from hfgpt.weights.model_parts import SourceModel, Unsaid, build_from, check_single_dtype, split_model
 from hfgpt.weights.table import SAME_AS, Change
+from hfgpt.weights.tokenizer import WITH_TOKENIZER, tokenizer_for, write_tokenizer
 
 FORMATS = tuple(WRITERS)
 """Formats that can be read and written."""
-
-FOLDERS = ("hfgpt", "gpt2")
-"""Formats whose tokenizer lies beside the weights."""
-
-WITH_TOKENIZER = (*FOLDERS, "openai", "gguf")
-"""Formats that have a place for a tokenizer."""
 
 ONLY_ACTIVATION = {
     "nanogpt": "gelu",
@@ -48,6 +42,7 @@ class Conversion:
         steps_in: what was done to each tensor of the source.
         steps_between: what `nearest`, `vocab_size` and `dtype` changed, by hfgpt's names.
         steps_out: what was done to each tensor of the destination, by its name there.
+        guesses: what the source does not say and was taken to be, see `SourceModel`.
         notes: what else a user should know.
         parameters: of the model.
         comparison: of the destination with the source, if it was asked for.
@@ -57,6 +52,7 @@ class Conversion:
     steps_in: list[Change]
     steps_between: list[Change]
     steps_out: list[Change]
+    guesses: list[str]
     notes: list[str]
     parameters: int
     comparison: check_conversion.Comparison | None
@@ -77,6 +73,7 @@ def convert(
     dtype: str | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    lora_alpha: float | None = None,
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     nearest: bool = False,
@@ -88,11 +85,12 @@ def convert(
         dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
-        strict: whether to refuse a conversion that fills, cuts, drops, rounds or exchanges anything.
+        strict: whether to refuse a conversion that guesses, fills, cuts, drops, rounds or exchanges anything.
         verify: whether to run the source and the destination, and compare their logits.
         dtype: a key of `DTYPES`, None keeps the source's; for "gguf" a key of `gguf.QUANTIZATIONS`, fp32 if None.
         heads: attention heads, for sources that do not say it.
         activation: of the MLP, for sources that do not say it.
+        lora_alpha: of LoRA layers, for sources that have such; they are merged.
         vocab_size: keep so many tokens and cut the rest, which is padding.
         tokenizer: folder, Hub id or nanoGPT's meta.pkl, to go along; None takes the one beside the source.
         nearest: whether to take the GELU that the destination knows, where it does not know the model's.
@@ -105,12 +103,13 @@ def convert(
     dest = Path(dest)
     check_options(to, verify, dtype, tokenizer)
     with new_path(dest) as staged:  # first, so that a destination that exists is refused at once
-        found, checkpoint = open_source(source, source_format, heads, activation)
+        found, checkpoint = open_source(source, source_format, heads, activation, lora_alpha)
         model, steps_in = build_from(source, checkpoint)
-        notes = [*checkpoint.notes, *left_behind(Path(source), found, to)]
+        notes = [*checkpoint.notes]
         if verify and found == "llm.c":
             notes += check_debug_state(model, Path(source))
-        goes_along = tokenizer_for(source, found, tokenizer) if to in WITH_TOKENIZER else None
+        goes_along, said = tokenizer_for(source, found, checkpoint, tokenizer, to)
+        notes += said
         steps_between = exchange_activation(model.config, to) if nearest else []
         steps_between += cut_vocabulary(model, vocab_size)
         check_token_ids(model.config, goes_along)
@@ -127,21 +126,22 @@ def convert(
             steps_out = onnx.write(parts, staged)
         else:
             steps_out = WRITERS[to](parts, staged)
-            if goes_along is not None and to == "openai":
-                openai.write_tokenizer(goes_along, staged)
-            elif goes_along is not None:
-                goes_along.init_kwargs.pop("auto_map", None)  # names code that does not go along
-                goes_along.save_pretrained(staged)
-        result = Conversion(found, steps_in, steps_between, steps_out, notes, parameters, None)
+            if goes_along is not None:
+                notes += write_tokenizer(goes_along, staged, to)
+        guesses = checkpoint.guesses
+        result = Conversion(found, steps_in, steps_between, steps_out, guesses, notes, parameters, None)
         if strict and result.lossy:
             first = result.lossy[0]
             raise ValueError(
                 f"--strict: {first.name} would be {first.action} ({len(result.lossy)} such tensors in all)."
             )
+        if strict and guesses:
+            raise ValueError(f"--strict: to be guessed: {' '.join(guesses)}")
     if not verify:
         return result
-    comparison = check_conversion.compare(checkpoint.logits, found, dest, to, config, is_exact=not steps_between)
-    return Conversion(found, steps_in, steps_between, steps_out, notes, parameters, comparison)
+    is_exact = not steps_between and lora_alpha is None  # merging rounds
+    comparison = check_conversion.compare(checkpoint.logits, found, dest, to, config, is_exact, is_guess=bool(guesses))
+    return replace(result, comparison=comparison)
 
 
 def give_freed_tensors_back() -> None:
@@ -174,7 +174,11 @@ def check_options(to: str, verify: bool, dtype: str | None, tokenizer: str | Non
 
 
 def open_source(
-    source: str | Path, source_format: str = "auto", heads: int | None = None, activation: str | None = None
+    source: str | Path,
+    source_format: str = "auto",
+    heads: int | None = None,
+    activation: str | None = None,
+    lora_alpha: float | None = None,
 ) -> tuple[str, SourceModel]:
     """Find out what a source is, and read it; see `convert`.
 
@@ -183,7 +187,7 @@ def open_source(
     """
     if source_format not in ("auto", *FORMATS):
         raise ValueError(f"`--from` must be 'auto' or one of {sorted(FORMATS)}, got {source_format!r}.")
-    found, checkpoint = read_any(source, heads, activation)
+    found, checkpoint = read_any(source, Unsaid(heads, activation, lora_alpha))
     if source_format not in ("auto", found):
         raise ValueError(f"{source} is not {source_format!r} but {found!r}.")
     return found, checkpoint
@@ -277,39 +281,6 @@ def check_debug_state(model: HFGPTForCausalLM, file: Path) -> list[str]:
     ]
 
 
-def tokenizer_for(source: str | Path, found: str, asked: str | None) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that goes along: the one asked for, or the one that lies beside the weights.
-
-    Raises:
-        ValueError: the one asked for is not there.
-    """
-    if asked is not None:
-        return nanogpt.read_meta(Path(asked)) if Path(asked).is_file() else load_tokenizer(asked)
-    path = Path(source)
-    if found == "openai":
-        return openai.read_tokenizer(path)
-    if found == "nanogpt":
-        meta = path.with_name(nanogpt.META)
-        return nanogpt.read_meta(meta) if meta.is_file() else None
-    if found not in FOLDERS or (path.is_dir() and not (path / "tokenizer.json").is_file()):
-        return None
-    try:
-        return load_tokenizer(str(source))
-    except ValueError:
-        if path.is_dir():
-            raise
-        return None  # a repository on the Hub without one
-
-
-def left_behind(source: Path, found: str, to: str) -> list[str]:
-    """A note on a tokenizer that lies beside the weights, where the destination has no place for one."""
-    beside = {"openai": source / openai.VOCABULARY, "nanogpt": source.parent / nanogpt.META}
-    tokenizer = beside.get(found, source / "tokenizer.json")
-    if to in WITH_TOKENIZER or not tokenizer.is_file():
-        return []
-    return [f"the tokenizer stays behind, in {tokenizer}: {to} has no place for one."]
-
-
 def render(result: Conversion) -> str:
     """The conversion as lines to read: each tensor in, each tensor out, and the sum of it."""
     parts = {"in:": result.steps_in, "changed:": result.steps_between, "out:": result.steps_out}
@@ -320,6 +291,7 @@ def render(result: Conversion) -> str:
             f"  {change.name:<{width}}  {'x'.join(map(str, change.shape)):>12}  {change.action}" for change in changes
         ]
         lines += [title, *rows] if rows else []
+    lines += [f"guessed: {guess}" for guess in result.guesses]
     lines += [f"note: {note}" for note in result.notes]
     if result.comparison is not None:
         lines.append(check_conversion.render(result.comparison))

@@ -15,6 +15,21 @@ from hfgpt.weights.lazy_tensors import LazyTensor
 from hfgpt.weights.table import NONE, Change, TensorMapping, import_tensors
 
 
+@dataclass(frozen=True)
+class Unsaid:
+    """What files of some formats do not say of their model, as the user says it; None is left to the format.
+
+    Attributes:
+        heads: attention heads.
+        activation: of the MLP.
+        lora_alpha: by which LoRA layers are scaled, over their rank.
+    """
+
+    heads: int | None = None
+    activation: str | None = None
+    lora_alpha: float | None = None
+
+
 @dataclass
 class SourceModel:
     """A checkpoint of another format, read and not yet imported.
@@ -27,8 +42,11 @@ class SourceModel:
             the dtype it is given; the oracle of `hfgpt convert --verify`.
         dropped: pattern of names that hfgpt has no use for, such as causal masks.
         changes: what reading alone has done, such as a head dropped because it is the token embedding.
-        notes: what a user should know of the two formats' mathematics.
+        guesses: what the file does not say and would change the logits, as it was taken, with the option that says it.
+            Where a guess is wrong, this is another model, and `logits` does not see that: it rests on the guess too.
+        notes: what else a user should know.
         generation: how the model writes text, if the source says it.
+        dataset: name of the data set that it was trained on, where that has the tokenizer (nanoGPT); else empty.
     """
 
     tensors: dict[str, LazyTensor | Tensor]
@@ -37,8 +55,10 @@ class SourceModel:
     logits: Callable[[Tensor, torch.dtype], Tensor]
     dropped: str = NONE
     changes: list[Change] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generation: GenerationConfig | None = None
+    dataset: str = ""
 
 
 @dataclass

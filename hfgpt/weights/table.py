@@ -27,6 +27,9 @@ WEIGHT_DTYPES = {"fp64": torch.float64, **DTYPES}
 MASKS = (".attn.bias", ".att.mask")
 """How names of causal masks end, which older files keep as buffers; the dot spares `c_attn.bias`."""
 
+GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+"""Width -> attention heads, of the four sizes of GPT-2."""
+
 SAME_AS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 """Activations that are another one, computed another way."""
 
@@ -203,6 +206,30 @@ def export_tensors(
     return result, changes
 
 
+def leave_out_zero_biases(
+    table: Sequence[TensorMapping], tensors: dict[str, Tensor], changes: list[Change]
+) -> tuple[bool, list[Change]]:
+    """Take the optional biases out of `tensors` if all of them are zero, as they come from a file without them.
+
+    Args:
+        table: of the format.
+        tensors: the format's.
+        changes: what was done to each of them.
+
+    Returns:
+        Whether the biases are still there, and what was done to each tensor with that.
+    """
+    optional = {mapping.foreign for mapping in table if mapping.is_optional}
+    if any(bool(tensors[name].any()) for name in optional):
+        return True, changes
+    for name in optional:
+        del tensors[name]
+    return False, [
+        replace(change, action="left out: all zero, and optional") if change.name in optional else change
+        for change in changes
+    ]
+
+
 def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding: str) -> tuple[bool, list[Change]]:
     """Take the output layer out of `tensors` if it is the token embedding once more.
 
@@ -217,25 +244,6 @@ def drop_tied_head(tensors: dict[str, LazyTensor | Tensor], head: str, embedding
     return True, [Change(head, tuple(tensors.pop(head).shape), f"dropped: equal to {embedding}")]
 
 
-def names_in(content: dict[Any, Any], wrapped_as: str) -> list[str]:
-    """The names in a file's dictionary of tensors, which is its content or lies in that under a name."""
-    tensors = content.get(wrapped_as, content)
-    return [name for name in tensors if isinstance(name, str)] if isinstance(tensors, dict) else []
-
-
-def tensors_in(content: dict[Any, Any], wrapped_as: str) -> dict[str, LazyTensor | Tensor]:
-    """That dictionary itself, once it is known to be one.
-
-    Raises:
-        ValueError: something in it has no name or is no tensor.
-    """
-    tensors = dict(content.get(wrapped_as, content))
-    for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, LazyTensor | Tensor)):
-            raise ValueError(f"{name!r}: a {type(tensor).__name__}, where named tensors were to be expected.")
-    return tensors
-
-
 def check_num_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
     """Refuse a config with more blocks than there are tensors, before a table of them fills the memory.
 
@@ -247,12 +255,20 @@ def check_num_blocks(config: HFGPTConfig, tensors: Mapping[str, Any]) -> None:
 
 
 def heads_of(width: int, heads: int | None) -> tuple[int, list[str]]:
-    """The number of attention heads of a format that does not say it, with a note on where the number is from."""
+    """The number of attention heads of a format that does not say it, with the guess that it rests on, if it does.
+
+    Raises:
+        ValueError: the width is none of GPT-2's, of which the number of heads would be known.
+    """
     if heads is not None:
         return heads, []
-    if width % 64:
-        raise ValueError(f"the file does not say how many heads share its width of {width}. Give `--heads`.")
-    return width // 64, [f"{width // 64} heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
+    if width not in GPT2_HEADS:
+        raise ValueError(
+            f"the file does not say how many heads share its width of {width}. Give `--heads` to `hfgpt convert`, or "
+            "`heads` to `hfgpt.weights.load`."
+        )
+    number = GPT2_HEADS[width]
+    return number, [f"{number} heads, GPT-2's at this width: the file does not say. Else give `--heads`."]
 
 
 def read_sizes(

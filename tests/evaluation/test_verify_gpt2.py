@@ -58,6 +58,13 @@ def test_an_hfgpt_folder_passes(gpt2_folder, tmp_path):
     assert asdict(ours) == asdict(verify(gpt2_folder))
 
 
+def test_a_file_of_another_format_is_sent_to_convert(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"")
+
+    with pytest.raises(ValueError, match=r"model\.pth is a file.*`hfgpt convert --verify` compares files"):
+        verify_gpt2.verify(tmp_path / "model.pth")
+
+
 def test_models_in_bf16_are_no_further_off_than_the_reference(gpt2_folder):
     result = verify(gpt2_folder, bf16=True)
 

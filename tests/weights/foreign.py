@@ -26,7 +26,7 @@ def save_nanogpt(gpt2, file, prefix="", leave_out=()):
     torch.save({"model": tensors, "model_args": arguments, "iter_num": 7, "best_val_loss": torch.tensor(3.0)}, file)
 
 
-def from_scratch(gpt2, fast=False):
+def from_scratch(gpt2, fast=False, qkv_bias=True):
     """GPT-2's tensors under the names of LLMs-from-scratch."""
     theirs = {name.removeprefix("transformer."): each for name, each in as_linear(gpt2).items()}
     result = {"tok_emb.weight": theirs["wte.weight"], "pos_emb.weight": theirs["wpe.weight"]}
@@ -38,13 +38,14 @@ def from_scratch(gpt2, fast=False):
         for number in (1, 2):
             result[f"{new}norm{number}.{gain}"] = theirs[f"{old}ln_{number}.weight"]
             result[f"{new}norm{number}.{shift}"] = theirs[f"{old}ln_{number}.bias"]
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias") if qkv_bias else ("weight",):
             joined = theirs[f"{old}attn.c_attn.{kind}"]
             if fast:
                 result[f"{new}att.qkv.{kind}"] = joined
             else:
                 for name, part in zip(("query", "key", "value"), joined.chunk(3), strict=True):
                     result[f"{new}att.W_{name}.{kind}"] = part.contiguous()
+        for kind in ("weight", "bias"):
             result[f"{new}att.{'proj' if fast else 'out_proj'}.{kind}"] = theirs[f"{old}attn.c_proj.{kind}"]
             result[f"{new}ff.layers.0.{kind}"] = theirs[f"{old}mlp.c_fc.{kind}"]
             result[f"{new}ff.layers.2.{kind}"] = theirs[f"{old}mlp.c_proj.{kind}"]

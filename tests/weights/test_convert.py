@@ -10,12 +10,14 @@ import pytest
 import torch
 from foreign import HEADS_UNKNOWN, KINDS, Canary, as_linear, from_scratch, llmc_bytes, save_in, save_nanogpt
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.cli import app
 from hfgpt.data.tokenizer import encode_ids, load_tokenizer
 from hfgpt.weights import load, save
 from hfgpt.weights.convert import convert, open_source
+from hfgpt.weights.formats.bpe import join_model
 from hfgpt.weights.model_parts import build_from
 
 
@@ -25,10 +27,10 @@ def ids():
 
 
 def read(source, **settings):
-    """The model of a source, its format, what was done to each tensor, and notes."""
+    """The model of a source, its format, what was done to each tensor, and what was guessed."""
     found, checkpoint = open_source(source, **settings)
     model, steps = build_from(source, checkpoint)
-    return model, found, steps, checkpoint.notes
+    return model, found, steps, checkpoint.guesses
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,14 +112,14 @@ def test_a_nanogpt_without_biases_gets_zeros_and_says_so(make_gpt2, tmp_path, id
             parameter.data.zero_()
     save_nanogpt(gpt2, tmp_path / "ckpt.pt", leave_out=["bias"])
 
-    model, _, steps, notes = read(tmp_path / "ckpt.pt")
+    model, _, steps, guesses = read(tmp_path / "ckpt.pt")
 
     torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
     assert len([step for step in steps if step.action == "filled with zeros"]) == 2 * 6 + 1
     assert model.config.resid_pdrop == 0.2
-    assert "`--activation gelu_new`" in notes[0]
+    assert "`--activation gelu`, or gelu_new" in guesses[0]
     with pytest.raises(ValueError, match=r"--strict: .*bias would be filled with zeros \(13 such tensors"):
-        convert(tmp_path / "ckpt.pt", tmp_path / "out", "hfgpt", strict=True)
+        convert(tmp_path / "ckpt.pt", tmp_path / "out", "hfgpt", strict=True, activation="gelu")
     assert not (tmp_path / "out").exists()
 
 
@@ -125,10 +127,10 @@ def test_an_older_nanogpt_is_read_with_its_own_activation(make_gpt2, tmp_path, i
     gpt2 = make_gpt2(activation_function="gelu_new")
     save_nanogpt(gpt2, tmp_path / "ckpt.pt")
 
-    model, _, _, notes = read(tmp_path / "ckpt.pt", activation="gelu_new")
+    model, _, _, guesses = read(tmp_path / "ckpt.pt", activation="gelu_new")
 
     torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
-    assert notes == []
+    assert guesses == []
 
 
 def test_a_build_nanogpt_checkpoint_is_read_with_its_config_object(make_gpt2, tmp_path, ids, monkeypatch):
@@ -140,9 +142,10 @@ def test_a_build_nanogpt_checkpoint_is_read_with_its_config_object(make_gpt2, tm
         patch.setattr(sys.modules["__main__"], "GPTConfig", gpt_config, raising=False)
         torch.save({"model": as_linear(gpt2), "config": gpt_config(), "step": 3}, tmp_path / "model.pt")
 
-    model, found, _, _ = read(tmp_path / "model.pt")
+    model, found, _, guesses = read(tmp_path / "model.pt")
 
     assert found == "nanogpt"
+    assert guesses == []
     torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, rtol=0, atol=2e-5)
 
 
@@ -160,16 +163,64 @@ def test_a_book_model_trained_from_scratch_keeps_its_own_output_layer(make_gpt2,
     assert len([step for step in steps if step.action == "filled with zeros"]) == 6
 
 
-def test_heads_that_a_file_does_not_say_are_those_of_gpt2_or_asked_for(make_gpt2, tmp_path):
-    torch.save(from_scratch(make_gpt2(hidden_size=128, num_attention_heads=2)), tmp_path / "wide.pth")
-    torch.save(from_scratch(make_gpt2()), tmp_path / "narrow.pth")
+@pytest.mark.parametrize("width", [32, 64, 128, 512, 832])
+@pytest.mark.parametrize("kind", HEADS_UNKNOWN)
+def test_heads_that_a_file_does_not_say_are_asked_for_where_gpt2_has_no_such_width(make_gpt2, tmp_path, kind, width):
+    file = save_in(kind, make_gpt2(hidden_size=width, num_attention_heads=2), tmp_path)
+    words = ["convert", str(file), str(tmp_path / "out"), "--to", "hfgpt"]
 
-    model, _, _, notes = read(tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match=rf"how many heads share its width of {width}\. Give `--heads`"):
+        app(words, standalone_mode=False)
 
-    assert model.config.num_attention_heads == 2
-    assert notes == ["2 heads of width 64, as in GPT-2: the file does not say. Else give `--heads`."]
-    with pytest.raises(ValueError, match=r"how many heads share its width of 32\. Give `--heads`"):
-        read(tmp_path / "narrow.pth")
+    assert not (tmp_path / "out").exists()
+    app([*words, "--heads", "2", "--activation", "gelu_new"], standalone_mode=False)
+    assert load(tmp_path / "out").config.num_attention_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "option"),
+    [
+        ("llms-from-scratch", 768, "--heads"),
+        ("GPTModelFast", 1024, "--heads"),
+        ("mingpt", 1280, "--heads"),
+        ("mingpt", 768, "--activation"),
+        ("nanogpt", 32, "--activation"),
+    ],
+)
+def test_a_guess_is_told_and_refused_if_asked_and_never_called_verified(
+    make_gpt2, tmp_path, capsys, kind, width, option
+):
+    activation = "gelu" if kind == "nanogpt" else "gelu_new"
+    gpt2 = make_gpt2(hidden_size=width, num_attention_heads=4, activation_function=activation, num_hidden_layers=1)
+    file = save_in(kind, gpt2, tmp_path)
+    words = ["convert", str(file), str(tmp_path / "out"), "--to", "hfgpt"]
+    known = {"--heads": "4", "--activation": activation} if kind == "mingpt" else {}
+    others = [word for name, said in known.items() if name != option for word in (name, said)]
+
+    app([*words, *others, "--verify"], standalone_mode=False)
+
+    written = capsys.readouterr().out
+    assert f"`{option}" in next(line for line in written.splitlines() if line.startswith("guessed: "))
+    assert "the same on a guess" in written
+    assert "verified" not in written
+    with pytest.raises(ValueError, match=rf"--strict: .* would be dropped|to be guessed: .*`{option}"):
+        convert(file, tmp_path / "strict", "hfgpt", strict=True)
+    load(file)
+    assert "guessed: " in capsys.readouterr().err
+    told = [*others, option, "4" if option == "--heads" else activation]
+    app([*words[:2], str(tmp_path / "told"), *words[3:], *told, "--verify"], standalone_mode=False)
+    assert "(verified: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fields", [{"bias": True, "dropout": 0.0}, {}])
+def test_settings_of_nanogpts_kind_do_not_say_the_activation(make_gpt2, tmp_path, fields):
+    sizes = {"block_size": 64, "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    torch.save({"model": as_linear(make_gpt2()), "config": sizes | fields}, tmp_path / "model.pt")
+
+    model, _, _, guesses = read(tmp_path / "model.pt")
+
+    assert model.config.activation_function == ("gelu" if fields else "gelu_new")
+    assert len(guesses) == 1
 
 
 @pytest.mark.parametrize("by", ["torch", "pickle"])
@@ -482,11 +533,10 @@ def test_another_name_of_gpt2s_activation_needs_no_other_mathematics(make_gpt2, 
 def test_bare_tensors_of_nanogpts_names_are_mingpts_unless_told(make_gpt2, tmp_path, activation, expected):
     torch.save(as_linear(make_gpt2()), tmp_path / "model.pt")
 
-    model, _, _, notes = read(tmp_path / "model.pt", heads=4, activation=activation)
+    model, _, _, guesses = read(tmp_path / "model.pt", heads=4, activation=activation)
 
     assert model.config.activation_function == expected
-    told = ["activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`."]
-    assert notes == ([] if activation else told)
+    assert len(guesses) == (activation is None)
 
 
 def test_rows_behind_the_vocabulary_of_llmc_must_be_padding(make_gpt2, tmp_path):
@@ -507,3 +557,33 @@ def test_tensors_of_several_types_are_not_loaded_unless_told(make_gpt2, tmp_path
     with pytest.raises(ValueError, match="of several types"):
         load(tmp_path / "gpt2")
     assert load(tmp_path / "gpt2", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_gpt2_folder_has_the_two_files_that_other_tools_read(make_gpt2, tokenizer, tmp_path):
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    text = "The file object: 한국어 \r\n  and so on<|endoftext|>"
+
+    result = convert(tmp_path / "gpt2", tmp_path / "again", "gpt2")
+
+    assert result.notes == []
+    alone = join_model(tmp_path / "again/vocab.json", tmp_path / "again/merges.txt", 64)
+    assert alone(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert alone.get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(str(tmp_path / "again"))(text)["input_ids"] == tokenizer(text)["input_ids"]
+    with_pad = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    with_pad.add_special_tokens({"pad_token": "<pad>"})
+    with_pad.save_pretrained(tmp_path / "pad")
+    make_gpt2(vocab_size=321).save_pretrained(tmp_path / "pad")
+    [note] = convert(tmp_path / "pad", tmp_path / "padded", "gpt2").notes
+    assert note == "who reads vocab.json and merges.txt alone splits '<pad>', which tokenizer.json keeps whole."
+
+
+def test_a_tokenizer_of_another_kind_goes_along_without_them_and_it_is_said(nanogpt_with_characters, tmp_path):
+    taken, note = convert(tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", activation="gelu").notes
+
+    assert taken == f"the tokenizer is that of {tmp_path / 'meta.pkl'}."
+
+    assert note.startswith("tokenizer.json alone, no vocab.json and merges.txt")
+    assert {"vocab.json", "merges.txt"}.isdisjoint(file.name for file in (tmp_path / "out").iterdir())
+    assert load_tokenizer(str(tmp_path / "out")).decode([3, 4]) == "ab"

@@ -99,6 +99,52 @@ def test_the_head_of_a_classifier_is_dropped_and_said(gpt2, tmp_path):
         convert(tmp_path / "gpt2", tmp_path / "strict", "hfgpt", strict=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_ctx", 128),  # as in chapter 7.6 of the Hugging Face course
+        ("n_ctx", 32),
+        ("n_ctx", None),
+        ("intermediate_size", 64),
+        ("num_key_value_heads", 1),
+    ],
+)
+def test_what_gpt2_does_not_read_of_its_config_has_no_effect_and_is_said(gpt2, tmp_path, caplog, name, value):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "gpt2/config.json").write_text(json.dumps(config | {name: value}))
+    ids = torch.arange(60).view(3, 20)
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()(ids).logits
+
+    model = HFGPTForCausalLM.from_pretrained(tmp_path / "gpt2").eval()
+    result = convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True)
+
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+    assert result.comparison.passed
+    assert model.config.max_position_embeddings == 64
+    assert f"`{name}` ({value}) is not `n_" in caplog.text
+    assert "it has no effect in GPT-2, and is ignored." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_ctx": 64},
+        {"classifier_dropout": None},
+        {"hidden_act": "relu", "layer_norm_eps": 0.1},
+        {"rope_theta": 1e4, "sliding_window": 4, "head_dim": 7},
+        {"n_special": 0, "predict_special_tokens": True, "pruned_heads": {}},
+    ],
+    ids=lambda change: min(change),
+)
+def test_other_tools_keys_of_a_gpt2_config_change_nothing(gpt2, tmp_path, change):
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "gpt2/config.json").write_text(json.dumps(config | change))
+
+    assert convert(tmp_path / "gpt2", tmp_path / "out", "hfgpt", verify=True).comparison.passed
+
+
 def test_a_head_that_the_config_would_throw_away_is_refused(make_gpt2, tmp_path):
     make_gpt2(tie_word_embeddings=False).save_pretrained(tmp_path / "gpt2")
     config = json.loads((tmp_path / "gpt2/config.json").read_text())

@@ -99,3 +99,50 @@ def test_bf16_comes_back_as_bf16(make_gpt2, tmp_path, through):
     first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("gpt2", "again"))
     assert first.keys() == last.keys()
     assert all(torch.equal(last[name], each) and each.dtype == torch.bfloat16 for name, each in first.items())
+
+
+def without_biases(gpt2, *names):
+    """The same GPT-2 with zeros for all biases of these layers, which a file may then leave out."""
+    for name, parameter in gpt2.named_parameters():
+        if name.endswith(tuple(f"{each}.bias" if each else ".bias" for each in names)):
+            parameter.data.zero_()
+    return gpt2
+
+
+@pytest.mark.parametrize("through", ["hfgpt", "gpt2", "llms-from-scratch", "llm.c", "openai"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_book_model_without_qkv_biases_comes_back_without(make_gpt2, tmp_path, through, tied):
+    if not tied and through in ("llm.c", "openai"):
+        pytest.skip("the format has no output layer of its own")
+    gpt2 = without_biases(make_gpt2(tie_word_embeddings=tied), "c_attn")
+    torch.save(from_scratch(gpt2, qkv_bias=False), tmp_path / "model.pth")
+
+    convert(tmp_path / "model.pth", tmp_path / "there", through, heads=4)
+    convert(tmp_path / "there", tmp_path / "again.pth", "llms-from-scratch", heads=heads_of(through), verify=True)
+
+    assert content("llms-from-scratch", tmp_path / "again.pth") == content("llms-from-scratch", tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_biases_stay_where_one_of_them_is_not_zero(make_gpt2, tmp_path, layer):
+    gpt2 = without_biases(make_gpt2(), "c_attn")
+    gpt2.transformer.h[layer].attn.c_attn.bias.data[40] = 1e-3
+    torch.save(from_scratch(gpt2), tmp_path / "model.pth")
+
+    convert(tmp_path / "model.pth", tmp_path / "there", "hfgpt", heads=4)
+    convert(tmp_path / "there", tmp_path / "again.pth", "llms-from-scratch")
+
+    assert content("llms-from-scratch", tmp_path / "again.pth") == content("llms-from-scratch", tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("through", [form for form in WRITERS if form not in ("gpt2", "hfgpt")])
+def test_a_nanogpt_without_biases_comes_back_without(make_gpt2, tmp_path, through):
+    gpt2 = without_biases(make_gpt2(activation_function="gelu"), "")
+    save_nanogpt(gpt2, tmp_path / "ckpt.pt", leave_out=["bias"])
+    is_nearest = ONLY_ACTIVATION[through] == "gelu_new"
+
+    convert(tmp_path / "ckpt.pt", tmp_path / "there", through, nearest=is_nearest)
+    convert(tmp_path / "there", tmp_path / "again.pt", "nanogpt", heads=heads_of(through), nearest=is_nearest)
+
+    assert content("nanogpt", tmp_path / "again.pt") == content("nanogpt", tmp_path / "ckpt.pt")
+    assert torch.load(tmp_path / "again.pt")["model_args"]["bias"] is False

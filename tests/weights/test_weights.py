@@ -344,7 +344,7 @@ def test_every_field_goes_out_under_gpt2s_name(tiny):
 
     for name in fields.keys() & gpt2.to_dict().keys():
         assert getattr(gpt2, name) == getattr(config, name), name
-    for alias in HFGPTConfig.attribute_map:
+    for alias in HFGPTConfig.attribute_map.keys() - {"num_key_value_heads"}:  # which GPT-2 does not have
         assert gpt2.to_dict()[alias] == getattr(config, alias) != getattr(default, alias), alias
 
 

@@ -7,12 +7,13 @@ value in one tensor, hfgpt in three. Everything else is a change of name.
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.weights.formats import bpe
 from hfgpt.weights.model_parts import ModelParts, split_model
 from hfgpt.weights.table import QKV, Change, TensorMapping, expand, export_tensors, with_prefixes
 
@@ -129,6 +130,18 @@ def from_parts(parts: ModelParts) -> tuple[GPT2LMHeadModel, list[Change]]:
     if parts.generation is not None:
         gpt2.generation_config = GenerationConfig.from_dict(parts.generation.to_dict())
     return gpt2, changes
+
+
+def write_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
+    """Write GPT-2's two files beside tokenizer.json, for tools such as KerasHub, and note what they cannot say."""
+    try:
+        bpe.write_files(tokenizer, folder / "vocab.json", folder / "merges.txt")
+    except ValueError as error:
+        return [f"tokenizer.json alone, no vocab.json and merges.txt, which KerasHub would read: {error}"]
+    added = bpe.kept_whole(tokenizer)
+    if added:
+        return [f"who reads vocab.json and merges.txt alone splits {added[0]!r}, which tokenizer.json keeps whole."]
+    return []
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:

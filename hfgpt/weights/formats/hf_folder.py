@@ -25,10 +25,11 @@ from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
 from hfgpt.system.network import limit_waiting
 from hfgpt.system.storage import MANIFEST, check_files
 from hfgpt.weights.formats import gpt2
-from hfgpt.weights.lazy_tensors import LazyTensor, in_pickle, in_safetensors
+from hfgpt.weights.lazy_tensors import LazyTensor, in_pickle, in_safetensors, read
 from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model, join_model
 from hfgpt.weights.remote_code import warn_of_other_code
-from hfgpt.weights.table import Change, TensorMapping, check_num_blocks, drop_tied_head, tensors_in
+from hfgpt.weights.state_dict import check_tensors, state_dict_in, unwrap
+from hfgpt.weights.table import Change, TensorMapping, check_num_blocks, drop_tied_head
 
 OTHER_HEADS = HEADS - {"lm_head"} | {"classifier", "multiple_choice_head"}
 """Heads of models that classify, hfgpt's and GPT-2's."""
@@ -55,7 +56,7 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
     check_manifest(Path(source), files)
     if Path(source).is_dir():  # of a repository on the Hub only the weights are fetched here, not its code
         warn_of_other_code(Path(source))
-    tensors = read_files(files)
+    tensors, wrappers = unwrap(read_files(files))
     check_num_blocks(config, tensors)
     is_gpt2 = config.__dict__.pop("model_type", None) == GPT2_SOURCE
     prefix = "transformer." if is_gpt2 else "model."
@@ -78,10 +79,10 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
         tensors,
         config,
         table,
-        logits=partial(logits, FORWARD_PASSES[found], source),
+        logits=partial(logits, FORWARD_PASSES[found], source, tensors if wrappers else None),
         dropped=DROPPED,
         changes=changes,
-        notes=notes,
+        notes=[*wrappers, *notes],
         generation=read_generation_config(source),
     )
 
@@ -146,10 +147,11 @@ def read_files(files: list[Path]) -> dict[str, LazyTensor | Tensor]:
         found: Any = in_safetensors(file) if file.suffix == ".safetensors" else in_pickle(file, [])
         if not isinstance(found, dict):
             raise ValueError(f"{file}: holds a {type(found).__name__}, not a dictionary of tensors.")
+        found = check_tensors(state_dict_in(found))
         twice = tensors.keys() & found.keys()
         if twice:
             raise ValueError(f"{file}: {min(twice)} is in another shard too.")
-        tensors |= tensors_in(found, "state_dict")
+        tensors |= found
     return tensors
 
 
@@ -215,10 +217,22 @@ FORWARD_PASSES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "hf
 
 
 @torch.no_grad()
-def logits(model_class: type[PreTrainedModel], source: str | Path, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a class makes of a folder: (B, T) to (B, T, V)."""
-    eager = {"attn_implementation": "eager"} if model_class is GPT2LMHeadModel else {}
-    return model_class.from_pretrained(source, dtype=dtype, **eager).eval()(ids_BT).logits
+def logits(
+    model_class: type[PreTrainedModel],
+    source: str | Path,
+    tensors: Mapping[str, LazyTensor | Tensor] | None,
+    ids_BT: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a class makes of a folder: (B, T) to (B, T, V); of `tensors`, where it would not know the files' names."""
+    options: dict[str, Any] = {"dtype": dtype}
+    if model_class is GPT2LMHeadModel:
+        options["attn_implementation"] = "eager"
+    if tensors is None:
+        return model_class.from_pretrained(source, **options).eval()(ids_BT).logits
+    options["config"] = model_class.config_class.from_pretrained(source)
+    options["state_dict"] = {name: read(each) for name, each in tensors.items()}
+    return model_class.from_pretrained(None, **options).eval()(ids_BT).logits
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:

@@ -5,6 +5,7 @@ layers have no biases when they were trained from scratch, and the output layer 
 https://github.com/rasbt/LLMs-from-scratch
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.formats import reference_forward
 from hfgpt.weights.lazy_tensors import LazyTensor
-from hfgpt.weights.model_parts import ModelParts, SourceModel
+from hfgpt.weights.lazy_tensors import read as read_tensor
+from hfgpt.weights.model_parts import ModelParts, SourceModel, Unsaid
 from hfgpt.weights.table import (
     QKV,
     Change,
@@ -27,9 +29,8 @@ from hfgpt.weights.table import (
     expand,
     export_tensors,
     heads_of,
-    names_in,
+    leave_out_zero_biases,
     read_sizes,
-    tensors_in,
 )
 
 EMBEDDINGS = (
@@ -79,42 +80,101 @@ def table(num_layers: int, tied: bool, fast: bool) -> list[TensorMapping]:
     return mappings if tied else [*mappings, HEAD]
 
 
-def recognises(content: dict[Any, Any]) -> bool:
-    """Whether what `torch.load` or safetensors gave is of this family."""
-    return "tok_emb.weight" in names_in(content, "model_state_dict")
+def recognises(tensors: Mapping[Any, Any]) -> bool:
+    """Whether tensors of these names are of this family."""
+    return "tok_emb.weight" in tensors
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
+def read(tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], told: Unsaid) -> SourceModel:
     """Understand a file's content.
 
     Args:
-        content: the state dict, or a dictionary that holds it as `model_state_dict`.
-        heads: number of attention heads; None takes heads of width 64, as GPT-2 has.
-        activation: of the MLP; None takes the book's, tanh GELU.
+        tensors: by their names.
+        content: what else the file holds.
+        told: the number of attention heads, without GPT-2's where the width is one of GPT-2's; the activation of the
+            MLP, without the book's, tanh GELU; and the alpha of LoRA layers.
 
     Raises:
-        ValueError: the number of heads is not to be known, or a matrix is missing.
+        ValueError: the number of heads or alpha is not to be known, or a matrix is missing.
     """
-    tensors = tensors_in(content, "model_state_dict")
+    unmerged = dict(tensors)
+    merged = merge_lora(tensors, told.lora_alpha)
+    classifier, notes = drop_classifier(tensors)
     is_tied, changes = drop_tied_head(tensors, "out_head.weight", "tok_emb.weight")
     sizes = read_sizes(tensors, "tok_emb.weight", "pos_emb.weight", ".ff.layers.0.weight")
     num_layers, is_fast = sizes["num_hidden_layers"], "final_norm.weight" in tensors
-    heads, notes = heads_of(sizes["hidden_size"], heads)
+    heads, guesses = heads_of(sizes["hidden_size"], told.heads)
     config = HFGPTConfig(
         **sizes,
         num_attention_heads=heads,
-        activation_function=activation or "gelu_new",
+        activation_function=told.activation or "gelu_new",
         tie_word_embeddings=is_tied,
     )
     return SourceModel(
         tensors,
         config,
         table(num_layers, is_tied, is_fast),
-        logits=partial(logits, tensors, num_layers, heads, config.activation_function),
+        logits=partial(logits, unmerged, num_layers, heads, config.activation_function, told.lora_alpha),
         dropped=r"\.att\.mask$",
-        changes=changes,
+        changes=[*merged, *classifier, *changes],
+        guesses=guesses,
         notes=notes,
     )
+
+
+def merge_lora(tensors: dict[str, LazyTensor | Tensor], alpha: float | None) -> list[Change]:
+    """Put ordinary layers in the place of the book's `LinearWithLoRA`, in `tensors`; and say what was done.
+
+    Raises:
+        ValueError: there are such layers and no alpha, or the reverse, or their tensors do not fit each other.
+    """
+    layers = [name.removesuffix(".lora.A") for name in tensors if name.endswith(".lora.A")]
+    if not layers and alpha is not None:
+        raise ValueError(f"`--lora-alpha` is {alpha:g}, and the file has no LoRA layers.")
+    if layers and alpha is None:
+        raise ValueError(
+            f"{layers[0]} and {len(layers) - 1} more have LoRA, of an alpha that the file does not say. Give "
+            "`--lora-alpha`, the `alpha` of `replace_linear_with_lora`, to merge it."
+        )
+    changes = []
+    for layer in layers:
+        names = f"{layer}.linear.weight", f"{layer}.lora.A", f"{layer}.lora.B"
+        weight, A, B = (tensors.get(name) for name in names)
+        if weight is None or A is None or B is None:
+            raise ValueError(f"{layer}: LoRA without one of {', '.join(names)}.")
+        if weight.shape != (B.shape[-1], A.shape[0]) or A.shape[-1] != B.shape[0]:
+            shapes = ", ".join(str(tuple(each.shape)) for each in (weight, A, B))
+            raise ValueError(f"{layer}: the shapes of weight, A and B, {shapes}, are not those of LoRA.")
+        tensors[f"{layer}.weight"] = LazyTensor(tuple(weight.shape), weight.dtype, partial(merge, weight, A, B, alpha))
+        for name in names:
+            del tensors[name]
+        if f"{layer}.linear.bias" in tensors:
+            tensors[f"{layer}.bias"] = tensors.pop(f"{layer}.linear.bias")
+        for name, each in ((names[1], A), (names[2], B)):
+            changes.append(Change(name, tuple(each.shape), f"merged into {layer}.weight", is_exact=False))
+    return changes
+
+
+def merge(weight: LazyTensor | Tensor, A: LazyTensor | Tensor, B: LazyTensor | Tensor, alpha: float | None) -> Tensor:
+    """A weight (out, in) with what its LoRA adds: alpha / r A B, of A (in, r) and B (r, out)."""
+    own, added = read_tensor(weight), (read_tensor(A).double() @ read_tensor(B).double()).T
+    return (own.double() + (alpha or 0) / B.shape[0] * added).to(own.dtype)
+
+
+def drop_classifier(tensors: dict[str, LazyTensor | Tensor]) -> tuple[list[Change], list[str]]:
+    """Take out the head of chapter 6, which scores a text's classes; and say what was done, and what that means."""
+    head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
+    if head is None or embedding is None or head.shape[0] >= embedding.shape[0] / 2:
+        return [], []
+    changes = [
+        Change(name, tuple(tensors.pop(name).shape), "dropped: a classifier's", is_exact=False)
+        for name in ("out_head.weight", "out_head.bias")
+        if name in tensors
+    ]
+    return changes, [
+        f"out_head scored {head.shape[0]} classes of a text and is dropped: the model is what was below it, and scores "
+        "the next token by the token embedding."
+    ]
 
 
 def logits(
@@ -122,6 +182,7 @@ def logits(
     layers: int,
     heads: int,
     activation: str,
+    lora_alpha: float | None,
     ids_BT: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -134,6 +195,9 @@ def logits(
         return reference_forward.norm(x, weight(f"{name}.{gain}"), weight(f"{name}.{shift}"))
 
     def linear(x: Tensor, name: str) -> Tensor:
+        if f"{name}.lora.A" in tensors:
+            A, B = weight(f"{name}.lora.A"), weight(f"{name}.lora.B")
+            return linear(x, f"{name}.linear") + (lora_alpha or 0) / len(B) * (x @ A @ B)
         result = x @ weight(f"{name}.weight").T
         return result + weight(f"{name}.bias") if f"{name}.bias" in tensors else result
 
@@ -148,19 +212,26 @@ def logits(
         x = x + linear(attended, f"{block}.att.proj" if is_fast else f"{block}.att.out_proj")
         inner = ACT2FN[activation](linear(norm(x, f"{block}.norm2"), f"{block}.ff.layers.0"))
         x = x + linear(inner, f"{block}.ff.layers.2")
-    head = weight("out_head.weight" if "out_head.weight" in tensors else "tok_emb.weight")
-    return norm(x, "final_norm") @ head.T
+    x = norm(x, "final_norm")
+    head = tensors.get("out_head.weight", tensors.get("out_head.linear.weight"))
+    if head is None or head.shape[0] < tensors["tok_emb.weight"].shape[0]:  # of a classifier
+        return x @ weight("tok_emb.weight").T
+    return linear(x, "out_head")
 
 
 def write(parts: ModelParts, file: Path) -> list[Change]:
-    """Write the state dict of a `GPTModel` with `qkv_bias=True`, as .safetensors if the file is called so.
+    """Write the state dict of a `GPTModel`, as .safetensors if the file is called so.
+
+    Its config has `qkv_bias=True`, or False if all biases of queries, keys and values are zero.
 
     Raises:
         ValueError: the model has another activation than tanh GELU, or another inner width than four times its own.
     """
     config, is_tied = parts.config, parts.is_tied
     check_gpt2_like(config, activation_function="gelu_new")
-    converted, changes = export_tensors(table(config.num_hidden_layers, is_tied, fast=False), parts.tensors)
+    mappings = table(config.num_hidden_layers, is_tied, fast=False)
+    converted, changes = export_tensors(mappings, parts.tensors)
+    _, changes = leave_out_zero_biases(mappings, converted, changes)
     if is_tied:
         converted["out_head.weight"] = converted["tok_emb.weight"].clone()
         changes.append(

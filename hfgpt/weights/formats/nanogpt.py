@@ -5,7 +5,7 @@ build-nanogpt one with `model` and a `config` object; minGPT's users save the ba
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.formats import reference_forward
 from hfgpt.weights.lazy_tensors import LazyTensor
-from hfgpt.weights.model_parts import ModelParts, SourceModel
+from hfgpt.weights.model_parts import ModelParts, SourceModel, Unsaid
 from hfgpt.weights.table import (
     QKV,
     Change,
@@ -30,9 +30,8 @@ from hfgpt.weights.table import (
     expand,
     export_tensors,
     heads_of,
-    names_in,
+    leave_out_zero_biases,
     read_sizes,
-    tensors_in,
 )
 
 WHOLE_MODEL = (
@@ -60,7 +59,10 @@ EACH_BLOCK = (
 HEAD = TensorMapping("lm_head.weight", ("lm_head.weight",))
 
 META = "meta.pkl"
-"""Where nanoGPT's character-level data sets keep their vocabulary."""
+"""Where nanoGPT's character-level data sets keep their vocabulary: in `data/<dataset>` of nanoGPT's own folder."""
+
+FOLDERS_UP = 3
+"""How far above a checkpoint's folder nanoGPT's own is looked for; its `out_dir` is mostly one in it."""
 
 SIZES = {
     "n_layer": "num_hidden_layers",
@@ -73,53 +75,51 @@ SIZES = {
 SETTINGS = {*SIZES, "n_head", "bias", "dropout"}
 """What nanoGPT's `model_args` say, and build-nanogpt's config."""
 
-PREFIXES = ("_orig_mod.", "module.")  # of a compiled model, and of one in DistributedDataParallel
-
 
 def table(num_layers: int, tied: bool) -> list[TensorMapping]:
     mappings = expand(WHOLE_MODEL, EACH_BLOCK, "transformer.h.{layer}.", num_layers)
     return mappings if tied else [*mappings, HEAD]
 
 
-def recognises(content: dict[Any, Any]) -> bool:
-    """Whether what `torch.load` gave is of this family."""
-    return any(name.endswith("transformer.wte.weight") for name in names_in(content, "model"))
+def recognises(tensors: Mapping[Any, Any]) -> bool:
+    """Whether tensors of these names are of this family."""
+    return "transformer.wte.weight" in tensors
 
 
-def read(content: dict[str, Any], heads: int | None, activation: str | None) -> SourceModel:
+def read(tensors: dict[str, LazyTensor | Tensor], content: dict[str, Any], told: Unsaid) -> SourceModel:
     """Understand what `torch.load` gave.
 
     Args:
-        content: the dictionary of the file.
-        heads: number of attention heads, where the file does not say it (minGPT).
-        activation: of the MLP; None takes nanoGPT's, or that of the others.
+        tensors: by their names.
+        content: what else the file holds.
+        told: the number of attention heads, where the file does not say it (minGPT), and the activation of the MLP;
+            without, it is nanoGPT's, or that of the others.
 
     Raises:
         ValueError: the number of heads is not to be known, a matrix is missing, or the file's settings contradict it.
     """
-    tensors = {strip(name): tensor for name, tensor in tensors_in(content, "model").items()}
     is_tied, changes = drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight")
     sizes = read_sizes(tensors, "transformer.wte.weight", "transformer.wpe.weight", ".ln_1.weight")
     num_layers = sizes["num_hidden_layers"]
     found = {theirs: sizes[ours] for theirs, ours in SIZES.items()}
-    dropout, default, notes = 0.0, "gelu_new", []
-    if "model_args" in content:
-        settings = fields_of(content["model_args"])
-        heads, default = said_heads(settings, found, heads), "gelu"
-        dropout = settings.get("dropout", 0.0)
-        if activation is None:
-            notes.append("activation gelu, nanoGPT's since its PR 274; for an older one give `--activation gelu_new`.")
-    elif "config" in content:
-        heads = said_heads(fields_of(content["config"]), found, heads)
+    run = fields_of(content.get("config", {}))
+    settings = fields_of(content["model_args"]) if "model_args" in content else run
+    guesses: list[str] = []
+    if told.lora_alpha is not None:
+        raise ValueError("`--lora-alpha` is for LoRA layers in a file of LLMs-from-scratch's, and this is none.")
+    if settings:
+        heads = said_heads(settings, found, told.heads)
     else:
-        heads, notes = heads_of(sizes["hidden_size"], heads)
-        dropout = 0.1
-        if activation is None:
-            notes.append("activation gelu_new, minGPT's; for nanoGPT's, the exact one, give `--activation gelu`.")
+        heads, guesses = heads_of(sizes["hidden_size"], told.heads)
+    activation = told.activation
+    if activation is None:
+        activation, guess = activation_of(content, tensors)
+        guesses += guess
+    dropout = settings.get("dropout", 0.0) if settings else 0.1
     config = HFGPTConfig(
         **sizes,
         num_attention_heads=heads,
-        activation_function=activation or default,
+        activation_function=activation,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         resid_pdrop=dropout,
@@ -132,7 +132,8 @@ def read(content: dict[str, Any], heads: int | None, activation: str | None) -> 
         logits=partial(logits, tensors, num_layers, heads, config.activation_function),
         dropped=r"\.attn\.(masked_)?bias$",  # masks; the dot spares `c_attn.bias`
         changes=changes,
-        notes=notes,
+        guesses=guesses,
+        dataset=run["dataset"] if isinstance(run.get("dataset"), str) else "",
     )
 
 
@@ -147,6 +148,19 @@ def fields_of(settings: Any) -> dict[Any, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"the file's settings are a {type(settings).__name__}, not a dictionary.")
     return settings
+
+
+def activation_of(content: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The activation of the program that has probably written a file, since no file says it; and what is guessed."""
+    settings = fields_of(content.get("config", {}))
+    has_options = "model_args" in content or settings.keys() & {"bias", "dropout"}
+    if has_options or "transformer.ln_f.bias" not in tensors:  # only nanoGPT has models without
+        which = "gelu, nanoGPT's since June 2023: the file does not say. Give `--activation gelu`, or gelu_new if it is"
+        return "gelu", [f"activation {which} older."]
+    if isinstance(content.get("config"), GPTConfig):
+        return "gelu_new", []  # build-nanogpt's, which never had another
+    which = "gelu_new, minGPT's: the file does not say. Give `--activation gelu_new`, or gelu if nanoGPT has written it"
+    return "gelu_new", [f"activation {which}."]
 
 
 def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | None) -> int:
@@ -169,8 +183,11 @@ def said_heads(settings: dict[str, Any], found: dict[str, int], asked: int | Non
             raise ValueError(f"the file says `{name}` = {settings[name]!r}, its tensors say {value}.")
     heads = settings.get("n_head")
     if not isinstance(heads, int):
+        if asked is not None:
+            return asked
         raise ValueError(
-            f"the file's settings have no `n_head`; they have {', '.join(map(str, settings)) or 'nothing'}."
+            f"the file's settings have no `n_head`; they have {', '.join(map(str, settings)) or 'nothing'}. Give "
+            "`--heads`."
         )
     if asked not in (None, heads):
         raise ValueError(f"`--heads` is {asked}, the file says `n_head` = {heads}.")
@@ -208,11 +225,18 @@ def logits(
     return norm(x, "transformer.ln_f") @ head.T
 
 
-def strip(name: str) -> str:
-    """Take off the prefixes that wrappers put before a name."""
-    while name.startswith(PREFIXES):
-        name = name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
-    return name
+def meta_of(file: Path, dataset: str) -> Path | None:
+    """Where the characters of a checkpoint lie: beside it, or in its data set's folder; None if nowhere.
+
+    Args:
+        file: the checkpoint.
+        dataset: its name for the data set; one that leads elsewhere is not followed.
+    """
+    places = [file.with_name(META)]
+    if dataset and not Path(dataset).is_absolute() and ".." not in Path(dataset).parts:
+        here = file.resolve().parent
+        places += [folder / "data" / dataset / META for folder in (here, *here.parents[:FOLDERS_UP], Path.cwd())]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_meta(file: Path) -> PreTrainedTokenizerFast:
@@ -244,7 +268,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def write(parts: ModelParts, file: Path) -> list[Change]:
-    """Write a nanoGPT `ckpt.pt`, to sample from or, with a fresh optimizer, to go on training with `init_from=resume`.
+    """Write a nanoGPT `ckpt.pt`, to sample from or to go on training with `--init_from=resume`, at iteration 0.
+
+    With `bias=False` if all biases are zero.
 
     Raises:
         ValueError: the model has an untied output layer, another inner width than four times its own, another
@@ -253,20 +279,34 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     config = parts.config
     same_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop"), config.resid_pdrop)
     check_gpt2_like(config, activation_function="gelu", tie_word_embeddings=True, **same_dropout)
-    tensors, changes = export_tensors(table(config.num_hidden_layers, tied=True), parts.tensors)
+    mappings = table(config.num_hidden_layers, tied=True)
+    tensors, changes = export_tensors(mappings, parts.tensors)
+    has_biases, changes = leave_out_zero_biases(mappings, tensors, changes)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     arguments = {
         "n_layer": config.num_hidden_layers,
         "n_head": config.num_attention_heads,
         "n_embd": config.hidden_size,
         "block_size": config.max_position_embeddings,
-        "bias": True,
+        "bias": has_biases,
         "vocab_size": config.vocab_size,
         "dropout": float(config.resid_pdrop),
     }
     content: dict[str, Any] = {"model": tensors, "model_args": arguments, "iter_num": 0, "config": {}}
-    torch.save({**content, "best_val_loss": torch.tensor(1e9)}, file)
+    content |= {"best_val_loss": torch.tensor(1e9), "optimizer": new_optimizer(tensors)}
+    torch.save(content, file)
     return [*changes, Change("lm_head.weight", tuple(tensors["lm_head.weight"].shape), "written again: tied")]
+
+
+def new_optimizer(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of nanoGPT's AdamW before its first step, without which its train.py does not resume.
+
+    Its hyperparameters are train.py's defaults: those are resumed too, but for the learning rate.
+    """
+    parameters = [each for name, each in tensors.items() if name != HEAD.foreign]
+    matrices = {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": 0.1}
+    vectors = {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=6e-4, betas=(0.9, 0.95)).state_dict()
 
 
 class GPTConfig(SimpleNamespace):

@@ -6,11 +6,11 @@ https://github.com/openai/gpt-2, tensorflow/core/protobuf/tensor_bundle.proto
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,22 @@ from transformers import PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import GPT2_TOKEN_IDS, HFGPTConfig
-from hfgpt.system.extras import needs
 from hfgpt.weights.formats import bpe, reference_forward
+from hfgpt.weights.formats.tensorflow_table import checksum, field_of, parse, repeated, sorted_table, table_entries
 from hfgpt.weights.lazy_tensors import LazyTensor, in_file
 from hfgpt.weights.model_parts import ModelParts, SourceModel
 from hfgpt.weights.table import QKV, Change, TensorMapping, check_gpt2_like, check_num_blocks, expand, export_tensors
 
 VOCABULARY, MERGES = "encoder.json", "vocab.bpe"
-HPARAMS, INDEX, DATA = "hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001"
-TABLE_MAGIC = 0xDB4775248B80FB57
-FOOTER_BYTES = 48
+HPARAMS, LATEST = "hparams.json", "checkpoint"
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+"""As OpenAI's are called and ours; fine-tuned ones are called `model-1000.index` and the like."""
+
 FLOAT32 = 1  # TensorFlow's number for it
 PARTS = 7  # the field of a variable that is stored in several
+
+OF_OPTIMIZERS = r"(beta[12]_power|global_step|learning_rate|loss_scale|Variable)(_\d+)?"
+"""Names of variables that optimizers keep, without their scope, besides those for each of the model's."""
 
 SIZES = {
     "n_vocab": "vocab_size",
@@ -65,27 +69,39 @@ EACH_BLOCK = (
 )
 
 
+OF_MODEL = "({}|model/h[0-9]+/({}))".format(*("|".join(each.foreign for each in t) for t in (WHOLE_MODEL, EACH_BLOCK)))
+"""Pattern of the names of a model's variables."""
+
+
 def table(num_layers: int) -> list[TensorMapping]:
     return expand(WHOLE_MODEL, EACH_BLOCK, "model/h{layer}/", num_layers)
 
 
 def recognises(folder: Path) -> bool:
-    """Whether a folder is one of OpenAI's."""
-    return (folder / HPARAMS).is_file() and (folder / INDEX).is_file()
+    """Whether a folder is one of OpenAI's kind: with a checkpoint of TensorFlow's, and none of transformers'."""
+    is_known = (folder / HPARAMS).is_file() or not (folder / "config.json").is_file()
+    return folder.is_dir() and is_known and any(folder.glob("*.index"))
 
 
-def checksum(content: bytes | memoryview) -> int:
-    """CRC-32C as TensorFlow stores it: rotated, plus a constant.
+def latest(folder: Path) -> str:
+    """The name that a checkpoint's files begin with: by the file `checkpoint`, in which TensorFlow keeps it.
 
     Raises:
-        ValueError: the library for it is not installed.
+        ValueError: that one is not there, or none is named and there are several.
     """
-    try:
-        import google_crc32c
-    except ImportError as error:
-        raise ValueError(needs("a checkpoint of OpenAI's", "google-crc32c")) from error
-    crc = google_crc32c.value(bytes(content))
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    there = sorted(file.stem for file in folder.glob("*.index"))
+    if not (folder / LATEST).is_file():
+        if len(there) > 1:
+            raise ValueError(f"{folder / LATEST} is missing, and there are {', '.join(there)}: which one?")
+        return there[0]
+    content = (folder / LATEST).read_text(encoding="utf-8", errors="replace")
+    named = re.match(r'\s*model_checkpoint_path:\s*"([^"\n]+)"', content)
+    if named is None:
+        raise ValueError(f"{folder / LATEST}: its first line names no `model_checkpoint_path`.")
+    name = re.split(r"[/\\]", named[1])[-1]  # of a path on the machine where it was written
+    if name not in there:
+        raise ValueError(f"{folder / LATEST} names {name}, and there is {', '.join(there)}. Correct its first line.")
+    return name
 
 
 def read(folder: Path) -> SourceModel:
@@ -94,9 +110,11 @@ def read(folder: Path) -> SourceModel:
     Raises:
         ValueError: a file is missing, damaged or does not fit the others; naming it and the tensor.
     """
-    for name in (INDEX, DATA):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing.")
+    if not (folder / HPARAMS).is_file():
+        raise ValueError(f"{folder / HPARAMS} is missing. Copy it from the model that was fine-tuned, `models/124M`.")
+    index, file = (folder / name.replace("model.ckpt", latest(folder)) for name in (INDEX, DATA))
+    if not file.is_file():
+        raise ValueError(f"{file} is missing.")
     try:
         shape = json.loads((folder / HPARAMS).read_text(encoding="utf-8"))
         unknown = sorted(set(shape) - set(SIZES))
@@ -109,30 +127,44 @@ def read(folder: Path) -> SourceModel:
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{folder / HPARAMS}: not OpenAI's shape of a GPT-2: {error!r}.") from error
 
-    file = folder / DATA
     tensors: dict[str, LazyTensor] = {}
-    for key, value in table_entries(folder / INDEX):
+    dropped: list[Change] = []
+    expected = 0
+    for key, value in table_entries(index):
         name, place = key.decode(), parse(value)
         if not key:  # the header of the whole: the number of data files, the byte order
             if place.get(1) != 1 or place.get(2, 0) != 0:
-                raise ValueError(f"{folder / INDEX}: big-endian, or of several data files; hfgpt reads GPT-2's kind.")
+                raise ValueError(f"{index}: big-endian, or of several data files; hfgpt reads GPT-2's kind.")
             continue
-        if place.get(1) != FLOAT32 or PARTS in place or place.get(3, 0) != 0:
-            raise ValueError(f"{folder / INDEX}: {name} is in parts, or of another type than fp32, TensorFlow's 1.")
         dims = [parse(dim).get(1, 0) for dim in repeated(place.get(2, b""), 2)]
         start, length = place.get(4, 0), place.get(5, 0)
+        expected += length
+        if is_of_optimizer(name):
+            dropped.append(Change(name, tuple(dims), "dropped: the optimizer's", is_exact=False))
+            continue
+        if place.get(1) != FLOAT32 or PARTS in place or place.get(3, 0) != 0:
+            raise ValueError(f"{index}: {name} is in parts, or of another type than fp32, TensorFlow's 1.")
         if start + length > file.stat().st_size or length != 4 * prod(dims):
             raise ValueError(f"{file}: too short, or of another shape, for {name} {tuple(dims)}.")
         # Matrices are kernels of a convolution of width 1.
         shape = dims[1:] if name.endswith("/w") and len(dims) == 3 and dims[0] == 1 else dims
         check = matches(place.get(6), f"{file}: {name} does not match its checksum.")
         tensors[name] = in_file(file, start, tuple(shape), torch.float32, check=check)
-    expected = 4 * sum(prod(each.shape) for each in tensors.values())
     if file.stat().st_size != expected:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, by the index it should have {expected}.")
     check_num_blocks(config, tensors)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    return SourceModel(dict(tensors), config, table(layers), partial(logits, tensors, layers, heads))
+    notes = [f"dropped {len(dropped)} variables of the optimizer, such as {dropped[0].name}."] if dropped else []
+    forward = partial(logits, tensors, layers, heads)
+    return SourceModel(dict(tensors), config, table(layers), forward, changes=dropped, notes=notes)
+
+
+def is_of_optimizer(name: str) -> bool:
+    """Whether TensorFlow's optimizers keep a variable: `beta1_power`, or `model/wte/Adam` of `model/wte`."""
+    of_one, _, slot = name.rpartition("/")
+    if slot == "ExponentialMovingAverage":  # other weights of the model: not to be dropped unasked
+        return False
+    return bool(re.search(rf"(^|/){OF_MODEL}$", of_one) or re.fullmatch(OF_OPTIMIZERS, slot))
 
 
 def matches(stored: int | None, fault: str) -> Callable[[np.ndarray], None]:
@@ -179,116 +211,10 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     Raises:
         ValueError: the tokenizer is not of their kind.
     """
-    vocabulary, merges = bpe.split_model(tokenizer)
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
+    added = bpe.kept_whole(tokenizer)
     if added:
         raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
-    in_order = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-    (folder / VOCABULARY).write_text(json.dumps(in_order), encoding="utf-8")
-    lines = ["#version: 0.2", *merges, ""]  # encoder.py leaves the first and the last out
-    (folder / MERGES).write_bytes("\n".join(lines).encode())
-
-
-def table_entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of a sorted table, in order.
-
-    Raises:
-        ValueError: it is no such table, or damaged.
-    """
-    content = file.read_bytes()
-    if len(content) < FOOTER_BYTES or int.from_bytes(content[-8:], "little") != TABLE_MAGIC:
-        raise ValueError(f"{file}: no TensorFlow index, or cut short.")
-    footer = content[-FOOTER_BYTES:]
-    try:
-        _, at = handle(footer, 0)
-        index, _ = handle(footer, at)
-        for _, value in block_entries(block(content, *index)):
-            yield from block_entries(block(content, *handle(value, 0)[0]))
-    except (IndexError, ValueError) as error:
-        raise ValueError(f"{file}: damaged: {error}") from error
-
-
-def block(content: bytes, start: int, size: int) -> bytes:
-    """One block of a table, once its checksum fits."""
-    stored = int.from_bytes(content[start + size + 1 : start + size + 5], "little")
-    if checksum(content[start : start + size + 1]) != stored:
-        raise ValueError(f"the block at byte {start} does not match its checksum.")
-    if content[start + size] != 0:
-        raise ValueError(f"the block at byte {start} is compressed; TensorFlow writes checkpoints uncompressed.")
-    return content[start : start + size]
-
-
-def block_entries(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block; each key is stored as what it shares with the one before, and the rest."""
-    end = len(content) - 4 - 4 * int.from_bytes(content[-4:], "little")
-    at, key = 0, b""
-    while at < end:
-        shared, at = varint(content, at)
-        rest, at = varint(content, at)
-        length, at = varint(content, at)
-        key = key[:shared] + content[at : at + rest]
-        yield key, content[at + rest : at + rest + length]
-        at += rest + length
-
-
-def handle(content: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Where a block starts and how long it is, and where the next word begins."""
-    start, at = varint(content, at)
-    size, at = varint(content, at)
-    return (start, size), at
-
-
-def varint(content: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where the next one begins.
-
-    Raises:
-        ValueError: it has no end.
-    """
-    value = shift = 0
-    while True:
-        if at >= len(content):
-            raise ValueError("a number is cut short.")
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of the fields of a protocol buffer message.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(message, bytes):
-        raise ValueError("a number where a message was to be expected, in the index.")
-    at = 0
-    while at < len(message):
-        tag, at = varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            value, at = varint(message, at)
-            yield number, value
-        elif kind == 5:
-            yield number, int.from_bytes(message[at : at + 4], "little")
-            at += 4
-        elif kind == 2:
-            length, at = varint(message, at)
-            yield number, message[at : at + length]
-            at += length
-        else:
-            raise ValueError(f"a field of kind {kind} in a message of the index.")
-
-
-def parse(message: bytes) -> dict[int, Any]:
-    """The last value of each field."""
-    return dict(fields(message))
-
-
-def repeated(message: bytes, number: int) -> list[bytes]:
-    """Every value of one field."""
-    return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
+    bpe.write_files(tokenizer, folder / VOCABULARY, folder / MERGES)
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:
@@ -305,7 +231,7 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
     folder.mkdir()
     hparams = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     (folder / HPARAMS).write_text(json.dumps(hparams), encoding="utf-8")
-    (folder / "checkpoint").write_text(
+    (folder / LATEST).write_text(
         'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n', encoding="utf-8"
     )
     header = field_of(1, 1) + field_of(3, field_of(1, 1))  # one file of data, little-endian, version 1
@@ -323,38 +249,3 @@ def write(parts: ModelParts, folder: Path) -> list[Change]:
             start += len(content)
     (folder / INDEX).write_bytes(sorted_table(entries))
     return changes
-
-
-def as_varint(value: int) -> bytes:
-    result = b""
-    while value >= 0x80:
-        result += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return result + bytes([value])
-
-
-def field_of(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer message."""
-    if isinstance(value, bytes):
-        return as_varint(number << 3 | 2) + as_varint(len(value)) + value
-    return as_varint(number << 3) + as_varint(value)
-
-
-def sorted_table(entries: list[tuple[bytes, bytes]]) -> bytes:
-    """A table of one block, whose keys share nothing: as valid as TensorFlow's own, and shorter to write."""
-    result = b""
-
-    def add(pairs: list[tuple[bytes, bytes]]) -> bytes:
-        nonlocal result
-        content = b"".join(
-            as_varint(0) + as_varint(len(key)) + as_varint(len(value)) + key + value for key, value in pairs
-        )
-        content += (0).to_bytes(4, "little") + (1).to_bytes(4, "little")  # one place to start reading: the beginning
-        where = as_varint(len(result)) + as_varint(len(content))
-        result += content + b"\0" + checksum(content + b"\0").to_bytes(4, "little")
-        return where
-
-    data = add(entries)
-    meta = add([])
-    index = add([(entries[-1][0], data)])
-    return result + (meta + index).ljust(40, b"\0") + TABLE_MAGIC.to_bytes(8, "little")

@@ -35,6 +35,9 @@ converted and transformers' own GPT-2 is never touched.
 # What GPT-2 reads from a config.json that names no value, as transformers' GPT2Config does.
 GPT2_TOKEN_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}
 
+# Names of hfgpt's that a GPT-2 config.json may have and that transformers' GPT-2 does not read, beside what it reads.
+GPT2_UNREAD = {"n_ctx": "n_positions", "intermediate_size": "n_inner", "num_key_value_heads": "n_head"}
+
 # GPT-2 options that change the mathematics and are not built here, with the one value that leaves it as it is.
 UNSUPPORTED_OPTIONS = {
     "scale_attn_weights": True,
@@ -229,18 +232,20 @@ class HFGPTConfig(PreTrainedConfig):
 
 
 def from_gpt2_fields(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark a GPT-2 config.json with `GPT2_SOURCE` and fill in what it implies; others pass as they are.
+    """Mark a GPT-2 config.json with `GPT2_SOURCE`, with the token ids it implies and without what GPT-2 does not read.
 
-    `n_ctx` has no effect in transformers' GPT-2, whose models are often trained with another one than `n_positions`.
+    Models are often trained with another `n_ctx` than `n_positions`. Other architectures' pass as they are.
     """
     if config_dict.get("model_type") != "gpt2":
         return dict(config_dict)
-    result = dict(config_dict)
-    positions = result.get("n_positions", HFGPTConfig.max_position_embeddings)
-    if (context := result.pop("n_ctx", positions)) != positions:
-        logger.warning(
-            f"`n_ctx` ({context}) is not `n_positions` ({positions}): it has no effect in GPT-2, and is ignored."
-        )
+    result = {name: value for name, value in config_dict.items() if name not in GPT2_UNREAD}
+    for name in GPT2_UNREAD.keys() & config_dict.keys():
+        value, read = config_dict[name], GPT2_UNREAD[name]
+        used = config_dict.get(read, getattr(HFGPTConfig, HFGPTConfig.attribute_map[read]))
+        if value != used:
+            logger.warning(f"`{name}` ({value}) is not `{read}` ({used}): it has no effect in GPT-2, and is ignored.")
+    if result.get("classifier_dropout", 0) is None:  # GPT-2's word for its default
+        del result["classifier_dropout"]
     vocab_size = result.get("vocab_size", HFGPTConfig.vocab_size)
     implied = {name: value for name, value in GPT2_TOKEN_IDS.items() if value < vocab_size}
     return {**implied, **result, "model_type": HFGPTConfig.model_type, "hfgpt_source": GPT2_SOURCE}
