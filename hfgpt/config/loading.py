@@ -5,6 +5,7 @@ What is misspelt, impossible or without effect is refused before anything is loa
 
 import io
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -16,12 +17,26 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hfgpt.config.recipes import find_recipe
-from hfgpt.config.schema import RunConfig
+from hfgpt.config.schema import TOKENIZER_FIELDS, RunConfig
 from hfgpt.config.validation import check
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 from hfgpt.system.suggest import did_you_mean
 
 MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
+SOURCES = {"source": ("source", "name", "split", "validation_split", "text_column")} | {
+    "files": ("files", "validation_files", "text_column")
+}
+"""The two ways to name a text, each with the options that belong to it."""
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    float | int: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[float]: "a list of numbers, such as [0.9, 0.95]",
+    list[str]: "a list of texts, such as [tensorboard]",
+}
+"""What the value of a field must be, by its type."""
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -34,24 +49,75 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
-    try:
-        merged = OmegaConf.structured(RunConfig)
-        OmegaConf.set_readonly(merged, False)
-        for layer in read_layers(recipe, overrides):
+    merged = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(merged, False)
+    for layer in read_layers(recipe, overrides):
+        try:
             merged = OmegaConf.merge(merged, layer)
-        config = unescape(OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"`{error.full_key}`: {unescape(str(error).splitlines()[0].rstrip('.'))}.") from error
+        except OmegaConfBaseException as error:
+            raise ValueError(describe_kind(str(error.full_key), layer)) from error
+    config = unescape(OmegaConf.to_object(merged))
     assert isinstance(config, RunConfig)
-    return check(config)
+    return check(expand_paths(config))
 
 
 def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
     """What the recipe says, and then each override: values by key, checked, under the fields' names."""
     path = find_recipe(recipe)
-    return [
+    from_recipe, *changes = [
         read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
     ]
+    return [replace_text(from_recipe, changes), *changes]
+
+
+def replace_text(recipe: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe without its text, if the overrides name another: files for a data set, or a data set for files."""
+    given: dict[str, Any] = {}
+    for layer in changes:
+        given |= layer.get("data", {})
+    for own, other in (("files", "source"), ("source", "files")):
+        if given.get(own) is not None and given.get(other) is None and recipe.get("data", {}).get(other) is not None:
+            return recipe | {"data": {k: v for k, v in recipe["data"].items() if k == own or k not in SOURCES[other]}}
+    return recipe
+
+
+def describe_kind(key: str, layer: Mapping[str, Any]) -> str:
+    """Say what a value of the wrong type must be."""
+    key = key.partition("[")[0]  # of an item of a list
+    value: Any = layer
+    for name in key.split("."):
+        value = value[name]
+    return f"`{key}` must be {kind_words(field_type(key.split('.')))}, got {unescape(value)!r}."
+
+
+def kind_words(kind: Any) -> str:
+    """What a value of a field's type is, in words."""
+    plain = next(each for each in KINDS if kind in (each, each | None))
+    return KINDS[plain] if kind == plain else f"{KINDS[plain]} or null"
+
+
+def expand_paths(config: RunConfig) -> RunConfig:
+    """Read `~` at the beginning of a path as the home folder: a shell does so only at the beginning of a word."""
+    data, tokenizer = config.data, config.tokenizer
+    return replace(
+        config,
+        output_dir=expand_home(config.output_dir),
+        init_from=expand_home(config.init_from),
+        tokenizer=replace(tokenizer, name=expand_home(tokenizer.name)),
+        data=replace(
+            data,
+            source=expand_home(data.source),
+            files=expand_home(data.files),
+            validation_files=expand_home(data.validation_files),
+        ),
+    )
+
+
+def expand_home(value: Any) -> Any:
+    """Expand a path, or each of several; anything else stays as it is."""
+    if isinstance(value, list | tuple):
+        return [expand_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
@@ -193,7 +259,7 @@ def read_section(values: Any, section: type, name: str = "the recipe") -> dict[s
             raise ValueError(f"Key '{key}' not in '{name}'.{hint}")
         if is_dataclass(known[key]):
             result[key] = read_section(value, known[key], key)
-        elif (section, key) == (RunConfig, "model") and value is not None:
+        elif (section, key) == (RunConfig, "model"):
             result[key] = read_model(value)
         else:
             result[key] = whole_number(value, known[key])
@@ -206,11 +272,22 @@ def read_model(values: Any) -> dict[str, Any]:
     for name in values:
         if name not in MODEL_FIELDS:
             raise ValueError(f"`model`: unknown field `{name}`.{did_you_mean(str(name), MODEL_FIELDS)}")
-    kinds = HFGPTConfig.__annotations__
-    return {name: whole_number(value, kinds[name]) for name, value in canonical_fields(values).items()}
+    result: dict[str, Any] = {}
+    for name, value in canonical_fields(values).items():
+        kind = HFGPTConfig.__annotations__[name]
+        result[name] = whole_number(value, kind)
+        if name not in TOKENIZER_FIELDS and not is_kind(result[name], kind):
+            raise ValueError(f"`model.{name}` must be {kind_words(kind)}, got {unescape(value)!r}.")
+    return result
+
+
+def is_kind(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def whole_number(value: Any, kind: Any) -> Any:
-    """Read 1e3 as a whole number where one is meant."""
+    """Read 1e3 as a whole number where one is meant, and 1 as a number with a fraction where that is."""
+    if type(value) is int and kind is float:
+        return float(value)
     is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
     return int(value) if is_meant else value
