@@ -5,7 +5,6 @@ What is misspelt, impossible or without effect is refused before anything is loa
 
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -19,24 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import TOKENIZER_FIELDS, RunConfig
 from hfgpt.config.validation import check
+from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 from hfgpt.system.suggest import did_you_mean
 
 MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
-SOURCES = {"source": ("source", "name", "split", "validation_split", "text_column")} | {
-    "files": ("files", "validation_files", "text_column")
-}
-"""The two ways to name a text, each with the options that belong to it."""
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    float | int: "a number",
-    bool: "true or false",
-    str: "a text",
-    list[float]: "a list of numbers, such as [0.9, 0.95]",
-    list[str]: "a list of texts, such as [tensorboard]",
-}
-"""What the value of a field must be, by its type."""
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -55,7 +41,8 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ValueError(describe_kind(str(error.full_key), layer)) from error
+            key = str(error.full_key).partition("[")[0]  # of an item of a list
+            raise ValueError(unescape(describe_kind(key, field_type(key.split(".")), layer))) from error
     config = unescape(OmegaConf.to_object(merged))
     assert isinstance(config, RunConfig)
     return check(expand_paths(config))
@@ -64,60 +51,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
     """What the recipe says, and then each override: values by key, checked, under the fields' names."""
     path = find_recipe(recipe)
-    from_recipe, *changes = [
+    layers = [
         read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
     ]
-    return [replace_text(from_recipe, changes), *changes]
-
-
-def replace_text(recipe: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recipe without its text, if the overrides name another: files for a data set, or a data set for files."""
-    given: dict[str, Any] = {}
-    for layer in changes:
-        given |= layer.get("data", {})
-    for own, other in (("files", "source"), ("source", "files")):
-        if given.get(own) is not None and given.get(other) is None and recipe.get("data", {}).get(other) is not None:
-            return recipe | {"data": {k: v for k, v in recipe["data"].items() if k == own or k not in SOURCES[other]}}
-    return recipe
-
-
-def describe_kind(key: str, layer: Mapping[str, Any]) -> str:
-    """Say what a value of the wrong type must be."""
-    key = key.partition("[")[0]  # of an item of a list
-    value: Any = layer
-    for name in key.split("."):
-        value = value[name]
-    return f"`{key}` must be {kind_words(field_type(key.split('.')))}, got {unescape(value)!r}."
-
-
-def kind_words(kind: Any) -> str:
-    """What a value of a field's type is, in words."""
-    plain = next(each for each in KINDS if kind in (each, each | None))
-    return KINDS[plain] if kind == plain else f"{KINDS[plain]} or null"
-
-
-def expand_paths(config: RunConfig) -> RunConfig:
-    """Read `~` at the beginning of a path as the home folder: a shell does so only at the beginning of a word."""
-    data, tokenizer = config.data, config.tokenizer
-    return replace(
-        config,
-        output_dir=expand_home(config.output_dir),
-        init_from=expand_home(config.init_from),
-        tokenizer=replace(tokenizer, name=expand_home(tokenizer.name)),
-        data=replace(
-            data,
-            source=expand_home(data.source),
-            files=expand_home(data.files),
-            validation_files=expand_home(data.validation_files),
-        ),
-    )
-
-
-def expand_home(value: Any) -> Any:
-    """Expand a path, or each of several; anything else stays as it is."""
-    if isinstance(value, list | tuple):
-        return [expand_home(each) for each in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    return replace_text(layers)
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
@@ -279,10 +216,6 @@ def read_model(values: Any) -> dict[str, Any]:
         if name not in TOKENIZER_FIELDS and not is_kind(result[name], kind):
             raise ValueError(f"`model.{name}` must be {kind_words(kind)}, got {unescape(value)!r}.")
     return result
-
-
-def is_kind(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def whole_number(value: Any, kind: Any) -> Any:
