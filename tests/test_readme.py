@@ -242,7 +242,7 @@ def test_the_map_shows_every_room_and_file_at_the_top_and_none_that_does_not_exi
         ("temperature", "generation/logits.py"),
         ("becomes final", "training/checkpoint.py"),
         ("GPT-2's names", "weights/formats/gpt2.py"),
-        (".csv", "data/text.py"),
+        (".csv", "data/readers.py"),
         ("leaves behind", "hub/allowlist.py"),
     ],
 )

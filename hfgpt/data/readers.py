@@ -193,7 +193,7 @@ def read_csv(file: BinaryIO, name: str, column: str, delimiter: str) -> Iterator
         for row, fields in enumerate(filled):
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{name}: row {row} (the first is 0) has {len(fields)} fields, the header {len(header)}. "
+                    f"{name}: row {row} (the first is 0) has {len(fields)} field(s), the header {len(header)}. "
                     f"Quote texts that hold a {delimiter!r} or a line end."
                 )
             yield fields[index]

@@ -178,7 +178,7 @@ REFUSALS = {
     "h.txt": ("a".encode("utf-16"), r"h\.txt is not UTF-8: byte 0xff at offset 0"),
     "i.csv": (
         "text\na,b\n",
-        r"i\.csv: row 0 \(the first is 0\) has 2 fields, the header 1\. Quote texts",
+        r"i\.csv: row 0 \(the first is 0\) has 2 field\(s\), the header 1\. Quote texts",
     ),
     "j.csv": (b"text\n\xff\n", r"j\.csv is not UTF-8: byte 0xff at offset 5"),
     "k.csv": ('text\n"a\n', r"k\.csv cannot be read: unexpected end of data, in line 2"),
