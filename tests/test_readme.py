@@ -37,7 +37,7 @@ TINY_RUN = (
 )
 SMALLER = [
     (r"hfgpt train demo output_dir=out/two.*", r"\g<0> train.save_every=0 " + TINY_RUN),
-    (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.source=null data.files=my.txt " + TINY_RUN),
+    (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.files=my.txt " + TINY_RUN),
     (r"hfgpt train finetune.*", r"\g<0> data.block_size=32 optim.warmup_steps=1 sample.max_new_tokens=3"),
     (r"^hfgpt bench train$", r"\g<0> --size tiny --rounds 2 --steps 1"),
     (r"--random small", r"--random small --layers 1"),
@@ -243,7 +243,7 @@ def test_the_map_shows_every_room_and_file_at_the_top_and_none_that_does_not_exi
         ("temperature", "generation/logits.py"),
         ("becomes final", "training/checkpoint.py"),
         ("GPT-2's names", "weights/formats/gpt2.py"),
-        (".csv", "data/text.py"),
+        (".csv", "data/readers.py"),
         ("leaves behind", "hub/allowlist.py"),
     ],
 )

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hfgpt.config.recipes import run_recipes
+from hfgpt.config.values import expand_home
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
@@ -23,6 +24,10 @@ PARTS_OF_THE_JOB = {
     "Share": ("card", "update-code", "push", "pull"),
 }
 ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
+
+
+PATHS = ("model", "source", "data", "tokenizer", "recipe", "resume", "runs")
+"""Parameters that hold a path as text, if they hold one; a `Path` always does."""
 
 
 class JobOrder(TyperGroup):
@@ -43,10 +48,14 @@ class JobOrder(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose results are alone on stdout."""
+    """A command whose results are alone on stdout, and in whose paths `~` is the home folder."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Typer prints help and completion before this is called."""
+        # A shell expands `~` at the beginning of a word, not in `--data=~/x`, and not for a program that starts this.
+        ctx.params |= {
+            name: expand_home(value) for name, value in ctx.params.items() if name in PATHS or isinstance(value, Path)
+        }
         with reserve_stdout():
             return super().invoke(ctx)
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
-        tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
+        tasks=[os.path.expanduser(task.strip()) for task in tasks.split(",")] if tasks else [],
         limit=limit,
     )
     leave_processes()

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hfgpt.config.recipes import find_recipe
-from hfgpt.config.schema import RunConfig
+from hfgpt.config.schema import TOKENIZER_FIELDS, RunConfig
 from hfgpt.config.validation import check
+from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 from hfgpt.system.suggest import did_you_mean
 
@@ -34,24 +35,26 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
-    try:
-        merged = OmegaConf.structured(RunConfig)
-        OmegaConf.set_readonly(merged, False)
-        for layer in read_layers(recipe, overrides):
+    merged = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(merged, False)
+    for layer in read_layers(recipe, overrides):
+        try:
             merged = OmegaConf.merge(merged, layer)
-        config = unescape(OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"`{error.full_key}`: {unescape(str(error).splitlines()[0].rstrip('.'))}.") from error
+        except OmegaConfBaseException as error:
+            key = str(error.full_key).partition("[")[0]  # of an item of a list
+            raise ValueError(unescape(describe_kind(key, field_type(key.split(".")), layer))) from error
+    config = unescape(OmegaConf.to_object(merged))
     assert isinstance(config, RunConfig)
-    return check(config)
+    return check(expand_paths(config))
 
 
 def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
     """What the recipe says, and then each override: values by key, checked, under the fields' names."""
     path = find_recipe(recipe)
-    return [
+    layers = [
         read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
     ]
+    return replace_text(layers)
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
@@ -193,7 +196,7 @@ def read_section(values: Any, section: type, name: str = "the recipe") -> dict[s
             raise ValueError(f"Key '{key}' not in '{name}'.{hint}")
         if is_dataclass(known[key]):
             result[key] = read_section(value, known[key], key)
-        elif (section, key) == (RunConfig, "model") and value is not None:
+        elif (section, key) == (RunConfig, "model"):
             result[key] = read_model(value)
         else:
             result[key] = whole_number(value, known[key])
@@ -206,11 +209,18 @@ def read_model(values: Any) -> dict[str, Any]:
     for name in values:
         if name not in MODEL_FIELDS:
             raise ValueError(f"`model`: unknown field `{name}`.{did_you_mean(str(name), MODEL_FIELDS)}")
-    kinds = HFGPTConfig.__annotations__
-    return {name: whole_number(value, kinds[name]) for name, value in canonical_fields(values).items()}
+    result: dict[str, Any] = {}
+    for name, value in canonical_fields(values).items():
+        kind = HFGPTConfig.__annotations__[name]
+        result[name] = whole_number(value, kind)
+        if name not in TOKENIZER_FIELDS and not is_kind(result[name], kind):
+            raise ValueError(f"`model.{name}` must be {kind_words(kind)}, got {unescape(value)!r}.")
+    return result
 
 
 def whole_number(value: Any, kind: Any) -> Any:
-    """Read 1e3 as a whole number where one is meant."""
+    """Read 1e3 as a whole number where one is meant, and 1 as a number with a fraction where that is."""
+    if type(value) is int and kind is float:
+        return float(value)
     is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
     return int(value) if is_meant else value

@@ -3,6 +3,7 @@
 This module is a package as well: its modules, such as `hfgpt.config.recipes.lecture`, are in that folder.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def find_recipe(recipe: str | Path) -> Path:
     Raises:
         ValueError: there is neither.
     """
-    path = Path(recipe)
+    path = Path(os.path.expanduser(recipe))
     if path.is_file():
         return path
     bundled = find_bundled(str(recipe))

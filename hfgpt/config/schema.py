@@ -36,7 +36,9 @@ class DataConfig:
     name: str | None = None
     """Configuration of a Hub data set, such as `wikitext-2-raw-v1`."""
     files: Any = None
-    """Path, or list of paths, of .txt, .md, .jsonl, .json, .parquet or .csv files, or folders of them."""
+    """Path, or list of paths, of .txt, .md, .jsonl, .json, .parquet or .csv files, or folders of them; see
+    hfgpt/data/README.md.
+    """
     validation_files: Any = None
     """Like `files`; the validation text. null takes it from the training text, see `validation_fraction`."""
     text_column: str = "text"

@@ -14,12 +14,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.rows import fill_row, restarting_positions
-from hfgpt.data.text import Documents, named_validation, stream_texts
+from hfgpt.data.text import Documents, check_stream, named_validation, stream_texts
 from hfgpt.data.tokenizer import encode_documents
 
 READ_AT_ONCE = 64  # documents that are tokenized together
@@ -34,6 +33,7 @@ def sample_documents(data: DataConfig, seed: int) -> Documents:
     Raises:
         ValueError: the source holds fewer documents than that.
     """
+    check_stream(data)
     validation = named_validation(data)
     if validation is None:
         first = [row["text"] for row in stream_texts(data, shuffle_seed=None).take(data.validation_documents)]
@@ -162,10 +162,8 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
         while not self.arrived:
             try:
                 batch = next(self.source, None)
-            except DatasetsError as error:
-                reason = " ".join(str(error.__cause__ or error).split())
-                name = self.data.source or self.data.files
-                raise OSError(f"{name} cannot be read further: {reason}. The run goes on with `--resume`.") from error
+            except OSError as error:
+                raise OSError(f"{error}. The run goes on with `--resume`.") from error
             if batch is None:
                 return False
             own = batch["text"][(self.first - self.read) % self.every :: self.every]

@@ -224,6 +224,48 @@ def test_data_prepare_has_nothing_to_do_for_a_stream(world):
     assert "there is nothing to prepare" in refused.err
 
 
+@pytest.mark.parametrize("words", ["data prepare tiny.yaml", "train tiny.yaml output_dir=out/new", "evaluate"])
+def test_every_command_says_which_files_of_a_folder_are_no_text(world, words):
+    for name in ("text.txt", "more.txt", ".git/a.txt", "._text.txt", "README.md", "empty.md", "a.png"):
+        Path("corpus", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("corpus", name).write_bytes(b"" if "empty" in name else Path("text.txt").read_bytes())
+
+    folder = ["out/accelerate", "--data", "corpus"] if words == "evaluate" else ["data.files=corpus"]
+    said = hfgpt(*words.split(), *folder)
+
+    assert said.code == 0, said.err
+    [line] = [line for line in said.err.splitlines() if line.startswith("left out of the text: ")]
+    for part in ("5 files: ", "2 hidden (._text.txt, .git/a.txt)", "(README.md)", "1 of another kind", "1 empty"):
+        assert part in line
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_stands(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world))
+    small = "train.max_steps=2 train.eval_rows=2 sample.max_new_tokens=3 optim.warmup_steps=1".split()
+
+    for words in (
+        ["train", "~/tiny.yaml", "output_dir=~/out/new", "data.files=~/text.txt", *small],
+        ["tokenizer", "train", "~/tokenizer", "data.files=~/text.txt", "tokenizer.vocab_size=300"],
+        ["evaluate", "~/out/new", "--data=~/text.txt", "--tokenizer=~/out/new"],
+        ["compare", "~/out/new", "~/out/accelerate", "--picture=~/curves.png"],
+        ["generate", "~/out/new", "~/The", "--max-new-tokens=2"],
+        ["convert", "~/out/new", "~/converted", "--to=gpt2"],
+        ["config", "~/tiny.yaml"],
+    ):
+        said = hfgpt(*words)
+        assert said.code == 0, said.err
+
+    assert {"tokenizer", "curves.png", "converted"} < {path.name for path in world.iterdir()}
+    assert not Path("~").exists()
+
+
+def test_the_files_of_ones_own_replace_the_text_of_a_recipe(world):
+    said = hfgpt("data", "prepare", "demo", "data.files=text.txt", "tokenizer.vocab_size=300", "--json")
+
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["train"]["documents"] == 1
+
+
 TRAIN = "train tiny.yaml output_dir=out/new"
 
 
@@ -245,8 +287,8 @@ BAD_INPUT = [
     (f"{TRAIN} data.files=null", "`data.source` or `data.files`", "None and None", "`data.source=pydoc`"),
     (f"{TRAIN} data.files=emptied", "folder emptied", ".txt"),
     (f"{TRAIN} data.files=text.pdf", "text.pdf", "'.pdf'", ".txt, .md, .jsonl"),
-    (f"{TRAIN} data.files=latin.txt", "latin.txt", "UTF-8", "0xe9 at offset 3", "Save it as UTF-8"),
-    (f"{TRAIN} data.files=empty.txt", "empty.txt", "every document is empty"),
+    (f"{TRAIN} data.files=latin.txt", "latin.txt", "UTF-8", "0xe9 at offset 3", "iconv -f windows-1252"),
+    (f"{TRAIN} data.files=empty.txt", "empty.txt is empty: there is no text to read."),
     (f"{TRAIN} data.files=short.txt", "training split", "one block of 33", "lower `data.block_size` (32)"),
     (f"{TRAIN} data.files=[text.txt,short.txt]", "validation split", "one block of 33", "give more text"),
     (
