@@ -7,7 +7,6 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 fault, 2 misuse,
 import errno
 import io
 import os
-import re
 import sys
 from typing import NoReturn
 
@@ -29,17 +28,22 @@ def main() -> None:
     """Run the command line; a user's mistake gets one line and exit code 2, without a traceback."""
     is_debug = "--debug" in sys.argv
     # Every command knows --debug, wherever it stands.
-    sys.argv = [sys.argv[0], *join_resume([word for word in sys.argv[1:] if word != "--debug"])]
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    sys.argv = [sys.argv[0], *join_resume(words)]
     prepare_streams()
     silence_libraries()
     try:
         check_encoding(sys.argv)
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="hfgpt") or 0
         result_stream().flush()  # here a full disk, or a reader that has gone, is noticed
     except BrokenPipeError:  # `hfgpt config demo | head -1`: the reader has had enough
         discard_stdout()
         raise SystemExit(1) from None
     except TyperException as error:
+        from hfgpt.cli.misuse import describe_misuse  # reads the options of a recipe, which take time
+
         fail(describe_misuse(error), 2)
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         message = describe(error)
@@ -61,20 +65,6 @@ def fail(message: str, code: int) -> NoReturn:
     if message:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - from every process, unlike print_status
     raise SystemExit(code) from None
-
-
-def describe_misuse(error: TyperException) -> str:
-    """One line about words that typer does not understand: the nearest known ones, and the help to read."""
-    message = error.format_message().strip()
-    if not message:  # `hfgpt` alone: its help has been printed
-        return ""
-    message = re.sub(r" \(Possible options: (.*)\)$", r". Did you mean \1?", message[0].lower() + message[1:])
-    key = re.match(r"no such option: -+(\w+\.[\w.]+)", message)
-    if key:
-        message = f"{key[0]}. Values of a recipe have no dashes: `{key[1]}=VALUE`."
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context else "hfgpt"
-    return f"{message}{'' if message[-1] in '.?' else '.'} See `{where} --help`."
 
 
 def describe(error: Exception) -> str | None:

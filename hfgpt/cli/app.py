@@ -1,10 +1,8 @@
 """The app that the commands register with, and the arguments and options that several of them take."""
 
-import ast
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,25 +79,9 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_override(incomplete: str) -> list[str]:
     """Offer the keys of a recipe."""
+    from hfgpt.config.keys import recipe_keys  # which `hfgpt --help` does not need
+
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
-
-
-def recipe_keys() -> list[str]:
-    """The key path of every option of a recipe."""
-    from hfgpt.config.schema import RunConfig  # which `hfgpt --help` does not need
-
-    keys: list[str] = []
-    for name, value in asdict(RunConfig()).items():
-        inner = model_fields() if name == "model" else value if isinstance(value, dict) else None
-        keys += [name] if inner is None else [f"{name}.{key}" for key in inner]
-    return keys
-
-
-def model_fields() -> list[str]:
-    """The fields of `HFGPTConfig`, read from its source: importing it takes seconds, and Tab is pressed often."""
-    source = (Path(__file__).parents[1] / "configuration_hfgpt.py").read_text(encoding="utf-8")
-    classes = {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    return [ast.unparse(item.target) for item in classes["HFGPTConfig"] if isinstance(item, ast.AnnAssign)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -107,7 +89,7 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Values that differ from the recipe's.", metavar="[KEY.PATH=VALUE]...", autocompletion=complete_override
+        help="Values that differ from the recipe's.", metavar="KEY.PATH=VALUE", autocompletion=complete_override
     ),
 ]
 Recipe = Annotated[

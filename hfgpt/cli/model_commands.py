@@ -135,7 +135,7 @@ Compare = Annotated[
 @with_sampling_options
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", metavar="PROMPT")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one a line, or .jsonl with objects that have a `prompt`.")
     ] = None,
@@ -179,7 +179,7 @@ def generate(
 @app.command()
 def explore(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text to look at, and to continue.")],
+    text: Annotated[str, typer.Argument(help="Text to look at, and to continue.", metavar="TEXT")],
     compare: Compare = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show of those that may come next.")] = 10,
     steps: Annotated[int, typer.Option(min=0, help="Tokens of the most likely continuation.")] = 8,

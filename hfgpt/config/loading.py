@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,13 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hfgpt.config.keys import as_override, as_yaml, check_keys, suggest_override
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import RunConfig
-from hfgpt.config.validation import check
-from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
-from hfgpt.system.suggest import did_you_mean
-
-MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
+from hfgpt.config.validation import check_model, check_options
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -34,30 +32,49 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
+    layers = read_layers(recipe, overrides)
     try:
         merged = OmegaConf.structured(RunConfig)
         OmegaConf.set_readonly(merged, False)
-        for layer in read_layers(recipe, overrides):
-            merged = OmegaConf.merge(merged, layer)
+        for layer in layers:
+            merged = OmegaConf.merge(merged, {key: value for key, value in layer.items() if key != "model"})
         config = unescape(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"`{error.full_key}`: {unescape(str(error).splitlines()[0].rstrip('.'))}.") from error
     assert isinstance(config, RunConfig)
-    return check(config)
+    check_options(config)
+    # Last, because its classes import torch: all else is answered before.
+    model = {name: value for layer in layers for name, value in read_model(layer).items()}
+    return check_model(replace(config, model=unescape(model)))
 
 
 def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
-    """What the recipe says, and then each override: values by key, checked, under the fields' names."""
+    """What the recipe says, and then each override: values by key; the keys are checked."""
     path = find_recipe(recipe)
-    return [
-        read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
-    ]
+    layer = yaml_mapping(path)
+    try:
+        check_keys(layer, lambda key, value: as_yaml(key, unescape(value)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    layers = [layer]
+    for text in overrides:
+        layers.append(parse_override(text))
+        typed = text.partition("=")[2]
+        check_keys(layers[-1], partial(spell_override, typed))
+    return [read_section(layer) for layer in layers]
+
+
+def spell_override(typed: str, key: str, value: Any) -> str:
+    """Another key with the value as it was typed: 1e-3, not 0.001."""
+    return as_override(key, typed)
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
     recipe_layer, *override_layers = read_layers(recipe, overrides)
     origins = dict.fromkeys(flatten(asdict(config)), "default")
+    for layer in (recipe_layer, *override_layers):
+        layer["model"] = read_model(layer)
     for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
         origins |= {key: origin for key in flatten(layer) if key in origins}
     return origins
@@ -136,15 +153,16 @@ def parse_override(text: str) -> dict[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r} is not an override. Write `key.path=value`, such as `train.max_steps=100`.")
+        raise ValueError(f"{text!r} is not an override.{suggest_override(text)}")
     names = key.strip().split(".")
     kind = field_type(names)
     parsed: Any = escape(value)
     if kind not in (str, str | None):
         try:
-            parsed = OmegaConf.from_dotlist([f"value={parsed}"])["value"]
+            layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={parsed}"]), resolve=False)
         except yaml.YAMLError as error:
             raise ValueError(f"`{key}`: {value!r} is not YAML. Is a bracket or a quote left open?") from error
+        parsed = layer["value"]
     elif kind is not str and value in ("", "null"):
         parsed = None
     for name in reversed(names):
@@ -178,36 +196,27 @@ def unescape(value: Any) -> Any:
     return value
 
 
-def read_section(values: Any, section: type, name: str = "the recipe") -> dict[str, Any]:
-    """Check the keys of a section against its class, and of those in it; write the model's aliases as its fields.
+def read_section(values: Mapping[str, Any], section: type = RunConfig) -> dict[str, Any]:
+    """Write 1e3 as a whole number where one is meant; the keys are checked."""
+    known = get_type_hints(section)
+    return {
+        key: read_section(value, known[key]) if is_dataclass(known[key]) else whole_number(value, known[key])
+        for key, value in values.items()
+    }
+
+
+def read_model(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of a layer, under the names of `HFGPTConfig`.
 
     Raises:
-        ValueError: it is no section, or has an unknown key, which is named with the nearest known one.
+        ValueError: a field and its alias have different values.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`{name}` must hold `key: value` lines, got {values!r}.")
-    known, result = get_type_hints(section), {}
-    for key, value in values.items():
-        if key not in known:
-            hint = did_you_mean(str(key), known) or f" It has {sorted(known)}."
-            raise ValueError(f"Key '{key}' not in '{name}'.{hint}")
-        if is_dataclass(known[key]):
-            result[key] = read_section(value, known[key], key)
-        elif (section, key) == (RunConfig, "model") and value is not None:
-            result[key] = read_model(value)
-        else:
-            result[key] = whole_number(value, known[key])
-    return result
+    if not layer.get("model"):
+        return {}
+    from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 
-
-def read_model(values: Any) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`model` must hold `field: value` lines, got {values!r}.")
-    for name in values:
-        if name not in MODEL_FIELDS:
-            raise ValueError(f"`model`: unknown field `{name}`.{did_you_mean(str(name), MODEL_FIELDS)}")
     kinds = HFGPTConfig.__annotations__
-    return {name: whole_number(value, kinds[name]) for name, value in canonical_fields(values).items()}
+    return {name: whole_number(value, kinds[name]) for name, value in canonical_fields(layer["model"]).items()}
 
 
 def whole_number(value: Any, kind: Any) -> Any:

@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from hfgpt.config.loading import load_config
+from hfgpt.config.keys import as_override, check_keys
+from hfgpt.config.loading import load_config, parse_override
 from hfgpt.config.schema import RunConfig
+from hfgpt.system.suggest import did_you_mean
 
 from .book import INITIALISATIONS
 from .steps import STEPS, Lecture
@@ -49,7 +51,7 @@ def run(names: list[str], overrides: list[str]) -> None:
     """
     for name in names:
         if name not in STEPS:
-            raise ValueError(f"there is no step {name!r}. There are {', '.join(STEPS)}.")
+            raise ValueError(f"there is no step {name!r}.{did_you_mean(name, STEPS)} There are {', '.join(STEPS)}.")
     lecture = make_lecture(overrides)
     lecture.refuse_another_run()
     for name, step in STEPS.items():
@@ -71,10 +73,12 @@ def make_lecture(overrides: list[str]) -> Lecture:
         key, _, value = override.partition("=")
         if key in own:
             own[key] = value
-        elif not any(key == option or key.startswith(f"{option}.") for option in OPTIONS):
-            raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {', '.join([*own, *OPTIONS])}.")
         else:
             others.append(override)
+            check_keys(parse_override(override), as_override)
+            if not any(key == option or key.startswith(f"{option}.") for option in OPTIONS):
+                keys = ", ".join([*own, *OPTIONS])
+                raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {keys}.")
     if own["init"] not in INITIALISATIONS:
         raise ValueError(f"`init` must be one of {list(INITIALISATIONS)}, got {own['init']!r}.")
     if any(override.startswith("data.source=") for override in others):
