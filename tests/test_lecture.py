@@ -343,7 +343,7 @@ def test_without_gpt2s_weights_the_step_says_that_it_is_left_out(lecture, capsys
     [
         (["trainig"], "there is no step 'trainig'"),
         (["train.precision=bf16"], "`train.precision` has no effect in the lecture"),
-        (["optim.learning_rat=1"], "no effect"),
+        (["optim.learning_rat=1"], "Did you mean `optim.learning_rate=1`?"),
         (["train.eval_every=epoch"], "`train.eval_every` must be a number of steps"),
         (["init=xavier"], "`init` must be one of"),
         (["gpt2", "weights=no-such-folder"], "no-such-folder"),

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from typer.exceptions import TyperException
@@ -16,9 +17,22 @@ from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands,
 from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
+from hfgpt.system.suggest import nearest_path
 
 # What a user's words can cause. Other errors, such as a full disk or a run that diverged, are faults.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+UNUSABLE = {
+    errno.EACCES: "may not be used by you: no permission. Name another, or change that with chmod.",
+    errno.EROFS: "is on a disk that cannot be written to. Name another.",
+    errno.EPERM: "may not be used by you: no permission. Name another.",
+    errno.EISDIR: "is a folder. Name a file.",
+    errno.ENOTDIR: "is a file. Name a folder.",
+    errno.ENOENT: "is not there: no such file or folder.",
+    errno.EEXIST: "exists already. Name another.",
+    errno.ENAMETOOLONG: "has too long a name. Shorten it.",
+}
+"""What is wrong with a path that the operating system refused, and what to do."""
 
 INTERRUPTED = 130
 """The exit code of typer, and of a shell, for a program that Ctrl-C ended."""
@@ -50,7 +64,7 @@ def main() -> None:
         if is_debug or message is None:
             raise
         is_misuse = isinstance(error, MISUSES) or getattr(error, "errno", None) == errno.ENAMETOOLONG
-        fail(message, 2 if is_misuse else 1)
+        fail(message + near_path(message) if is_misuse else message, 2 if is_misuse else 1)
     if code == INTERRUPTED:
         print_status("stopped at once; the last checkpoint is as it was.")
     raise SystemExit(code)
@@ -80,8 +94,31 @@ def describe(error: Exception) -> str | None:
     is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or is_torch_memory:
         return f"out of memory. Lower the batch, the rows or the model. {error}"
+    if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+        return describe_path(Path(os.fsdecode(error.filename)), UNUSABLE[error.errno])
     is_ours = isinstance(error, RuntimeError) and not isinstance(error, MISUSES)
     return None if is_ours else str(error)
+
+
+def describe_path(path: Path, fault: str) -> str:
+    """Which part of a path cannot be used, why, and what to do."""
+    if path.name.endswith(".tmp"):  # what `write_atomically` writes before it is whole
+        path = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
+    folder = next(each for each in path.parents if each.exists())
+    if folder.is_file():
+        return f"{path}: {folder} is a file. Name a folder there."
+    if folder not in (path.parent, path):
+        return f"{path}: there is no folder {path.parent}. Make it first, or name another."
+    return f"{path} {fault}"
+
+
+def near_path(message: str) -> str:
+    """The end of an error message: the file that a path on the command line may have meant, if the message names it."""
+    for word in sys.argv[1:]:
+        for typed in (word, word.partition("=")[2]):
+            if typed and repr(typed)[1:-1] in message and "Did you mean" not in message and not os.path.exists(typed):
+                return nearest_path(Path(typed))
+    return ""
 
 
 def describe_missing(error: ModuleNotFoundError) -> str | None:

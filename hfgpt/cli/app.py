@@ -23,6 +23,10 @@ PARTS_OF_THE_JOB = {
 ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
 
 
+MAY_BE_EMPTY = ("prompt", "text", "stop", "resume")
+"""Parameters whose empty value means something, or is refused where it is read."""
+
+
 class JobOrder(TyperGroup):
     """Lists the commands by the parts of the job; typer itself would go by where they are written."""
 
@@ -41,7 +45,20 @@ class JobOrder(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose results are alone on stdout."""
+    """A command whose results are alone on stdout, and which takes no empty words but where a text may be empty."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty word, which would be read as this folder, or as nothing given."""
+        is_any_empty = "" in args or any(word.startswith("--") and word.endswith("=") for word in args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params if is_any_empty else []:
+            values = ctx.params.get(parameter.name)
+            for value in values if isinstance(values, list) else [values]:
+                if value in ("", Path()) and parameter.name not in MAY_BE_EMPTY:
+                    is_option = parameter.param_type_name == "option"
+                    name = parameter.opts[-1] if is_option else parameter.metavar or parameter.name
+                    raise ValueError(f"`{name}` is empty. Give it a value, or leave it out.")
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Typer prints help and completion before this is called."""

@@ -71,6 +71,7 @@ KINDS = {
     "int_from_float": "a whole number",
     "float_parsing": "a number",
     "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
 }
 """What pydantic, which reads typer's numbers, asked for."""
 

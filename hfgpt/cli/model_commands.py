@@ -139,7 +139,9 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one a line, or .jsonl with objects that have a `prompt`.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; with beam search the best ones.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Texts per prompt; with beam search the best ones.")
+    ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 8,
     *,
     given: dict[str, Any],
@@ -148,7 +150,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token, or many at once."""
     if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
+        both = "" if prompt is None else f", got both, and the file is {str(prompts)!r}"
+        raise ValueError(f'give a PROMPT, such as "Once upon", or `--prompts FILE`, one of them{both}.')
     variants = make_variants(given, compare) if compare else {"": change_params(DEFAULTS, given)}
 
     from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts

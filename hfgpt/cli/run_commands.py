@@ -11,6 +11,7 @@ import typer
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 from hfgpt.config.recipes import bundled_recipes
 from hfgpt.system.console import print_status, result_stream
+from hfgpt.system.suggest import did_you_mean
 
 LECTURE_STEPS = (
     *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
@@ -49,7 +50,9 @@ def recipes(
     """List the recipes that come with hfgpt, and what takes them."""
     found = {recipe.name: recipe for recipe in bundled_recipes()}
     if name is not None and name not in found:
-        raise ValueError(f"no recipe {name!r} comes with hfgpt. There are {', '.join(found)}.")
+        raise ValueError(
+            f"no recipe {name!r} comes with hfgpt.{did_you_mean(name, found)} There are {', '.join(found)}."
+        )
     if as_json:
         chosen = found if name is None else {name: found[name]}
         print_json({key: {**asdict(recipe), "path": str(recipe.path)} for key, recipe in chosen.items()})

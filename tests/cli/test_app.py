@@ -1,6 +1,7 @@
 """The command line as a whole: help, misuse, terminals, pipes and shells."""
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -14,7 +15,7 @@ import typer
 from commands import Result, assert_refused, hfgpt, process, shell
 
 import hfgpt as package
-from hfgpt.cli import describe_missing, main
+from hfgpt.cli import describe, describe_missing, main
 from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe
 from hfgpt.config.loading import load_config
 from hfgpt.system.extras import needs
@@ -226,6 +227,7 @@ MISUSE = [
     ("generate small The --temperature hot", "`--temperature` must be a number, got 'hot'"),
     ("generate small The --seed 한", "`--seed` must be a whole number, got '한'"),
     ("verify --random small --layers two", "`--layers` must be a whole number, got 'two'"),
+    ("generate small The --samples 99999999999999999999", "`--samples` must be at most 1000000"),
     ("explore small The --steps -1", "`--steps` must be at least 0, got '-1'"),
 ]
 
@@ -235,6 +237,65 @@ def test_a_wrong_command_line_gets_one_line_and_exit_code_2(case):
     command, *words = case
 
     assert_refused(hfgpt(*command.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["train", ""], "RECIPE"),
+        (["train", "demo", ""], "KEY.PATH=VALUE"),
+        (["generate", "", "The"], "MODEL"),
+        (["evaluate", "small", "--data", ""], "--data"),
+        (["evaluate", "small", "--data=t.txt", "--tokenizer="], "--tokenizer"),
+        (["generate", "small", "--prompts", ""], "--prompts"),
+        (["tokenizer", "train", ""], "FOLDER"),
+        (["convert", "small", "", "--to", "gpt2"], "NEW"),
+        (["compare", "", "small"], "RUN"),
+        (["recipes", ""], "NAME"),
+        (["verify", ""], "MODEL"),
+        (["pull", "user/model", ""], "FOLDER"),
+        (["push", "small", ""], "USER/MODEL"),
+    ],
+)
+def test_an_empty_word_is_not_taken_for_this_folder(words, name):
+    assert_refused(hfgpt(*words), f"`{name}` is empty. Give it a value, or leave it out.")
+
+
+def test_a_path_that_the_system_refuses_is_named_with_what_to_do(tmp_path):
+    def refused(kind, path):
+        return describe(OSError(kind, "as the system says it", str(path)))
+
+    (tmp_path / "글 모음.txt").touch()
+    text = tmp_path / "글 모음.txt"
+    assert refused(errno.ENOTDIR, text / "x") == f"{text / 'x'}: {text} is a file. Name a folder there."
+    assert refused(errno.ENOENT, tmp_path / "no" / ".a.png.tmp") == (
+        f"{tmp_path / 'no' / 'a.png'}: there is no folder {tmp_path / 'no'}. Make it first, or name another."
+    )
+    assert refused(errno.EISDIR, tmp_path) == f"{tmp_path} is a folder. Name a file."
+    assert refused(errno.EACCES, text).startswith(f"{text} may not be used by you: no permission.")
+    assert refused(errno.EROFS, text).startswith(f"{text} is on a disk that cannot be written to.")
+
+
+def test_a_typo_in_a_path_is_answered_with_the_file_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "full name 한글").mkdir()
+    (tmp_path / "full name 한글" / "글 모음.txt").touch()
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert_refused(hfgpt("config", "mine.yml"), "no recipe 'mine.yml'", "Did you mean `mine.yaml`?")
+    assert_refused(hfgpt("train", "dmeo"), "Did you mean `demo`?")
+    assert_refused(hfgpt("recipes", "lectrue"), "Did you mean `lecture`?")
+    said = hfgpt("data", "prepare", "demo", "data.source=null", "data.files=full name 한글/글모음.txt")
+    assert_refused(said, "Did you mean `full name 한글/글 모음.txt`?")
+
+
+def test_the_folder_of_a_run_is_no_recipe_and_says_where_its_own_is(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert_refused(hfgpt("train", "run"), "'run' is the folder of a run. Its recipe is `run/run.yaml`.")
 
 
 COMMANDS_ELSEWHERE = {
