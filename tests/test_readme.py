@@ -35,6 +35,16 @@ TINY_RUN = (
     "model.n_embd=32 model.n_layer=1 model.n_head=2 tokenizer.vocab_size=400 train.max_steps=2 optim.warmup_steps=1 "
     "train.batch_size=2 train.eval_rows=2 sample.max_new_tokens=3"
 )
+
+
+def tiny_items():
+    """The same among the overrides in Python."""
+    typed = dict(word.split("=") for word in TINY_RUN.split())
+    return (
+        ", ".join(f"{key!r}: {value}" for key, value in typed.items()) + ", 'data.source': None, 'data.files': 'my.txt'"
+    )
+
+
 SMALLER = [
     (r"hfgpt train demo output_dir=out/two.*", r"\g<0> train.save_every=0 " + TINY_RUN),
     (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.source=null data.files=my.txt " + TINY_RUN),
@@ -64,7 +74,8 @@ def steps(page):
     """What to run for a page, in its order."""
     for language, block in blocks(page):
         if language == "python":
-            yield [sys.executable, "-c", re.sub("openai-community/gpt2", "tiny-gpt2", block)]
+            code = block.replace("openai-community/gpt2", "tiny-gpt2").replace('"train.max_steps": 200', tiny_items())
+            yield [sys.executable, "-c", code]
         else:
             for line in lines_of_bash(f"```bash\n{block}```"):
                 if not line.startswith(("make", "source")):

@@ -147,7 +147,6 @@ def train(
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.results.records import RESULTS_FILE, read_results
     from hfgpt.training.signals import RESUMABLE, Stopped
     from hfgpt.training.train import train
 
@@ -158,9 +157,8 @@ def train(
         leave_processes()
         raise typer.Exit(RESUMABLE) from None
     leave_processes()
-    if results is None:
+    if results.was_finished:
         print_status(f"{loaded.output_dir} holds this run, finished.")
-        results = read_results(Path(loaded.output_dir) / RESULTS_FILE)
     if not PartialState().is_main_process:
         return
     if as_json:

@@ -18,7 +18,7 @@ import yaml
 from hfgpt.config.schema import DROPOUT_FIELDS, TOKENIZER_FIELDS, RunConfig
 
 Spelling = Callable[[str, Any], str]
-"""How a key and its value are written: `as_override` or `as_yaml`."""
+"""How a key and its value are written: `as_override`, `as_item` or `as_yaml`."""
 
 ELSEWHERE = {
     **dict.fromkeys("lr max_lr peak_lr lrate step_size".split(), "optim.learning_rate"),
@@ -272,6 +272,11 @@ def near_keys(path: str, last: str) -> list[str]:
 def as_override(key: str, value: Any) -> str:
     """As it is typed on a command line."""
     return shlex.quote(f"{key}={shorten(value)}")
+
+
+def as_item(key: str, value: Any) -> str:
+    """As it stands among the overrides in Python."""
+    return f"{key!r}: {shorten(repr(value))}"
 
 
 def as_yaml(key: str, value: Any) -> str:

@@ -16,18 +16,19 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hfgpt.config.keys import as_override, as_yaml, check_keys, suggest_override
+from hfgpt.config.keys import as_item, as_override, as_yaml, check_keys, suggest_override
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import RunConfig
 from hfgpt.config.validation import check_model, check_options
 
 
-def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
     """Read a recipe.
 
     Args:
         recipe: path of a YAML file, or the name of a recipe that comes with hfgpt (`demo`).
-        overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is.
+        overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is. Or values by key path,
+            nested or not: `{"train.max_steps": 100}` or `{"train": {"max_steps": 100}}`.
 
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
@@ -48,8 +49,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return check_model(replace(config, model=unescape(model)))
 
 
-def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
+def read_layers(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]) -> list[dict[str, Any]]:
     """What the recipe says, and then each override: values by key; the keys are checked."""
+    if isinstance(overrides, str):
+        overrides = [overrides]
     path = find_recipe(recipe)
     layer = yaml_mapping(path)
     try:
@@ -57,6 +60,11 @@ def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, 
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     layers = [layer]
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            layers.append(nest(str(key).split("."), plain(value)))
+            check_keys(layers[-1], as_item)
+        overrides = ()
     for text in overrides:
         layers.append(parse_override(text))
         typed = text.partition("=")[2]
@@ -165,9 +173,25 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed = layer["value"]
     elif kind is not str and value in ("", "null"):
         parsed = None
-    for name in reversed(names):
-        parsed = {name: parsed}
-    return parsed
+    return nest(names, parsed)
+
+
+def nest(names: list[str], value: Any) -> dict[str, Any]:
+    """A value under the names that lead to it."""
+    *outer, last = names
+    layer = {last: value}
+    for name in reversed(outer):
+        layer = {name: layer}
+    return layer
+
+
+def plain(value: Any) -> Any:
+    """A value from Python as a recipe holds it: paths as text, all text escaped."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return escape(str(value)) if isinstance(value, str | Path) else value
 
 
 def field_type(names: list[str]) -> Any:
