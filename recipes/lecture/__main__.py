@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hfgpt.config.recipes.lecture",
         description="The lecture on pretraining a GPT, whole or step by step.",
-        epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, language, and of lecture.yaml {', '.join(OPTIONS)}",
+        epilog=f"steps, in their order:\n{shown}\n\n"
+        f"keys: weights, init, language, and of lecture.yaml {', '.join(OPTIONS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="STEP | KEY=VALUE", help="no step means all of them")
