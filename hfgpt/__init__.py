@@ -12,7 +12,8 @@ What is in it:
     HFGPTModel, HFGPTForCausalLM    the same GPT as a transformers model, and with a language model's head
     HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
     hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
-    hfgpt.config, train             a recipe, `load_config`, and the run that it describes, `train`
+    train, evaluate, compare        a run by its recipe, a model on texts, runs side by side; shown by a notebook
+    hfgpt.config                    a recipe read: `load_config`
     hfgpt.generation.decoding       greedy, temperature, top-k and top-p, written from scratch
     hfgpt.cli                       the commands; `hfgpt --help` lists them
 
@@ -29,15 +30,18 @@ from hfgpt.system.after_import import AfterImport
 __version__ = "0.1.0"
 
 PUBLIC_NAMES = {
-    "HFGPTConfig": "hfgpt.configuration_hfgpt",
-    "HFGPTModel": "hfgpt.modeling_hfgpt",
-    "HFGPTForCausalLM": "hfgpt.modeling_hfgpt",
-    "HFGPTForSequenceClassification": "hfgpt.modeling_hfgpt",
-    "HFGPTForTokenClassification": "hfgpt.modeling_hfgpt",
-    "HFGPTForQuestionAnswering": "hfgpt.modeling_hfgpt",
-    "GPT": "hfgpt.gpt",
-    "train": "hfgpt.training.train",
+    "HFGPTConfig": "hfgpt.configuration_hfgpt:HFGPTConfig",
+    "HFGPTModel": "hfgpt.modeling_hfgpt:HFGPTModel",
+    "HFGPTForCausalLM": "hfgpt.modeling_hfgpt:HFGPTForCausalLM",
+    "HFGPTForSequenceClassification": "hfgpt.modeling_hfgpt:HFGPTForSequenceClassification",
+    "HFGPTForTokenClassification": "hfgpt.modeling_hfgpt:HFGPTForTokenClassification",
+    "HFGPTForQuestionAnswering": "hfgpt.modeling_hfgpt:HFGPTForQuestionAnswering",
+    "GPT": "hfgpt.gpt:GPT",
+    "train": "hfgpt.training.train:train",
+    "evaluate": "hfgpt.evaluation.report:measure",
+    "compare": "hfgpt.results.compare:compare_runs",
 }
+"""Where each name is, imported when it is first used."""
 
 __all__ = [
     "GPT",
@@ -48,6 +52,8 @@ __all__ = [
     "HFGPTForTokenClassification",
     "HFGPTModel",
     "__version__",
+    "compare",
+    "evaluate",
     "train",
 ]
 
@@ -60,7 +66,8 @@ NEWEST_TRIED = (5, 24)
 def __getattr__(name: str) -> object:
     if name not in PUBLIC_NAMES:
         raise AttributeError(f"module 'hfgpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(PUBLIC_NAMES[name]), name)
+    module, _, attribute = PUBLIC_NAMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

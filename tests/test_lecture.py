@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hfgpt.config.recipes.lecture import story
 from hfgpt.config.recipes.lecture.__main__ import RECIPE, main, make_lecture
 from hfgpt.config.recipes.lecture.book import make_model, prepare
+from hfgpt.config.recipes.lecture.korean import HEADINGS
 from hfgpt.config.recipes.lecture.steps import EXAMPLES, STEPS
 from hfgpt.config.recipes.lecture.table import largest_difference, render
 from hfgpt.config.recipes.lecture.training import describe_overfitting, evaluations, make_optimizer, train
@@ -185,6 +186,18 @@ def test_the_whole_lecture_runs(whole):
     assert positions == sorted(positions)
 
 
+def test_the_headings_are_korean_where_that_is_asked_for(overrides, tmp_path, capsys):
+    asked = ["tokens", "temperature", "language=ko", *overrides, f"output_dir={tmp_path}"]
+
+    assert main(asked) == 0
+
+    printed = capsys.readouterr().out
+    assert {*HEADINGS} == {*STEPS}
+    for name in ("tokens", "temperature"):
+        assert f"--- {name}: {HEADINGS[name]}\n" in printed
+        assert STEPS[name].__doc__ not in printed
+
+
 def test_the_loss_by_hand_is_that_of_cross_entropy(whole):
     loss = whole[2]["loss"]
 
@@ -343,9 +356,10 @@ def test_without_gpt2s_weights_the_step_says_that_it_is_left_out(lecture, capsys
     [
         (["trainig"], "there is no step 'trainig'"),
         (["train.precision=bf16"], "`train.precision` has no effect in the lecture"),
-        (["optim.learning_rat=1"], "no effect"),
+        (["optim.learning_rat=1"], "Did you mean `optim.learning_rate=1`?"),
         (["train.eval_every=epoch"], "`train.eval_every` must be a number of steps"),
         (["init=xavier"], "`init` must be one of"),
+        (["language=kr"], "`language` must be one of ['en', 'ko'], got 'kr'"),
         (["gpt2", "weights=no-such-folder"], "no-such-folder"),
         (["top_k"], "Run the step `training` first"),
         (["windows", "train.batch_size=9999"], "fewer than `train.batch_size`"),

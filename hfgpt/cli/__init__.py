@@ -7,8 +7,8 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 fault, 2 misuse,
 import errno
 import io
 import os
-import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from typer.exceptions import TyperException
@@ -24,9 +24,22 @@ from hfgpt.cli import (  # noqa: F401 - registered
 from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
+from hfgpt.system.suggest import nearest_path
 
 # What a user's words can cause. Other errors, such as a full disk or a run that diverged, are faults.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+UNUSABLE = {
+    errno.EACCES: "may not be used by you: no permission. Name another, or change that with chmod.",
+    errno.EROFS: "is on a disk that cannot be written to. Name another.",
+    errno.EPERM: "may not be used by you: no permission. Name another.",
+    errno.EISDIR: "is a folder. Name a file.",
+    errno.ENOTDIR: "is a file. Name a folder.",
+    errno.ENOENT: "is not there: no such file or folder.",
+    errno.EEXIST: "exists already. Name another.",
+    errno.ENAMETOOLONG: "has too long a name. Shorten it.",
+}
+"""What is wrong with a path that the operating system refused, and what to do."""
 
 INTERRUPTED = 130
 """The exit code of typer, and of a shell, for a program that Ctrl-C ended."""
@@ -36,24 +49,29 @@ def main() -> None:
     """Run the command line; a user's mistake gets one line and exit code 2, without a traceback."""
     is_debug = "--debug" in sys.argv
     # Every command knows --debug, wherever it stands.
-    sys.argv = [sys.argv[0], *join_resume([word for word in sys.argv[1:] if word != "--debug"])]
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    sys.argv = [sys.argv[0], *join_resume(words)]
     prepare_streams()
     silence_libraries()
     try:
         check_encoding(sys.argv)
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="hfgpt") or 0
         result_stream().flush()  # here a full disk, or a reader that has gone, is noticed
     except BrokenPipeError:  # `hfgpt config demo | head -1`: the reader has had enough
         discard_stdout()
         raise SystemExit(1) from None
     except TyperException as error:
+        from hfgpt.cli.misuse import describe_misuse  # reads the options of a recipe, which take time
+
         fail(describe_misuse(error), 2)
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
         message = describe(error)
         if is_debug or message is None:
             raise
         is_misuse = isinstance(error, MISUSES) or getattr(error, "errno", None) == errno.ENAMETOOLONG
-        fail(message, 2 if is_misuse else 1)
+        fail(message + near_path(message) if is_misuse else message, 2 if is_misuse else 1)
     if code == INTERRUPTED:
         print_status("stopped at once; the last checkpoint is as it was.")
     raise SystemExit(code)
@@ -70,20 +88,6 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
-def describe_misuse(error: TyperException) -> str:
-    """One line about words that typer does not understand: the nearest known ones, and the help to read."""
-    message = error.format_message().strip()
-    if not message:  # `hfgpt` alone: its help has been printed
-        return ""
-    message = re.sub(r" \(Possible options: (.*)\)$", r". Did you mean \1?", message[0].lower() + message[1:])
-    key = re.match(r"no such option: -+(\w+\.[\w.]+)", message)
-    if key:
-        message = f"{key[0]}. Values of a recipe have no dashes: `{key[1]}=VALUE`."
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context else "hfgpt"
-    return f"{message}{'' if message[-1] in '.?' else '.'} See `{where} --help`."
-
-
 def describe(error: Exception) -> str | None:
     """One line about what went wrong; None if only a traceback can tell."""
     if isinstance(error, ModuleNotFoundError):
@@ -97,8 +101,31 @@ def describe(error: Exception) -> str | None:
     is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or is_torch_memory:
         return f"out of memory. Lower the batch, the rows or the model. {error}"
+    if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+        return describe_path(Path(os.fsdecode(error.filename)), UNUSABLE[error.errno])
     is_ours = isinstance(error, RuntimeError) and not isinstance(error, MISUSES)
     return None if is_ours else str(error)
+
+
+def describe_path(path: Path, fault: str) -> str:
+    """Which part of a path cannot be used, why, and what to do."""
+    if path.name.endswith(".tmp"):  # what `write_atomically` writes before it is whole
+        path = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
+    folder = next(each for each in path.parents if each.exists())
+    if folder.is_file():
+        return f"{path}: {folder} is a file. Name a folder there."
+    if folder not in (path.parent, path):
+        return f"{path}: there is no folder {path.parent}. Make it first, or name another."
+    return f"{path} {fault}"
+
+
+def near_path(message: str) -> str:
+    """The end of an error message: the file that a path on the command line may have meant, if the message names it."""
+    for word in sys.argv[1:]:
+        for typed in (word, word.partition("=")[2]):
+            if typed and repr(typed)[1:-1] in message and "Did you mean" not in message and not os.path.exists(typed):
+                return nearest_path(Path(typed))
+    return ""
 
 
 def describe_missing(error: ModuleNotFoundError) -> str | None:

@@ -1,10 +1,8 @@
 """The app that the commands register with, and the arguments and options that several of them take."""
 
-import ast
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +26,8 @@ ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in
 
 PATHS = ("model", "source", "data", "tokenizer", "recipe", "resume", "runs")
 """Parameters that hold a path as text, if they hold one; a `Path` always does."""
+MAY_BE_EMPTY = ("prompt", "text", "stop", "resume")
+"""Parameters whose empty value means something, or is refused where it is read."""
 
 
 class JobOrder(TyperGroup):
@@ -48,7 +48,23 @@ class JobOrder(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose results are alone on stdout, and in whose paths `~` is the home folder."""
+    """A command whose results are alone on stdout, and in whose paths `~` is the home folder.
+
+    It takes no empty words but where a text may be empty.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty word, which would be read as this folder, or as nothing given."""
+        is_any_empty = "" in args or any(word.startswith("--") and word.endswith("=") for word in args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params if is_any_empty else []:
+            values = ctx.params.get(parameter.name)
+            for value in values if isinstance(values, list) else [values]:
+                if value in ("", Path()) and parameter.name not in MAY_BE_EMPTY:
+                    is_option = parameter.param_type_name == "option"
+                    name = parameter.opts[-1] if is_option else parameter.metavar or parameter.name
+                    raise ValueError(f"`{name}` is empty. Give it a value, or leave it out.")
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Typer prints help and completion before this is called."""
@@ -90,25 +106,9 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_override(incomplete: str) -> list[str]:
     """Offer the keys of a recipe."""
+    from hfgpt.config.keys import recipe_keys  # which `hfgpt --help` does not need
+
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
-
-
-def recipe_keys() -> list[str]:
-    """The key path of every option of a recipe."""
-    from hfgpt.config.schema import RunConfig  # which `hfgpt --help` does not need
-
-    keys: list[str] = []
-    for name, value in asdict(RunConfig()).items():
-        inner = model_fields() if name == "model" else value if isinstance(value, dict) else None
-        keys += [name] if inner is None else [f"{name}.{key}" for key in inner]
-    return keys
-
-
-def model_fields() -> list[str]:
-    """The fields of `HFGPTConfig`, read from its source: importing it takes seconds, and Tab is pressed often."""
-    source = (Path(__file__).parents[1] / "configuration_hfgpt.py").read_text(encoding="utf-8")
-    classes = {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    return [ast.unparse(item.target) for item in classes["HFGPTConfig"] if isinstance(item, ast.AnnAssign)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -116,7 +116,7 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Values that differ from the recipe's.", metavar="[KEY.PATH=VALUE]...", autocompletion=complete_override
+        help="Values that differ from the recipe's.", metavar="KEY.PATH=VALUE", autocompletion=complete_override
     ),
 ]
 Recipe = Annotated[

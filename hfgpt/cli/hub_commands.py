@@ -14,7 +14,9 @@ Repository = Annotated[str, typer.Argument(help="Name on the Hub, `user/model`."
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a finished run, or of any hfgpt or GPT-2 model.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a finished run, or of any hfgpt or GPT-2 model.", metavar="FOLDER")
+    ],
     repo_id: Repository,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Visibility of a new repository; default: the owner's.")
@@ -70,7 +72,9 @@ def push(
 
 @app.command()
 def update_code(
-    folder: Annotated[Path, typer.Argument(help="Folder of any hfgpt model: a run's, a checkpoint, a pulled one.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of any hfgpt model: a run's, a checkpoint, a pulled one.", metavar="FOLDER")
+    ],
 ) -> None:
     """Replace the code beside the weights by this hfgpt's; the old is kept, the weights stay as they are."""
     from hfgpt import __version__
@@ -92,7 +96,9 @@ def update_code(
 @app.command()
 def pull(
     repo_id: Repository,
-    folder: Annotated[Path, typer.Argument(help="New or empty folder, or one that was pulled from there.")],
+    folder: Annotated[
+        Path, typer.Argument(help="New or empty folder, or one that was pulled from there.", metavar="FOLDER")
+    ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -136,11 +136,13 @@ Compare = Annotated[
 @with_sampling_options
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", metavar="PROMPT")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one a line, or .jsonl with objects that have a `prompt`.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; with beam search the best ones.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Texts per prompt; with beam search the best ones.")
+    ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 8,
     *,
     given: dict[str, Any],
@@ -149,7 +151,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token, or many at once."""
     if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give a PROMPT or `--prompts FILE`, one of them.")
+        both = "" if prompt is None else f", got both, and the file is {str(prompts)!r}"
+        raise ValueError(f'give a PROMPT, such as "Once upon", or `--prompts FILE`, one of them{both}.')
     variants = make_variants(given, compare) if compare else {"": change_params(DEFAULTS, given)}
 
     from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
@@ -180,7 +183,7 @@ def generate(
 @app.command()
 def explore(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text to look at, and to continue.")],
+    text: Annotated[str, typer.Argument(help="Text to look at, and to continue.", metavar="TEXT")],
     compare: Compare = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show of those that may come next.")] = 10,
     steps: Annotated[int, typer.Option(min=0, help="Tokens of the most likely continuation.")] = 8,

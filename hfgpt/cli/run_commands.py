@@ -11,6 +11,7 @@ import typer
 from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
 from hfgpt.config.recipes import bundled_recipes
 from hfgpt.system.console import print_status, result_stream
+from hfgpt.system.suggest import did_you_mean
 
 LECTURE_STEPS = (
     *("text", "tokens", "gibberish", "loss", "perplexity", "windows", "before"),
@@ -32,10 +33,8 @@ data_app = Commands(help="Prepare the text of a run by itself.", no_args_is_help
 def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print a recipe with every value filled in, and where each comes from."""
     from hfgpt.config.loading import annotated_yaml, load_config, value_origins
-    from hfgpt.training.optim import check_optim
 
     loaded = load_config(recipe, overrides or [])
-    check_optim(loaded.optim)
     origins = value_origins(loaded, recipe, overrides or [])
     if as_json:
         print_json({"config": asdict(loaded), "origins": origins})
@@ -45,13 +44,15 @@ def config(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print the path of this one's file.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Print the path of this one's file.", metavar="NAME")] = None,
     as_json: Json = False,
 ) -> None:
     """List the recipes that come with hfgpt, and what takes them."""
     found = {recipe.name: recipe for recipe in bundled_recipes()}
     if name is not None and name not in found:
-        raise ValueError(f"no recipe {name!r} comes with hfgpt. There are {', '.join(found)}.")
+        raise ValueError(
+            f"no recipe {name!r} comes with hfgpt.{did_you_mean(name, found)} There are {', '.join(found)}."
+        )
     if as_json:
         chosen = found if name is None else {name: found[name]}
         print_json({key: {**asdict(recipe), "path": str(recipe.path)} for key, recipe in chosen.items()})
@@ -71,7 +72,7 @@ def lecture(
         list[str] | None,
         typer.Argument(
             help=f"Steps ({', '.join(LECTURE_STEPS)}; none means all) and values that differ from the recipe's.",
-            metavar="[STEP | KEY=VALUE]...",
+            metavar="STEP | KEY=VALUE",
             autocompletion=complete_step,
         ),
     ] = None,
@@ -85,20 +86,22 @@ def lecture(
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    folder: Annotated[Path, typer.Argument(help="Folder to save the tokenizer in.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to save the tokenizer in.", metavar="FOLDER")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Such as `data.files=my.txt tokenizer.vocab_size=8000`.", metavar="[KEY.PATH=VALUE]..."),
+        typer.Argument(help="Such as `data.files=my.txt tokenizer.vocab_size=8000`.", metavar="KEY.PATH=VALUE"),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe that names the text.")] = "demo",
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config.loading import load_config
-    from hfgpt.data.prepare import train_run_tokenizer
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty. Name a new folder.")
-    tokenizer = train_run_tokenizer(load_config(recipe, overrides or []))
+    loaded = load_config(recipe, overrides or [])  # before the slow imports, so that a typo is answered at once
+    from hfgpt.data.prepare import train_run_tokenizer
+
+    tokenizer = train_run_tokenizer(loaded)
     tokenizer.save_pretrained(folder)
     print_status(f"{len(tokenizer):,} token ids in {folder}")
 
@@ -110,9 +113,11 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
     from hfgpt.config.loading import load_config
+
+    loaded = load_config(recipe, overrides or [])  # before the slow imports, as above
     from hfgpt.data.prepare import prepare_text, render
 
-    prepared = prepare_text(load_config(recipe, overrides or []))
+    prepared = prepare_text(loaded)
     if as_json:
         print_json(asdict(prepared))
     else:
@@ -142,7 +147,6 @@ def train(
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes
-    from hfgpt.results.records import RESULTS_FILE, read_results
     from hfgpt.training.signals import RESUMABLE, Stopped
     from hfgpt.training.train import train
 
@@ -153,9 +157,8 @@ def train(
         leave_processes()
         raise typer.Exit(RESUMABLE) from None
     leave_processes()
-    if results is None:
+    if results.was_finished:
         print_status(f"{loaded.output_dir} holds this run, finished.")
-        results = read_results(Path(loaded.output_dir) / RESULTS_FILE)
     if not PartialState().is_main_process:
         return
     if as_json:
@@ -184,7 +187,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.", metavar="RUN RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs, finished or not.", metavar="RUN")],
     picture: Annotated[Path, typer.Option(help="PNG file to draw the curves in.")] = Path("compare.png"),
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,9 @@ from hfgpt.cli.app import Json, app, busy, print_json, print_result
 
 @app.command()
 def verify(
-    source: Annotated[str | None, typer.Argument(help="Folder or Hub id of a GPT-2 or hfgpt model.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a GPT-2 or hfgpt model.", metavar="MODEL")
+    ] = None,
     random: Annotated[str | None, typer.Option(help="Random weights: small, medium, large or xl.")] = None,
     layers: Annotated[int | None, typer.Option(help="With --random: compare so many blocks only.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compare in bf16 as well (slow on most CPUs).")] = False,
@@ -45,8 +47,8 @@ def verify(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="File, folder or Hub id.")],
-    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).")],
+    source: Annotated[str, typer.Argument(help="File, folder or Hub id.", metavar="SOURCE")],
+    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).", metavar="NEW")],
     to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, gguf or onnx.")],
     source_format: Annotated[str, typer.Option("--from", help="One of the first six, or auto: find out.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse whatever loses or changes anything.")] = False,

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,52 +16,76 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hfgpt.config.keys import as_item, as_override, as_yaml, check_keys, suggest_override
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import TOKENIZER_FIELDS, RunConfig
-from hfgpt.config.validation import check
+from hfgpt.config.validation import check_model, check_options
 from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text
-from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
-from hfgpt.system.suggest import did_you_mean
-
-MODEL_FIELDS = {*HFGPTConfig.__annotations__, *HFGPTConfig.attribute_map}
 
 
-def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
     """Read a recipe.
 
     Args:
         recipe: path of a YAML file, or the name of a recipe that comes with hfgpt (`demo`).
-        overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is.
+        overrides: `key.path=value`, later ones win. Text fields take what follows `=` as it is. Or values by key path,
+            nested or not: `{"train.max_steps": 100}` or `{"train": {"max_steps": 100}}`.
 
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
     merged = OmegaConf.structured(RunConfig)
     OmegaConf.set_readonly(merged, False)
-    for layer in read_layers(recipe, overrides):
+    layers = read_layers(recipe, overrides)
+    for layer in layers:
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, {key: value for key, value in layer.items() if key != "model"})
         except OmegaConfBaseException as error:
             key = str(error.full_key).partition("[")[0]  # of an item of a list
             raise ValueError(unescape(describe_kind(key, field_type(key.split(".")), layer))) from error
     config = unescape(OmegaConf.to_object(merged))
     assert isinstance(config, RunConfig)
-    return check(expand_paths(config))
+    config = expand_paths(config)
+    check_options(config)
+    # Last, because its classes import torch: all else is answered before.
+    model = {name: value for layer in layers for name, value in read_model(layer).items()}
+    return check_model(replace(config, model=unescape(model)))
 
 
-def read_layers(recipe: str | Path, overrides: Iterable[str]) -> list[dict[str, Any]]:
-    """What the recipe says, and then each override: values by key, checked, under the fields' names."""
+def read_layers(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]) -> list[dict[str, Any]]:
+    """What the recipe says, and then each override: values by key; the keys are checked."""
+    if isinstance(overrides, str):
+        overrides = [overrides]
     path = find_recipe(recipe)
-    layers = [
-        read_section(layer, RunConfig) for layer in (yaml_mapping(path), *(parse_override(text) for text in overrides))
-    ]
-    return replace_text(layers)
+    layer = yaml_mapping(path)
+    try:
+        check_keys(layer, lambda key, value: as_yaml(key, unescape(value)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    layers = [layer]
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            layers.append(nest(str(key).split("."), plain(value)))
+            check_keys(layers[-1], as_item)
+        overrides = ()
+    for text in overrides:
+        layers.append(parse_override(text))
+        typed = text.partition("=")[2]
+        check_keys(layers[-1], partial(spell_override, typed))
+    return replace_text([read_section(layer) for layer in layers])
+
+
+def spell_override(typed: str, key: str, value: Any) -> str:
+    """Another key with the value as it was typed: 1e-3, not 0.001."""
+    return as_override(key, typed)
 
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
     recipe_layer, *override_layers = read_layers(recipe, overrides)
     origins = dict.fromkeys(flatten(asdict(config)), "default")
+    for layer in (recipe_layer, *override_layers):
+        layer["model"] = read_model(layer)
     for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
         origins |= {key: origin for key in flatten(layer) if key in origins}
     return origins
@@ -139,20 +164,37 @@ def parse_override(text: str) -> dict[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r} is not an override. Write `key.path=value`, such as `train.max_steps=100`.")
+        raise ValueError(f"{text!r} is not an override.{suggest_override(text)}")
     names = key.strip().split(".")
     kind = field_type(names)
     parsed: Any = escape(value)
     if kind not in (str, str | None):
         try:
-            parsed = OmegaConf.from_dotlist([f"value={parsed}"])["value"]
+            layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={parsed}"]), resolve=False)
         except yaml.YAMLError as error:
             raise ValueError(f"`{key}`: {value!r} is not YAML. Is a bracket or a quote left open?") from error
+        parsed = layer["value"]
     elif kind is not str and value in ("", "null"):
         parsed = None
-    for name in reversed(names):
-        parsed = {name: parsed}
-    return parsed
+    return nest(names, parsed)
+
+
+def nest(names: list[str], value: Any) -> dict[str, Any]:
+    """A value under the names that lead to it."""
+    *outer, last = names
+    layer = {last: value}
+    for name in reversed(outer):
+        layer = {name: layer}
+    return layer
+
+
+def plain(value: Any) -> Any:
+    """A value from Python as a recipe holds it: paths as text, all text escaped."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return escape(str(value)) if isinstance(value, str | Path) else value
 
 
 def field_type(names: list[str]) -> Any:
@@ -181,36 +223,27 @@ def unescape(value: Any) -> Any:
     return value
 
 
-def read_section(values: Any, section: type, name: str = "the recipe") -> dict[str, Any]:
-    """Check the keys of a section against its class, and of those in it; write the model's aliases as its fields.
+def read_section(values: Mapping[str, Any], section: type = RunConfig) -> dict[str, Any]:
+    """Write 1e3 as a whole number where one is meant; the keys are checked."""
+    known = get_type_hints(section)
+    return {
+        key: read_section(value, known[key]) if is_dataclass(known[key]) else whole_number(value, known[key])
+        for key, value in values.items()
+    }
+
+
+def read_model(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of a layer, under the names of `HFGPTConfig`.
 
     Raises:
-        ValueError: it is no section, or has an unknown key, which is named with the nearest known one.
+        ValueError: a field and its alias have different values.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`{name}` must hold `key: value` lines, got {values!r}.")
-    known, result = get_type_hints(section), {}
-    for key, value in values.items():
-        if key not in known:
-            hint = did_you_mean(str(key), known) or f" It has {sorted(known)}."
-            raise ValueError(f"Key '{key}' not in '{name}'.{hint}")
-        if is_dataclass(known[key]):
-            result[key] = read_section(value, known[key], key)
-        elif (section, key) == (RunConfig, "model"):
-            result[key] = read_model(value)
-        else:
-            result[key] = whole_number(value, known[key])
-    return result
+    if not layer.get("model"):
+        return {}
+    from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 
-
-def read_model(values: Any) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`model` must hold `field: value` lines, got {values!r}.")
-    for name in values:
-        if name not in MODEL_FIELDS:
-            raise ValueError(f"`model`: unknown field `{name}`.{did_you_mean(str(name), MODEL_FIELDS)}")
     result: dict[str, Any] = {}
-    for name, value in canonical_fields(values).items():
+    for name, value in canonical_fields(layer["model"]).items():
         kind = HFGPTConfig.__annotations__[name]
         result[name] = whole_number(value, kind)
         if name not in TOKENIZER_FIELDS and not is_kind(result[name], kind):

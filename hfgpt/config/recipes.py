@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfgpt.system.suggest import did_you_mean, nearest_path
+
 PACKAGE = Path(__file__).parents[1]
 
 USES = {
@@ -67,7 +69,12 @@ def find_recipe(recipe: str | Path) -> Path:
     bundled = find_bundled(str(recipe))
     if bundled is None:
         names = ", ".join(f"`{name}`" for name in run_recipes())
-        raise ValueError(f"no recipe {str(recipe)!r}: it is neither a file nor the name of a recipe here ({names}).")
+        if path.is_dir() and str(recipe) and (path / "run.yaml").is_file():
+            raise ValueError(f"{str(recipe)!r} is the folder of a run. Its recipe is `{path / 'run.yaml'}`.")
+        hint = did_you_mean(str(recipe), run_recipes()) or nearest_path(path)
+        raise ValueError(
+            f"no recipe {str(recipe)!r}: it is neither a file nor the name of a recipe here ({names}).{hint}"
+        )
     return bundled
 
 

@@ -75,7 +75,7 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule; read by hfgpt/training/optim.py."""
 
-    name: str = "adamw"
+    name: str = field(default="adamw", metadata=one_of("adamw"))
     """A key of `hfgpt.training.optim.OPTIMIZERS`."""
     learning_rate: float = field(default=1.0e-3, metadata={"finite and above 0": lambda rate: 0 < rate < math.inf})
     """Peak of the schedule."""
@@ -85,7 +85,7 @@ class OptimConfig:
     """Decay of matrices and embeddings; norms and biases never decay."""
     max_grad_norm: float = field(default=1.0, metadata=at_least(0))
     """Gradients are scaled down to this norm; 0 never scales."""
-    schedule: str = "cosine"
+    schedule: str = field(default="cosine", metadata=one_of("constant", "cosine", "linear"))
     """A key of `hfgpt.training.optim.SCHEDULES`."""
     warmup_steps: int = field(default=50, metadata=at_least(0))
     """Steps over which the learning rate rises from 0 to its peak."""

@@ -1,7 +1,5 @@
 """What the range of one option cannot say: options that contradict one another or have no effect."""
 
-from huggingface_hub.errors import StrictDataclassError
-
 from hfgpt.config.ranges import check_choice, check_ranges
 from hfgpt.config.schema import (
     DROPOUT_FIELDS,
@@ -12,7 +10,6 @@ from hfgpt.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from hfgpt.configuration_hfgpt import HFGPTConfig
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -21,6 +18,12 @@ def check(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: naming the option, its value, and what would be right.
     """
+    check_options(config)
+    return check_model(config)
+
+
+def check_options(config: RunConfig) -> None:
+    """Check all but the `model` section, without importing torch."""
     if not config.output_dir:
         raise ValueError("`output_dir` is empty. Name the folder to write the run to.")
     check_ranges(config)
@@ -30,8 +33,6 @@ def check(config: RunConfig) -> RunConfig:
         check_streaming(config)
     check_warmup(config)
     check_tokenizer(config)
-    check_model(config)
-    return config
 
 
 def check_data(data: DataConfig) -> None:
@@ -122,7 +123,7 @@ def check_tokenizer(config: RunConfig) -> None:
         )
 
 
-def check_model(config: RunConfig) -> None:
+def check_model(config: RunConfig) -> RunConfig:
     """Refuse a `model` section that cannot be built or would have no effect."""
     for name in TOKENIZER_FIELDS:
         if name in config.model:
@@ -136,7 +137,11 @@ def check_model(config: RunConfig) -> None:
                     f"`model.{name}` has no effect: `init_from` ({config.init_from!r}) fixes the shape. "
                     f"Only {', '.join(DROPOUT_FIELDS)} may be set."
                 )
-        return
+        return config
+    from huggingface_hub.errors import StrictDataclassError
+
+    from hfgpt.configuration_hfgpt import HFGPTConfig  # imports torch
+
     try:
         built = HFGPTConfig(**config.model)
     except (StrictDataclassError, ValueError) as error:
@@ -146,3 +151,4 @@ def check_model(config: RunConfig) -> None:
             f"`data.block_size` ({config.data.block_size}) is longer than the model's `n_positions` "
             f"({built.max_position_embeddings}). Lower the one or raise the other."
         )
+    return config

@@ -17,6 +17,7 @@ from hfgpt.distributed.launch import join_processes
 from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, load_causal_lm
 from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
+from hfgpt.results.notebook import html_text
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import align_columns
 from hfgpt.system.machine import peak_memory_bytes
@@ -70,10 +71,16 @@ class Report:
     text: TextReport | None
     tasks: dict[str, dict[str, Any]]
 
+    def __repr__(self) -> str:
+        return render(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(render(self))
+
 
 def measure(
     source: str,
-    files: Sequence[str] = (),
+    files: str | Sequence[str] = (),
     *,
     text_column: str = "text",
     tokenizer_name: str | None = None,
@@ -90,7 +97,7 @@ def measure(
 
     Args:
         source: folder or Hub id of any causal language model, or a file of a format that hfgpt reads.
-        files: texts, see `hfgpt.config.schema.DataConfig`.
+        files: a text, or some, see `hfgpt.config.schema.DataConfig`.
         text_column: see there.
         tokenizer_name: folder or Hub id; None is that of the model.
         strides: of passes beside the one whose stride is the context; None takes half the context.
@@ -107,6 +114,7 @@ def measure(
         ConnectionError: a task's data cannot be fetched.
         FloatingPointError: the model's loss is no number.
     """
+    files = [files] if isinstance(files, str) else files
     if not files and not tasks:
         raise ValueError("give `--data`, `--tasks` or both: there is nothing to measure the model on.")
     if limit is not None and not tasks:

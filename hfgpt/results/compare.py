@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hfgpt.config.loading import flatten, load_config
-from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis, label_tokens, set_loss_range, write_png
+from hfgpt.results.notebook import Comparison
+from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis, encode_png, label_tokens, set_loss_range
 from hfgpt.results.records import RESULTS_FILE, best_evaluation, comparable_lines, read_metrics, read_results
 from hfgpt.system.console import align_columns
+from hfgpt.system.storage import write_atomically
 
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
@@ -32,7 +34,7 @@ LOSS_OPTIONS = (
 """Options that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
 
 
-def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any]:
+def compare_runs(folders: Sequence[str | Path], picture: str | Path | None = None) -> Comparison:
     """Compare some runs, finished or not.
 
     Args:
@@ -41,29 +43,31 @@ def compare_runs(folders: Sequence[Path], picture: Path | None) -> dict[str, Any
 
     Returns:
         `runs`, a list of what `summarize` says of each; `differing_options`, for each name the value of every run; and
-        `warnings`, on what cannot be compared.
+        `warnings`, on what cannot be compared. A notebook shows it with the curves.
 
     Raises:
         ValueError: a folder holds no run, or one without an evaluation, or `picture` is another file.
     """
     if len(folders) < 2:
         raise ValueError(f"give at least two runs to compare, got {len(folders)}.")
+    paths = [Path(folder) for folder in folders]
     if picture is not None:
-        check_picture(picture)
-    names = short_names(folders)
-    metrics = [read_run_metrics(folder) for folder in folders]
-    paths = [folder / RESULTS_FILE for folder in folders]
-    results = [read_results(path) if path.is_file() else {} for path in paths]
+        check_picture(Path(picture))
+    names = short_names(paths)
+    metrics = [read_run_metrics(path) for path in paths]
+    results = [read_results(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else {} for path in paths]
     runs = [summarize(*each) for each in zip(names, metrics, results, strict=True)]
-    differing = differing_options([flatten(asdict(load_config(folder / "run.yaml"))) for folder in folders])
+    differing = differing_options([flatten(asdict(load_config(path / "run.yaml"))) for path in paths])
     warnings = [
         f"`{name}` differs: the losses may be of different text or different tokens, and then do not compare"
         for name in differing
         if name in LOSS_OPTIONS
     ]
+    png = draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)])
     if picture is not None:
-        draw(runs, [comparable_lines(*each) for each in zip(metrics, results, strict=True)], picture)
-    return {"runs": runs, "differing_options": differing, "warnings": warnings}
+        write_atomically(picture, png)
+    found = {"runs": runs, "differing_options": differing, "warnings": warnings}
+    return Comparison(found, render(found), png)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -158,8 +162,8 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"{path} exists, and `hfgpt compare` has not drawn it. Name another with `--picture`.")
 
 
-def draw(runs: Sequence[dict[str, Any]], metrics: Sequence[list[dict[str, Any]]], path: Path) -> None:
-    """Draw the losses against tokens seen: the validation rows' on the left, the training rows' on the right.
+def draw(runs: Sequence[dict[str, Any]], metrics: Sequence[list[dict[str, Any]]]) -> bytes:
+    """A PNG of the losses against tokens seen: the validation rows' on the left, the training rows' on the right.
 
     Both have the same axes, so that the gap of a run is the difference in height. A star marks its best evaluation.
     """
@@ -182,7 +186,7 @@ def draw(runs: Sequence[dict[str, Any]], metrics: Sequence[list[dict[str, Any]]]
     label_tokens(left, most=6)
     add_perplexity_axis(right)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(runs) < 5 else 3)
-    write_png(figure, path, software=MADE_BY)
+    return encode_png(figure, software=MADE_BY)
 
 
 def draw_run(axes: Axes, run: dict[str, Any], lines: list[dict[str, Any]], key: str, color: str) -> None:

@@ -74,7 +74,7 @@ def plot_losses(
     figure.legend(loc="outside lower center", ncols=3)
     add_step_axis(axes, training + evaluations)
     add_perplexity_axis(axes)
-    write_png(figure, path, software=None)  # no version of matplotlib in the bytes
+    write_atomically(path, encode_png(figure, software=None))  # no version of matplotlib in the bytes
 
 
 def draw_curves(
@@ -125,11 +125,11 @@ def label_tokens(axes: Axes, most: int = 10) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def write_png(figure: Figure, path: str | Path, software: str | None) -> None:
-    """Write a picture that says which software made it; equal figures give equal bytes."""
+def encode_png(figure: Figure, software: str | None) -> bytes:
+    """A picture that says which software made it; equal figures give equal bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": software})
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def add_step_axis(axes: Axes, records: list[dict[str, Any]]) -> None:

@@ -4,11 +4,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hfgpt.results.plots import FIGURE_DPI, FIGURE_SIZE, write_png
+from hfgpt.results.plots import FIGURE_DPI, FIGURE_SIZE, encode_png
 from hfgpt.studio.bench import bench
 from hfgpt.studio.job import Growth, Job
 from hfgpt.studio.report import describe_machine, format_bytes, format_ratio
 from hfgpt.system.console import align_columns, print_status
+from hfgpt.system.storage import write_atomically
 
 LONGEST_BAR = 40
 AXES = {"block": "tokens in a row", "batch": "rows in a step", "vocabulary": "token ids", "layers": "blocks"}
@@ -65,4 +66,4 @@ def draw_growth(growth: Growth, reports: list[dict[str, Any]]) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     times.legend()
-    write_png(figure, growth.picture, software=None)
+    write_atomically(growth.picture, encode_png(figure, software=None))

@@ -7,7 +7,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hfgpt.config.ranges import check_choice
 from hfgpt.config.schema import OptimConfig
 
 
@@ -38,16 +37,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], Optimizer]] = {"adamw":
 
 # Our names and transformers'. All rise linearly from 0 over `warmup_steps`; cosine and linear then fall to 0.
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
-
-
-def check_optim(config: OptimConfig) -> None:
-    """Refuse names that are not in `OPTIMIZERS` or `SCHEDULES`.
-
-    Raises:
-        ValueError: with the names there are.
-    """
-    check_choice("optim.name", config.name, sorted(OPTIMIZERS))
-    check_choice("optim.schedule", config.schedule, sorted(SCHEDULES))
 
 
 def check_warmup(config: OptimConfig, total_steps: int) -> None:

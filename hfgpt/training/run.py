@@ -28,7 +28,7 @@ from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
-from hfgpt.training.optim import check_optim, check_warmup
+from hfgpt.training.optim import check_warmup
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
 
@@ -123,7 +123,6 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         ValueError: the folder holds something else, there is no such checkpoint, or text, tokenizer and model do not
             fit together. Nothing has been written then.
     """
-    check_optim(config.optim)
     check_trackers(config.train.trackers)
     join_launch(config)
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":

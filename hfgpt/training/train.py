@@ -1,11 +1,14 @@
 """A recipe from its text to its results, through the loop that it names."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from hfgpt.config.loading import load_config
 from hfgpt.config.schema import RunConfig
 from hfgpt.distributed.launch import hint_to_scale_out
+from hfgpt.results.notebook import RunResults
 from hfgpt.system.console import route_lines
 from hfgpt.training.control import TrainingControl
 from hfgpt.training.finish import finish_run
@@ -16,27 +19,39 @@ from hfgpt.training.startup_checks import check_start
 
 
 def train(
-    config: RunConfig, resume: bool | str = False, on_step: Callable[[int], None] = lambda step: None
-) -> dict[str, Any] | None:
-    """Prepare, train and finish a run.
+    recipe: RunConfig | str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    resume: bool | str = False,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> RunResults:
+    """Prepare, train and finish a run: `hfgpt.train("demo", {"train.max_steps": 100, "output_dir": "out/mine"})`.
 
     Args:
-        config: from `hfgpt.config.load_config`.
+        recipe: a YAML file, or the name of a recipe that comes with hfgpt; or a config from `load_config`.
+        overrides: values that differ from the recipe's, see `hfgpt.config.loading.load_config`.
         resume: see `open_run`.
         on_step: called with the number of each step that is done, see `TrainingControl`.
 
     Returns:
-        What results.json holds, on the main process; an empty dict on others; None if the run was finished before.
+        What results.json holds, on the main process; none of it on others. If the run was finished before,
+        `was_finished` is true.
 
     Raises:
-        ValueError: the run cannot be made ready, see `open_run`.
+        ValueError: the recipe is wrong, or the run cannot be made ready, see `open_run`.
         FloatingPointError: training diverged.
         Stopped: it was asked to stop by a signal, and can go on.
     """
     started_at = time.perf_counter()
+    if not isinstance(recipe, RunConfig):
+        config = load_config(recipe, overrides)
+    elif overrides:
+        raise ValueError(f"`overrides` ({overrides!r}) go with a recipe; a config has its values already.")
+    else:
+        config = recipe
     run = open_run(config, resume)
     if run is None:
-        return None
+        return RunResults.read(config.output_dir)
     if config.loop == "trainer":
         from hfgpt.training.trainer import run_trainer as train_loop  # takes seconds to import, so only if wanted
     else:
@@ -51,7 +66,7 @@ def train(
             if run.start.step == 0:
                 check_start(run, recorder)
             train_loop(run, control)
-            return finish_run(control)
+            return RunResults(finish_run(control), config.output_dir)
     finally:
         recorder.close()
         if run.lock is not None:

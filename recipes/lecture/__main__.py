@@ -4,10 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from hfgpt.config.loading import load_config
+from hfgpt.config.keys import as_override, check_keys
+from hfgpt.config.loading import load_config, parse_override
 from hfgpt.config.schema import RunConfig
+from hfgpt.system.suggest import did_you_mean
 
 from .book import INITIALISATIONS
+from .korean import HEADINGS
 from .steps import STEPS, Lecture
 
 RECIPE = Path(__file__).with_name("lecture.yaml")
@@ -28,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hfgpt.config.recipes.lecture",
         description="The lecture on pretraining a GPT, whole or step by step.",
-        epilog=f"steps, in their order:\n{shown}\n\nkeys: weights, init, and of lecture.yaml {', '.join(OPTIONS)}",
+        epilog=f"steps, in their order:\n{shown}\n\n"
+        f"keys: weights, init, language, and of lecture.yaml {', '.join(OPTIONS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="STEP | KEY=VALUE", help="no step means all of them")
@@ -49,13 +53,13 @@ def run(names: list[str], overrides: list[str]) -> None:
     """
     for name in names:
         if name not in STEPS:
-            raise ValueError(f"there is no step {name!r}. There are {', '.join(STEPS)}.")
+            raise ValueError(f"there is no step {name!r}.{did_you_mean(name, STEPS)} There are {', '.join(STEPS)}.")
     lecture = make_lecture(overrides)
     lecture.refuse_another_run()
     for name, step in STEPS.items():
         if names and name not in names:
             continue
-        print(f"\n--- {name}: {step.__doc__}", flush=True)
+        print(f"\n--- {name}: {HEADINGS[name] if lecture.language == 'ko' else step.__doc__}", flush=True)
         lecture.keep(name, step(lecture))
 
 
@@ -65,25 +69,31 @@ def make_lecture(overrides: list[str]) -> Lecture:
     Raises:
         ValueError: a key that is unknown or has no effect here, or a value that does not fit.
     """
-    own = {"weights": None, "init": "book"}
+    own = {"weights": None, "init": "book", "language": "en"}
     others = []
     for override in overrides:
         key, _, value = override.partition("=")
         if key in own:
             own[key] = value
-        elif not any(key == option or key.startswith(f"{option}.") for option in OPTIONS):
-            raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {', '.join([*own, *OPTIONS])}.")
         else:
             others.append(override)
+            check_keys(parse_override(override), as_override)
+            if not any(key == option or key.startswith(f"{option}.") for option in OPTIONS):
+                keys = ", ".join([*own, *OPTIONS])
+                raise ValueError(f"`{key}` has no effect in the lecture. These keys have: {keys}.")
     if own["init"] not in INITIALISATIONS:
         raise ValueError(f"`init` must be one of {list(INITIALISATIONS)}, got {own['init']!r}.")
+    if own["language"] not in ("en", "ko"):
+        raise ValueError(f"`language` must be one of ['en', 'ko'], got {own['language']!r}.")
     if any(override.startswith("data.source=") for override in others):
         others.append("data.files=null")  # one of the two, and the recipe names files
     config = load_config(RECIPE, others)
     if not isinstance(config.train.eval_every, int):
         raise ValueError(f"`train.eval_every` must be a number of steps here, got {config.train.eval_every!r}.")
     default: RunConfig = load_config(RECIPE)
-    return Lecture(config, own["weights"], str(own["init"]), fetches=config.data.files == default.data.files)
+    return Lecture(
+        config, own["weights"], str(own["init"]), config.data.files == default.data.files, str(own["language"])
+    )
 
 
 if __name__ == "__main__":

@@ -51,10 +51,18 @@ class Lecture:
         weights: folder or Hub id of GPT-2's weights; None tries the Hub.
         init: the initialisation to train from, see `book.INITIALISATIONS`.
         fetches: whether the story is to be fetched to `data.files` if it is not there.
+        language: of the steps' headings, `en` or `ko`.
     """
 
-    def __init__(self, config: RunConfig, weights: str | None = None, init: str = "book", fetches: bool = False):
-        self.config, self.weights, self.init = config, weights, init
+    def __init__(
+        self,
+        config: RunConfig,
+        weights: str | None = None,
+        init: str = "book",
+        fetches: bool = False,
+        language: str = "en",
+    ) -> None:
+        self.config, self.weights, self.init, self.language = config, weights, init, language
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         if fetches:

@@ -1,13 +1,13 @@
 """The command line as a whole: help, misuse, terminals, pipes and shells."""
 
 import contextlib
+import errno
 import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ import typer
 from commands import Result, assert_refused, hfgpt, process, shell
 
 import hfgpt as package
-from hfgpt.cli import describe_missing, main
-from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe, recipe_keys
-from hfgpt.config.loading import MODEL_FIELDS, flatten, load_config
-from hfgpt.config.schema import RunConfig
+from hfgpt.cli import describe, describe_missing, main
+from hfgpt.cli.app import ORDER_OF_THE_JOB, PARTS_OF_THE_JOB, app, complete_recipe
+from hfgpt.config.loading import load_config
 from hfgpt.system.extras import needs
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -135,13 +134,6 @@ def test_colours_are_left_out_where_they_are_not_wanted(variable, is_coloured):
     assert (b"\x1b[1m" in coloured.stdout or b"\x1b[36m" in coloured.stdout) == is_coloured
 
 
-def test_the_keys_that_are_completed_are_those_of_a_recipe():
-    keys = set(recipe_keys())
-
-    assert {key for key in keys if not key.startswith("model.")} == {*flatten(asdict(RunConfig()))} - {"model"}
-    assert {key.removeprefix("model.") for key in keys if key.startswith("model.")} <= MODEL_FIELDS
-
-
 def test_recipes_and_folders_are_completed(world):
     assert complete_recipe("") == ["demo", "finetune", "tiny.yaml", "out/"]
     assert complete_recipe("ti") == ["tiny.yaml"]
@@ -196,24 +188,179 @@ def test_the_installed_command_is_the_same(tmp_path):
 
 
 MISUSE = [
-    ("train", "'RECIPE'", "See `hfgpt train --help`."),
+    ("train", "'RECIPE'", "Write `hfgpt train RECIPE [KEY.PATH=VALUE]...`", "See `hfgpt train --help`."),
     ("trian demo", "'trian'", "Did you mean 'train'?", "See `hfgpt --help`."),
     ("tokenizer trian", "'trian'", "Did you mean 'train'?", "See `hfgpt tokenizer --help`."),
     ("train demo --fast", "--fast", "See `hfgpt train --help`."),
-    ("train demo --resum", "--resum", "Did you mean --resume?", "See `hfgpt train --help`."),
-    ("train demo --train.max_steps=3", "no dashes", "`train.max_steps=VALUE`"),
-    ("tokenizer train", "'folder'", "missing"),
-    ("evaluate small --data a.txt --batch-size many", "'--batch-size'", "integer"),
-    ("evaluate small --data a.txt --batch-size 0", "'--batch-size'", "1"),
+    ("train demo --resum", "--resum", "Did you mean `--resume`?", "See `hfgpt train --help`."),
+    ("tokenizer train", "'FOLDER'", "missing"),
     ("evaluate small large --data a.txt", "unexpected", "large"),
-    ("generate small", "PROMPT", "`--prompts FILE`", "one of them"),
-    ("explore small", "missing argument"),
+    ("generate small", "give a PROMPT", "`--prompts FILE`", "one of them"),
+    ("explore small", "missing argument 'TEXT'", "Write `hfgpt explore MODEL TEXT`"),
     ("generate small The --seed", "'--seed'", "requires an argument"),
+    # Options that are keys of a recipe.
+    ("train demo --train.max_steps=3", "no dashes", "`train.max_steps=3`"),
+    ("train demo --max-steps 5", "--max-steps", "Did you mean `train.max_steps=5`?"),
+    ("train demo --max_steps 5 --resume", "Did you mean `train.max_steps=5`?"),
+    ("train demo --lr=1e-3", "--lr", "Did you mean `optim.learning_rate=1e-3`?"),
+    ("train demo -lr 1e-3", "-lr", "Did you mean `optim.learning_rate=1e-3`?"),
+    ("train demo --epochs", "Did you mean `train.epochs=VALUE`?"),
+    ("train demo --per_device_train_batch_size 8", "Did you mean `train.batch_size=8`?"),
+    ("train demo --data my.txt", "Did you mean `data.files=my.txt`?"),
+    ("train demo --bf16", "`train.precision=bf16`"),
+    ("train demo --output-dir out/a", "Did you mean `output_dir=out/a`?"),
+    ("config demo --n-layer 2", "Did you mean `model.n_layer=2`?"),
+    ("data prepare demo --block-size 5", "Did you mean `data.block_size=5`?"),
+    ("tokenizer train new --vocab_size 300", "Did you mean `tokenizer.vocab_size=300`?"),
+    ("lecture --epochs 3", "Did you mean `train.epochs=3`?"),
+    # Options that are called otherwise elsewhere.
+    ("generate small The --max_new_tokens 5", "Did you mean `--max-new-tokens`?"),
+    ("generate small The --max-length 5", "Did you mean `--max-new-tokens`?"),
+    ("generate small The -n 5", "Did you mean `--samples`?"),
+    ("generate small The --temp=5", "Did you mean `--temperature`?"),
+    ("evaluate small --file a.txt", "Did you mean `--data`?"),
+    ("-V", "Did you mean `--version`?"),
+    # Values of options.
+    ("evaluate small --data a.txt --batch-size many", "`--batch-size` must be a whole number, got 'many'"),
+    ("evaluate small --data a.txt --batch-size 1e3", "`--batch-size` must be a whole number, got '1e3'"),
+    ("evaluate small --data a.txt --batch-size 0", "`--batch-size` must be at least 1, got '0'"),
+    ("generate small The --temperature hot", "`--temperature` must be a number, got 'hot'"),
+    ("generate small The --seed 한", "`--seed` must be a whole number, got '한'"),
+    ("verify --random small --layers two", "`--layers` must be a whole number, got 'two'"),
+    ("generate small The --samples 99999999999999999999", "`--samples` must be at most 1000000"),
+    ("explore small The --steps -1", "`--steps` must be at least 0, got '-1'"),
 ]
 
 
-@pytest.mark.parametrize("case", MISUSE, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", MISUSE, ids=lambda case: ascii(case[0]))
 def test_a_wrong_command_line_gets_one_line_and_exit_code_2(case):
     command, *words = case
 
     assert_refused(hfgpt(*command.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["train", ""], "RECIPE"),
+        (["train", "demo", ""], "KEY.PATH=VALUE"),
+        (["generate", "", "The"], "MODEL"),
+        (["evaluate", "small", "--data", ""], "--data"),
+        (["evaluate", "small", "--data=t.txt", "--tokenizer="], "--tokenizer"),
+        (["generate", "small", "--prompts", ""], "--prompts"),
+        (["tokenizer", "train", ""], "FOLDER"),
+        (["convert", "small", "", "--to", "gpt2"], "NEW"),
+        (["compare", "", "small"], "RUN"),
+        (["recipes", ""], "NAME"),
+        (["verify", ""], "MODEL"),
+        (["pull", "user/model", ""], "FOLDER"),
+        (["push", "small", ""], "USER/MODEL"),
+    ],
+)
+def test_an_empty_word_is_not_taken_for_this_folder(words, name):
+    assert_refused(hfgpt(*words), f"`{name}` is empty. Give it a value, or leave it out.")
+
+
+def test_a_path_that_the_system_refuses_is_named_with_what_to_do(tmp_path):
+    def refused(kind, path):
+        return describe(OSError(kind, "as the system says it", str(path)))
+
+    (tmp_path / "글 모음.txt").touch()
+    text = tmp_path / "글 모음.txt"
+    assert refused(errno.ENOTDIR, text / "x") == f"{text / 'x'}: {text} is a file. Name a folder there."
+    assert refused(errno.ENOENT, tmp_path / "no" / ".a.png.tmp") == (
+        f"{tmp_path / 'no' / 'a.png'}: there is no folder {tmp_path / 'no'}. Make it first, or name another."
+    )
+    assert refused(errno.EISDIR, tmp_path) == f"{tmp_path} is a folder. Name a file."
+    assert refused(errno.EACCES, text).startswith(f"{text} may not be used by you: no permission.")
+    assert refused(errno.EROFS, text).startswith(f"{text} is on a disk that cannot be written to.")
+
+
+def test_a_typo_in_a_path_is_answered_with_the_file_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "full name 한글").mkdir()
+    (tmp_path / "full name 한글" / "글 모음.txt").touch()
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert_refused(hfgpt("config", "mine.yml"), "no recipe 'mine.yml'", "Did you mean `mine.yaml`?")
+    assert_refused(hfgpt("train", "dmeo"), "Did you mean `demo`?")
+    assert_refused(hfgpt("recipes", "lectrue"), "Did you mean `lecture`?")
+    said = hfgpt("data", "prepare", "demo", "data.source=null", "data.files=full name 한글/글모음.txt")
+    assert_refused(said, "Did you mean `full name 한글/글 모음.txt`?")
+
+
+def test_the_folder_of_a_run_is_no_recipe_and_says_where_its_own_is(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert_refused(hfgpt("train", "run"), "'run' is the folder of a run. Its recipe is `run/run.yaml`.")
+
+
+COMMANDS_ELSEWHERE = {
+    "chat": "`hfgpt play MODEL`",
+    "serve": "hfgpt has no server",
+    "finetune": "`hfgpt train finetune data.files=my.txt`",
+    "eval": "`hfgpt evaluate MODEL --data FILE`",
+    "download": "`hfgpt pull USER/MODEL FOLDER`",
+    "upload": "`hfgpt push FOLDER USER/MODEL`",
+    "sample": "`hfgpt generate MODEL PROMPT`",
+    "prepare": "`hfgpt data prepare RECIPE`",
+    "version": "`hfgpt --version`",
+    "resume": "`hfgpt train RECIPE --resume`",
+    "login": "`hf auth login`",
+    "quantize": "`hfgpt convert FROM TO --to FORMAT`",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_ELSEWHERE)
+def test_a_command_of_another_program_is_answered_with_what_is_done_here(command):
+    assert_refused(hfgpt(command, "x"), f"no such command '{command}'", COMMANDS_ELSEWHERE[command])
+
+
+def test_every_command_that_an_answer_names_exists():
+    from hfgpt.cli.misuse import COMMANDS_ELSEWHERE, OPTIONS_ELSEWHERE
+
+    assert {name for text in COMMANDS_ELSEWHERE.values() for name in re.findall(r"`hfgpt ([a-z][\w-]*)", text)} <= {
+        *COMMANDS
+    }
+    assert not {*COMMANDS_ELSEWHERE} & {*COMMANDS}
+    everywhere = "".join(hfgpt(name, "--help").out for name in COMMANDS) + hfgpt("--help").out
+    for option in OPTIONS_ELSEWHERE.values():
+        assert f"--{option} " in everywhere
+
+
+@pytest.mark.parametrize("command", ["", "train", "tokenizer train", "data"])
+def test_help_as_a_command_is_the_option_help(command):
+    assert hfgpt("help", *command.split()) == hfgpt(*command.split(), "--help")
+
+
+def test_help_on_a_command_that_does_not_exist_names_the_nearest():
+    assert_refused(hfgpt("help", "trian"), "no such command 'trian'", "Did you mean 'train'?")
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("train demo optim.lr=1", "optim.learning_rate=1"),
+        ("train demo --max-steps 5", "train.max_steps=5"),
+        ("train demo optim.schedule=cosin", "'cosine'"),
+        ("train demo train.batch_size=0", "at least 1"),
+        ("config demo max_steps=5", "train.max_steps=5"),
+        ("data prepare demo lr=1", "optim.learning_rate=1"),
+        ("tokenizer train new vocab_size=300", "tokenizer.vocab_size=300"),
+        ("train dmeo", "no recipe 'dmeo'"),
+        ("train wrong.yaml", "optim: {learning_rate: 1}"),
+        ("generate out The --top-k many", "whole number"),
+    ],
+)
+def test_wrong_words_are_answered_before_torch_is_imported(tmp_path, words, answer):
+    (tmp_path / "wrong.yaml").write_text("model: {n_layer: 1}\nlr: 1\n")
+
+    ran = process("-X", "importtime", "-m", "hfgpt", *words.split(), folder=tmp_path)
+
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert ran.returncode == 2
+    assert answer in ran.stderr.splitlines()[-1]
+    assert not {"torch", "transformers", "datasets", "accelerate"} & imported

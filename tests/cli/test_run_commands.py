@@ -300,7 +300,7 @@ BAD_INPUT = [
     (f"{TRAIN} data.block_size=65", "`data.block_size` (65)", "`n_positions` (64)", "Lower the one"),
     (f"{TRAIN} model.n_head=5", "(`n_embd`, 32)", "(`n_head`, 5)"),
     (f"{TRAIN} model.activation_function=gulu", "`activation_function`", "'gulu'", "one of ['gelu_new',"),
-    (f"{TRAIN} model.n_layers=6", "`n_layers`", "Did you mean `n_layer`?"),
+    (f"{TRAIN} model.n_layers=6", "`model.n_layers`", "Did you mean `model.n_layer=6`?"),
     (
         f"{TRAIN} sample.max_new_tokens=100",
         *("`sample.max_new_tokens`", "101 tokens", "`n_positions` are 64", "Shorten the sample"),
@@ -316,13 +316,13 @@ BAD_INPUT = [
     (f"{TRAIN} output_dir=text.txt", "`output_dir` (text.txt) is a file", "Name a folder"),
     ("train tiny.yaml output_dir=out/killed", "`output_dir` (out/killed)", "unfinished", "Add `--resume`"),
     # The recipe.
-    ("train typo.yaml", "'learning_rat'", "'optim'", "Did you mean `learning_rate`?"),
+    ("train typo.yaml", "typo.yaml: unknown key `optim.learning_rat`", "`optim: {learning_rate: 0.01}`"),
     ("train list.yaml", "list.yaml is not a recipe", "`key: value` lines"),
     ("train dmeo", "no recipe 'dmeo'", "`demo`"),
     ("config dmeo", "no recipe 'dmeo'", "`demo`"),
     ("config demo optim.name=adam", "`optim.name`", "'adam'", "one of ['adamw']"),
-    (f"{TRAIN} trian.max_steps=3", "'trian'", "Did you mean `train`?"),
-    (f"{TRAIN} seed", "'seed' is not an override", "Write `key.path=value`"),
+    (f"{TRAIN} trian.max_steps=3", "`trian.max_steps`", "Did you mean `train.max_steps=3`?"),
+    (f"{TRAIN} seed", "'seed' is not an override", "Did you mean `seed=VALUE`?"),
     (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear']"),
     (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7)", "`train.max_steps` (6)", "lower the one"),
     (

@@ -8,7 +8,6 @@ import yaml
 from hfgpt.cli.run_commands import LECTURE_STEPS
 from hfgpt.config.loading import load_config
 from hfgpt.config.recipes import USES, bundled_recipes, find_bundled, run_recipes
-from hfgpt.training.optim import check_optim
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -20,9 +19,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    config = load_config(path)
-
-    check_optim(config.optim)
+    load_config(path)
 
 
 def test_no_two_recipes_leave_the_same_folder():

@@ -206,7 +206,10 @@ def set_weight(run, value):
             lambda run: damage(run, "config.json", lambda text: text.replace(b'size": 16', b'size": 8')),
             "expected shape",
         ),
-        (lambda run: damage(run, "run.yaml", lambda text: text + b"\nnonsense: 1\n"), "run.yaml: Key 'nonsense'"),
+        (
+            lambda run: damage(run, "run.yaml", lambda text: text + b"\nnonsense: 1\n"),
+            "unknown key `nonsense`",
+        ),
         (lambda run: shutil.rmtree(run), "is no folder"),
     ],
 )

@@ -76,7 +76,7 @@ def start(
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             prepare()
-            train(load_config(recipe, [f"output_dir={folder}"]), True, on_step)
+            train(load_config(recipe, [f"output_dir={folder}"]), resume=True, on_step=on_step)
             status = 0
     finally:
         os._exit(status)

@@ -25,7 +25,7 @@ def run(recipe, name, *overrides, resume=False, on_step=lambda step: None):
     """Run the recipe into `recipe.parent / name`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = recipe.parent / name
-    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume, on_step)
+    train(load_config(recipe, [f"output_dir={folder}", *overrides]), resume=resume, on_step=on_step)
     return folder
 
 

@@ -28,6 +28,7 @@ from hfgpt import HFGPTForCausalLM
 from hfgpt.config.loading import config_yaml, load_config
 from hfgpt.data.loaders import eval_loader
 from hfgpt.evaluation.loss import score_batches
+from hfgpt.results.records import read_results
 from hfgpt.system.storage import seal, unseal
 from hfgpt.training.checkpoint import checkpoints
 from hfgpt.training.evaluate import score_rows
@@ -266,8 +267,9 @@ def test_a_finished_run_is_left_as_it_is(recipe):
 
     config = load_config(recipe, [f"output_dir={folder}"])
 
-    assert train(config) is None
-    assert train(config, resume=True) is None
+    for results in (train(config), train(config, resume=True)):
+        assert results.was_finished
+        assert results == read_results(folder / "results.json")
     assert (files(folder), metrics(folder)) == before
 
 
