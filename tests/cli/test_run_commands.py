@@ -266,7 +266,7 @@ BAD_INPUT = [
     # Token ids that the model does not know.
     (
         "train finetune.yaml tokenizer.name=mixed",
-        *("512 ids", "`init_from` (small)", "`vocab_size` of 300", "Leave `tokenizer.name` out"),
+        *("the tokenizer mixed makes the id 511", "`vocab_size` is 300", "Leave `tokenizer.name` out"),
     ),
     # The folder.
     ("train tiny.yaml seed=1", "`output_dir` (out/accelerate)", "`seed` is 0, this one's 1", "Name another folder"),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_rows import ids_of, numbered_rows
+from small_rows import ids_of
 
 from hfgpt.config.schema import DataConfig
-from hfgpt.data.prepare import check_ids, load_rows
+from hfgpt.data.prepare import load_rows
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import encode_ids, train_tokenizer
 
@@ -221,14 +221,6 @@ def test_a_split_shorter_than_one_block_is_refused(tokenizer):
 
     exact = load_rows(as_documents(TEXTS, ["\0\0\0"]), tokenizer, DataConfig(block_size=2))
     assert (len(exact.validation), exact.validation_counts.remainder) == (1, 0)
-
-
-def test_ids_that_the_model_does_not_know_are_refused():
-    rows = numbered_rows(3)
-
-    check_ids(rows, 25, "training")
-    with pytest.raises(ValueError, match=r"the training rows hold the id 24, but the model's `vocab_size` is 24"):
-        check_ids(rows, 24, "training")
 
 
 def is_view_of(part, whole):

@@ -173,17 +173,18 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return bpe.join_model(vocabulary, merges, json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"])
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the two files that OpenAI's encoder.py reads.
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) -> None:
+    """Write the two files that OpenAI's encoder.py reads; tokens beyond the model's `rows` are left out.
 
     Raises:
         ValueError: the tokenizer is not of their kind.
     """
     vocabulary, merges = bpe.split_model(tokenizer)
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != bpe.END_OF_TEXT]
+    there = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token_id < rows}
+    added = [token for token in there.values() if token != bpe.END_OF_TEXT]
     if added:
         raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
-    in_order = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    in_order = {token: at for token, at in sorted(vocabulary.items(), key=lambda item: item[1]) if at < rows}
     (folder / VOCABULARY).write_text(json.dumps(in_order), encoding="utf-8")
     lines = ["#version: 0.2", *merges, ""]  # encoder.py leaves the first and the last out
     (folder / MERGES).write_bytes("\n".join(lines).encode())
