@@ -17,6 +17,7 @@ from hfgpt.cli import card_commands, hub_commands, model_commands, run_commands,
 from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
+from hfgpt.system.quoting import shorten_words
 
 # What a user's words can cause. Other errors, such as a full disk or a run that diverged, are faults.
 MISUSES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -59,6 +60,7 @@ def fail(message: str, code: int) -> NoReturn:
     except OSError:
         discard_stdout()
     if message:
+        message = shorten_words(message, sys.argv[1:])
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - from every process, unlike print_status
     raise SystemExit(code) from None
 

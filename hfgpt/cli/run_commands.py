@@ -95,11 +95,12 @@ def tokenizer_train(
     """Train a byte-level BPE tokenizer on the training split of a recipe's text."""
     from hfgpt.config.loading import load_config
     from hfgpt.data.prepare import train_run_tokenizer
+    from hfgpt.data.tokenizer import save_tokenizer
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty. Name a new folder.")
     tokenizer = train_run_tokenizer(load_config(recipe, overrides or []))
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     print_status(f"{len(tokenizer):,} token ids in {folder}")
 
 
@@ -111,8 +112,12 @@ def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = Fa
     """Tokenize the text of a recipe into the cache, where training finds it, and count it."""
     from hfgpt.config.loading import load_config
     from hfgpt.data.prepare import prepare_text, render
+    from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 
     prepared = prepare_text(load_config(recipe, overrides or []))
+    share = max(prepared.train.unknown_share, prepared.validation.unknown_share)
+    if share > MOST_UNKNOWN:
+        print_status(f"warning: {describe_unknown(share)}")
     if as_json:
         print_json(asdict(prepared))
     else:

@@ -30,7 +30,7 @@ from hfgpt.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from hfgpt.data.vocabulary import Coverage, cover, unknown_ids
+from hfgpt.data.vocabulary import Coverage, cover, describe_unknown, unknown_ids
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text is to give other ids than before.
 SAMPLE = 100_000
@@ -122,7 +122,7 @@ def look_for_unknown(
     is_separator = data.separator is not None and unknown == [tokenizer.eos_token_id]
     count = tokens.count(unknown[0]) - is_separator * len(documents)
     text_tokens = len(tokens) - (data.separator is not None) * len(documents)
-    whole = Coverage(text_tokens, count, f"{count:,} tokens are unknown" if count else coverage.loss_of_text)
+    whole = Coverage(text_tokens, count, f"{count:,} unknown tokens" if count else coverage.loss_of_text)
     return whole.unknown_share, whole.loss_of_text
 
 
@@ -251,7 +251,7 @@ def render(prepared: PreparedText) -> str:
     lines = [
         f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
         f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up, "
-        f"{split.unknown_share:.1%} of the tokens unknown to the tokenizer"
+        f"{describe_unknown(split.unknown_share)}"
         for name, split in (("train", prepared.train), ("validation", prepared.validation))
     ]
     speed = (prepared.train.tokens + prepared.validation.tokens) / prepared.tokenizing_seconds

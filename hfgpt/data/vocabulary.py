@@ -81,6 +81,12 @@ MOST_UNKNOWN = 0.1
 """Share of unknown tokens above which a loss says little of a text, and there is a warning."""
 
 
+def describe_unknown(share: float) -> str:
+    """A share of unknown tokens in words, and what it means where it is above `MOST_UNKNOWN`."""
+    text = f"{share:.1%} of the tokens are unknown to the tokenizer"
+    return text if share <= MOST_UNKNOWN else f"{text}: a loss says little of such a text. Train a tokenizer on it."
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How much of some texts their ids say.
@@ -100,13 +106,6 @@ class Coverage:
     def unknown_share(self) -> float:
         """Unknown tokens among all, in [0, 1]."""
         return self.unknown / self.tokens if self.tokens else 0.0
-
-    @property
-    def warning(self) -> str | None:
-        """What to say where too much is unknown."""
-        if self.unknown_share <= MOST_UNKNOWN:
-            return None
-        return f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer: the loss says little of the text."
 
 
 def cover(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], encoded: Sequence[np.ndarray]) -> Coverage:
@@ -131,7 +130,7 @@ def cover(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], encoded: Seq
         left_out += 0 if unknown_id else max(0, count_visible(text) - count_visible(decoded))
         changed = changed or describe_change(text, decoded)
     if unknown or left_out:
-        changed = f"{unknown + left_out:,} tokens are unknown" if unknown else f"{left_out:,} characters are left out"
+        changed = f"{unknown:,} unknown tokens" if unknown else f"{left_out:,} characters left out"
     return Coverage(sum(map(len, encoded)) + left_out, unknown + left_out, changed)
 
 

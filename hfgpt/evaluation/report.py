@@ -13,6 +13,7 @@ from accelerate.utils import gather
 
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.text import is_plain_text, read_source
+from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.launch import join_processes
 from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, load_causal_lm
@@ -130,8 +131,8 @@ def measure(
     if files:
         rows = model.get_input_embeddings().weight.shape[0]
         encoded = encode_texts(tokenizer, read_texts(list(files), text_column), first_token, rows)
-        if encoded.coverage.warning:
-            print_status(f"warning: {encoded.coverage.warning}")
+        if encoded.coverage.unknown_share > MOST_UNKNOWN:
+            print_status(f"warning: {describe_unknown(encoded.coverage.unknown_share)}")
         others = [max(1, length // 2)] if strides is None else strides
         passes = list(dict.fromkeys([length, *others]))
         measurements = [measure_texts(model, encoded, length, stride, batch_size) for stride in passes]
@@ -228,7 +229,7 @@ def render_text(model: str, text: TextReport) -> str:
         f"context {text.context} tokens, {text.dtype} on {where}",
     ]
     if text.unknown_share:
-        head.append(f"{text.unknown_share:.1%} of the tokens are unknown to the tokenizer")
+        head.append(describe_unknown(text.unknown_share))
     if text.loss_of_text is not None:
         head.append(f"nothing per word or byte, because other texts have the same tokens: {text.loss_of_text}")
 

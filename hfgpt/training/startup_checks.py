@@ -20,7 +20,7 @@ from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import SplitCounts
 from hfgpt.data.rows import TokenArray, TokenRows
-from hfgpt.data.vocabulary import MOST_UNKNOWN
+from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
@@ -144,10 +144,7 @@ def check_range(rows: TokenRows, vocab_size: int) -> Check:
 def check_unknown(train: SplitCounts, validation: SplitCounts) -> Check:
     """A loss says little of a text that the tokenizer mostly does not know; the value is the larger share of two."""
     share = max(train.unknown_share, validation.unknown_share)
-    text = f"{share:.1%} of the tokens are unknown to the tokenizer"
-    return make_check(
-        share, share <= MOST_UNKNOWN, text, ": the loss says little of the text. Train a tokenizer on it."
-    )
+    return Check(share, share <= MOST_UNKNOWN, describe_unknown(share))
 
 
 def check_padding(padding: int, targets: int) -> Check:

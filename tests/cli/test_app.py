@@ -206,7 +206,8 @@ MISUSE = [
     ("evaluate small --data a.txt --batch-size many", "'--batch-size'", "integer"),
     ("evaluate small --data a.txt --batch-size 0", "'--batch-size'", "1"),
     ("evaluate small large --data a.txt", "unexpected", "large"),
-    ("generate small", "PROMPT", "`--prompts FILE`", "one of them"),
+    ("generate small", "give a PROMPT, the text to continue, or `--prompts FILE`, one of them: got neither"),
+    ("generate small The --prompts text.txt", "give a PROMPT", "one of them: got both"),
     ("explore small", "missing argument"),
     ("generate small The --seed", "'--seed'", "requires an argument"),
 ]
@@ -217,3 +218,30 @@ def test_a_wrong_command_line_gets_one_line_and_exit_code_2(case):
     command, *words = case
 
     assert_refused(hfgpt(*command.split()), *words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate {} The",  # the prompt first
+        "generate small The {}",
+        "evaluate {} --data a.txt",
+        "explore small The --compare {}",
+        "generate small The --compare {}",
+        "generate small The --max-new-tokens {}",
+        "generate small --prompts {}",
+        "convert {} out --to gpt2",
+        "train demo {}",
+        "train demo output_dir= sample.prompt={} ",
+        "train {}",
+        "config demo train.precision={}",
+        "{}",
+    ],
+)
+@pytest.mark.parametrize("text", ["The quick brown fox. " * 150, "L'été " * 500, "x" * 3000])
+def test_a_long_text_is_quoted_by_its_beginning(command, text):
+    said = hfgpt(*(word.format(text) for word in command.split()))
+
+    assert said.code == 2
+    assert said.err.count("\n") == 1
+    assert len(said.err) < 700, said.err

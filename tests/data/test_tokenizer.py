@@ -211,7 +211,7 @@ def test_the_end_of_text_is_the_config_s_where_the_tokenizer_names_none(tmp_path
         (characters(), "The dogé", r"'é' \(U\+00E9\)"),
         (characters(), "x" * 70_000 + "\u3000", r"'\\u3000' \(U\+3000\)"),
         (words(["the"], unk=None), "the catfish", "'catfish'"),
-        (words(["the"], unk=None), "the " + "c" * 3000, r"'c{39}… \(3,002 characters\)"),
+        (words(["the"], unk=None), "the " + "c" * 3000, r"'c{99}… \(3,002 characters\)"),
         (pieces(unk=False), "The 개 dog", r"'개' \(U\+AC1C\)"),
     ],
 )
