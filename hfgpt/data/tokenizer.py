@@ -182,6 +182,21 @@ def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
     return [ids.tolist() for ids in encode_arrays(tokenizer, texts)]
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, name: str) -> list[int]:
+    """Turn a text into ids, at least one: an empty text becomes the end-of-text token, which begins a document.
+
+    Raises:
+        ValueError: the tokenizer, called `name`, does not know a part of it or makes no token of it, or it is empty and
+            there is no end-of-text token.
+    """
+    (ids,) = encode_ids(tokenizer, [text])
+    if text and not ids:  # what a BPE without an unknown token does with what it does not know
+        raise ValueError(f"the tokenizer {name!r} makes no token of {quote(text)}: it knows nothing of it.")
+    if not text:
+        check_end_of_text(tokenizer, name, "from which an empty text would start. Give a text.")
+    return ids or [tokenizer.eos_token_id]
+
+
 def encode_arrays(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], split_special_tokens: bool = True
 ) -> list[np.ndarray]:

@@ -178,6 +178,8 @@ def add_as_lm_eval(
     Source:
         lm-evaluation-harness 0.4.13, `HFLM.tok_encode`.
     """
+    if not tokenizer("")["input_ids"]:
+        return encoded
     bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
     start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
     if start is None:

@@ -19,7 +19,7 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
 from hfgpt.data.prepare import Rows, load_text
 from hfgpt.data.rows import TokenRows
-from hfgpt.data.tokenizer import check_end_of_text, count_rows, encode_ids, tokenizer_hash
+from hfgpt.data.tokenizer import count_rows, encode_prompt, tokenizer_hash
 from hfgpt.data.vocabulary import check_rows, ids_of_text
 from hfgpt.distributed.launch import join_launch
 from hfgpt.distributed.sharding import shard_model
@@ -328,16 +328,14 @@ def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.T
     """(1, T) ids of the sample's prompt; an empty one is a document's start.
 
     Raises:
-        ValueError: the tokenizer does not know a part of it, or it is empty and nothing begins a document.
+        ValueError: see `hfgpt.data.tokenizer.encode_prompt`.
     """
+    name = config.tokenizer.name or config.init_from or "of this run"
     try:
-        (ids,) = encode_ids(tokenizer, [config.sample.prompt])
+        return torch.tensor([encode_prompt(tokenizer, config.sample.prompt, name)])
     except ValueError as error:
-        raise ValueError(f"`sample.prompt` ({quote(config.sample.prompt)}): {error}") from error
-    if not ids:
-        purpose = "from which an empty `sample.prompt` would start. Give one, or set `sample.max_new_tokens=0`."
-        check_end_of_text(tokenizer, config.tokenizer.name or str(config.init_from), purpose)
-    return torch.tensor([ids or [tokenizer.eos_token_id]])
+        remedy = "Set another, or `sample.max_new_tokens=0` for no samples."
+        raise ValueError(f"`sample.prompt` ({quote(config.sample.prompt)}): {error} {remedy}") from error
 
 
 def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: HFGPTForCausalLM) -> None:

@@ -136,7 +136,7 @@ def test_an_empty_prompt_needs_something_to_begin_with(recipe, tmp_path):
     odd.characters((tmp_path / "text.txt").read_text()).save_pretrained(tmp_path / "tokenizer")
     options = [*GIVEN, f"tokenizer.name={tmp_path / 'tokenizer'}", "data.separator=null"]
 
-    with pytest.raises(ValueError, match=r"no eos token, from which an empty `sample\.prompt` would start"):
+    with pytest.raises(ValueError, match=r"`sample\.prompt` \(''\): .*no eos token, from which an empty text"):
         run(recipe, "run", *options, "sample.prompt=")
     with pytest.raises(ValueError, match=r"`sample\.prompt` \('한국'\): the tokenizer does not know '한' \(U\+D55C\)"):
         run(recipe, "run", *options, "sample.prompt=한국")
