@@ -26,8 +26,8 @@ def steps_or_epoch(least: int) -> Rules:
     return {meaning: lambda value: value == "epoch" or (type(value) is int and value >= least)}
 
 
-def one_of(*choices: str | None) -> Rules:
-    """One of some texts, or None if that is among them."""
+def one_of(*choices: str) -> Rules:
+    """One of some texts."""
     return {f"one of {list(choices)}": lambda value: value in choices}
 
 

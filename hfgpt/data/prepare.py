@@ -111,10 +111,15 @@ def look_for_unknown(
     Unknown tokens are counted in all of it. What comes back from the ids is compared for documents spread over it.
     """
     texts: list[str] = []
+    room = SAMPLE
     for index in np.random.default_rng(0).permutation(len(documents))[:SAMPLE]:
-        texts.append(documents[int(index)]["text"][: SAMPLE - sum(map(len, texts))])
-        if sum(map(len, texts)) >= SAMPLE:
+        text = documents[int(index)]["text"]
+        if len(text) > room:
+            if not texts:  # cut between words: half a word may be unknown
+                texts.append((text[:room].rsplit(maxsplit=1) or [""])[0])
             break
+        texts.append(text)
+        room -= len(text)
     coverage = cover(tokenizer, texts, encode_arrays(tokenizer, texts))
     unknown = unknown_ids(tokenizer)
     if not unknown:

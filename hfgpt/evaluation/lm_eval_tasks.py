@@ -105,11 +105,18 @@ def run_tasks(
     Returns:
         By task, or group of tasks: each metric as the harness names it (`acc_norm`, with the name of a filter if there
         is one), `..._stderr`, `samples`, `num_fewshot`, `task_version`, `lm_eval_version` and `context`. What is not
-        finite is a text, as JSON cannot hold it.
+        finite is a text, as JSON cannot hold it. What is divided by words or bytes is left out where the tokens of a
+        task do not determine its texts.
+
+    Raises:
+        ValueError: the tokenizer has no token to begin with, or does not know all of a text.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError("`--tasks` needs a bos or an eos token, which lm-eval puts first; the tokenizer has none.")
+    without = {name for name, task in tasks["tasks"].items() if is_lossy(name, task, tokenizer)}
     for task in tasks["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -127,7 +134,6 @@ def run_tasks(
         print_status(
             f"{cut.inputs:,} inputs of the tasks are longer than {context} tokens: lm-eval left out their beginnings."
         )
-    without = {name for name, task in tasks["tasks"].items() if is_lossy(name, task, tokenizer)}
     return {
         name: figures(name, metrics, found, name not in without) | {"context": context}
         for name, metrics in found["results"].items()

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import odd_tokenizers as odd
 import pytest
 import torch
 from commands import LOOPS, contents, hfgpt, unfinish
@@ -237,6 +238,18 @@ def test_too_little_memory_is_said_in_one_line(world):
     assert said.code == 1
     assert said.err.startswith("error: out of memory.")
     assert said.err.count("\n") == 1
+
+
+def test_data_prepare_says_how_much_the_tokenizer_does_not_know(world):
+    odd.words(["the", "of"]).save_pretrained("words")
+    words = ["data", "prepare", "tiny.yaml", "tokenizer.name=words", "tokenizer.vocab_size=4096"]
+
+    said, known = hfgpt(*words), hfgpt("data", "prepare", "tiny.yaml")
+
+    assert "of the tokens are unknown to the tokenizer: a loss says little" in said.err.partition("warning: ")[2]
+    assert said.out.count("of the tokens are unknown to the tokenizer") == 2
+    assert known.out.count("0.0% of the tokens are unknown to the tokenizer") == 2
+    assert "warning" not in known.err
 
 
 BAD_INPUT = [
