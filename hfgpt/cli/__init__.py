@@ -24,6 +24,7 @@ from hfgpt.cli import (  # noqa: F401 - registered
 from hfgpt.cli.app import app
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.extras import brought_by, needs
+from hfgpt.system.quoting import shorten_words
 from hfgpt.system.suggest import nearest_path
 
 # What a user's words can cause. Other errors, such as a full disk or a run that diverged, are faults.
@@ -84,6 +85,7 @@ def fail(message: str, code: int) -> NoReturn:
     except OSError:
         discard_stdout()
     if message:
+        message = shorten_words(message, sys.argv[1:])
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - from every process, unlike print_status
     raise SystemExit(code) from None
 

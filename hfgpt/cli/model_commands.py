@@ -151,8 +151,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token, or many at once."""
     if (prompt is None) == (prompts is None):
-        both = "" if prompt is None else f", got both, and the file is {str(prompts)!r}"
-        raise ValueError(f'give a PROMPT, such as "Once upon", or `--prompts FILE`, one of them{both}.')
+        found = "neither" if prompt is None else "both"
+        raise ValueError(f"give a PROMPT, the text to continue, or `--prompts FILE`, one of them: got {found}.")
     variants = make_variants(given, compare) if compare else {"": change_params(DEFAULTS, given)}
 
     from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts

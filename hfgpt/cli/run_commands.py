@@ -100,9 +100,10 @@ def tokenizer_train(
         raise ValueError(f"{folder} is not empty. Name a new folder.")
     loaded = load_config(recipe, overrides or [])  # before the slow imports, so that a typo is answered at once
     from hfgpt.data.prepare import train_run_tokenizer
+    from hfgpt.data.tokenizer import save_tokenizer
 
     tokenizer = train_run_tokenizer(loaded)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     print_status(f"{len(tokenizer):,} token ids in {folder}")
 
 
@@ -116,8 +117,12 @@ def data_prepare(recipe: Recipe, overrides: Overrides = None, as_json: Json = Fa
 
     loaded = load_config(recipe, overrides or [])  # before the slow imports, as above
     from hfgpt.data.prepare import prepare_text, render
+    from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 
     prepared = prepare_text(loaded)
+    share = max(prepared.train.unknown_share, prepared.validation.unknown_share)
+    if share > MOST_UNKNOWN:
+        print_status(f"warning: {describe_unknown(share)}")
     if as_json:
         print_json(asdict(prepared))
     else:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hfgpt.system.quoting import quote
+
 Rules = Mapping[str, Callable[[Any], bool]]
 """What a value must be, in words that follow "must be", and whether one is."""
 
@@ -54,4 +56,4 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def check_value(name: str, value: Any, rules: Rules) -> None:
     for meaning, is_right in rules.items():
         if not is_right(value):
-            raise ValueError(f"`{name}` must be {meaning}, got {value!r}.")
+            raise ValueError(f"`{name}` must be {meaning}, got {quote(value)}.")

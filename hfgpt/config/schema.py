@@ -55,8 +55,12 @@ class DataConfig:
     """Targets in one row, in tokens."""
     stride: int | None = field(default=None, metadata=at_least(1))
     """Tokens from the start of one row to the next, 1 to `block_size`; null means `block_size`."""
+    separator: str | None = field(default="eos", metadata={"'eos' or null": lambda mark: mark in ("eos", None)})
+    """What stands between documents: `eos`, the tokenizer's end-of-text token; null puts nothing there, as nanoGPT does
+    for characters, and a tokenizer then needs no such token.
+    """
     packing: str = field(default="contiguous", metadata=one_of("contiguous", "isolated", "padded"))
-    """`contiguous`: rows are cut from one stream with `<|endoftext|>` between documents; `isolated`: the same rows, but
+    """`contiguous`: rows are cut from one stream with `separator` between documents; `isolated`: the same rows, but
     no token sees another document; `padded`: a document never shares a row, and short rows are filled up.
     """
     streaming: bool = False

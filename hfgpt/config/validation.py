@@ -60,6 +60,11 @@ def check_data(data: DataConfig) -> None:
             value = getattr(data, name)
             if is_so and value != getattr(DataConfig, name):
                 raise ValueError(f"`data.{name}` ({value!r}) has no effect: {reason}. Leave it out.")
+    if data.separator is None and data.packing != "contiguous":
+        raise ValueError(
+            f"`data.packing` ({data.packing!r}) keeps documents apart, and with `data.separator` null nothing marks "
+            "where one ends. Set `data.packing=contiguous`, or leave `data.separator` out."
+        )
     if data.stride is not None and data.stride > data.block_size:
         raise ValueError(
             f"`data.stride` ({data.stride}) is longer than `data.block_size` ({data.block_size}): tokens between rows "

@@ -22,9 +22,19 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
-from hfgpt.data.tokenizer import check_end_of_text, encode_documents, load_tokenizer, tokenizer_hash, train_tokenizer
+from hfgpt.data.tokenizer import (
+    check_end_of_text,
+    encode_arrays,
+    encode_documents,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from hfgpt.data.vocabulary import Coverage, cover, describe_unknown, unknown_ids
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text is to give other ids than before.
+SAMPLE = 100_000
+"""Characters of a split that are compared with what comes back from their ids."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,17 @@ class SplitCounts:
     rows: int
     """Of `data.block_size` targets."""
     tokens: int
-    """Ids of all documents, and one `<|endoftext|>` between two of them."""
+    """Ids of all documents, and one `<|endoftext|>` between two of them, unless `data.separator` is null."""
     targets: int
     """Targets scored in one pass over the rows; with a `stride` below `block_size` some count more than once."""
     remainder: int
     """Tokens at the end that fill no row, fewer than `stride`; they are never scored."""
     padding: int
     """Places in rows that hold no target."""
+    unknown_share: float = 0.0
+    """Tokens that stand for what the tokenizer does not know, among all, in [0, 1]; see `Coverage`."""
+    loss_of_text: str | None = None
+    """Why the ids do not determine the text, in words; None where a look at `SAMPLE` characters found no reason."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,44 @@ def load_rows(documents: Documents, tokenizer: PreTrainedTokenizerFast, data: Da
     Raises:
         ValueError: a split is shorter than one row.
     """
-    train, train_counts = make_rows(tokenize(documents.train, tokenizer, data, "training"), data, "training")
-    tokens = tokenize(documents.validation, tokenizer, data, "validation")
-    validation, validation_counts = make_rows(tokens, data, "validation")
+
+    def load(split: Dataset, name: str) -> tuple[TokenRows, SplitCounts]:
+        tokens = tokenize(split, tokenizer, data, name)
+        rows, counts = make_rows(tokens, data, name)
+        share, loss_of_text = look_for_unknown(split, tokens, tokenizer, data)
+        return rows, replace(counts, unknown_share=share, loss_of_text=loss_of_text)
+
+    train, train_counts = load(documents.train, "training")
+    validation, validation_counts = load(documents.validation, "validation")
     return Rows(train, validation, train_counts, validation_counts)
+
+
+def look_for_unknown(
+    documents: Dataset, tokens: TokenArray, tokenizer: PreTrainedTokenizerFast, data: DataConfig
+) -> tuple[float, str | None]:
+    """`SplitCounts.unknown_share` and `SplitCounts.loss_of_text` of one split.
+
+    Unknown tokens are counted in all of it. What comes back from the ids is compared for documents spread over it.
+    """
+    texts: list[str] = []
+    room = SAMPLE
+    for index in np.random.default_rng(0).permutation(len(documents))[:SAMPLE]:
+        text = documents[int(index)]["text"]
+        if len(text) > room:
+            if not texts:  # cut between words: half a word may be unknown
+                texts.append((text[:room].rsplit(maxsplit=1) or [""])[0])
+            break
+        texts.append(text)
+        room -= len(text)
+    coverage = cover(tokenizer, texts, encode_arrays(tokenizer, texts))
+    unknown = unknown_ids(tokenizer)
+    if not unknown:
+        return coverage.unknown_share, coverage.loss_of_text
+    is_separator = data.separator is not None and unknown == [tokenizer.eos_token_id]
+    count = tokens.count(unknown[0]) - is_separator * len(documents)
+    text_tokens = len(tokens) - (data.separator is not None) * len(documents)
+    whole = Coverage(text_tokens, count, f"{count:,} unknown tokens" if count else coverage.loss_of_text)
+    return whole.unknown_share, whole.loss_of_text
 
 
 def tokenize(
@@ -93,10 +141,14 @@ def tokenize(
         batch_size=256,
         input_columns=["text"],
         remove_columns=["text"],
-        fn_kwargs={"tokenizer": tokenizer},
+        fn_kwargs={"tokenizer": tokenizer, "separator": data.separator},
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
         num_proc=None if data.num_proc == 1 else min(data.num_proc, len(documents)),
-        new_fingerprint=cache_key(documents._fingerprint, tokenizer_hash(tokenizer), str(tokenizer.eos_token_id)),
+        new_fingerprint=cache_key(
+            documents._fingerprint,
+            tokenizer_hash(tokenizer),
+            str(None if data.separator is None else tokenizer.eos_token_id),
+        ),
         desc=f"Tokenizing the {split} text",
     )
     return TokenArray(token_ids)
@@ -109,7 +161,8 @@ def make_rows(tokens: TokenArray, data: DataConfig, split: str) -> tuple[TokenRo
         ValueError: it is shorter than one row.
     """
     block_size, documents = data.block_size, len(tokens.document_starts)
-    count = len(tokens) - 1  # there is nothing before the first document to end
+    first = 0 if data.separator is None else 1  # there is nothing before the first document to end
+    count = len(tokens) - first
     if data.packing == "padded":
         rows = padded_rows(tokens, block_size)
         targets = count + 1  # the last document is ended too
@@ -121,7 +174,7 @@ def make_rows(tokens: TokenArray, data: DataConfig, split: str) -> tuple[TokenRo
             f"and one): lower `data.block_size` ({block_size}) or give more text."
         )
     stride = data.stride or block_size
-    starts = range(1, len(tokens) - block_size, stride)
+    starts = range(first, len(tokens) - block_size, stride)
     rows = TokenRows(tokens, block_size, starts, is_isolated=data.packing == "isolated")
     remainder = count - (len(rows) - 1) * stride - (block_size + 1)
     return rows, SplitCounts(documents, len(rows), count, len(rows) * block_size, remainder, padding=0)
@@ -142,22 +195,10 @@ def cache_key(*parts: str) -> str:
     return hashlib.sha256(" ".join([f"hfgpt-rows-{ROWS_VERSION}", *parts]).encode()).hexdigest()[:32]
 
 
-def encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[np.ndarray]]:
-    return {"input_ids": encode_documents(tokenizer, texts)}
-
-
-def check_ids(rows: TokenRows, vocab_size: int, name: str) -> None:
-    """Refuse rows that a model cannot read, before its embedding fails on them.
-
-    Raises:
-        ValueError: `rows` hold an id of `vocab_size` or more.
-    """
-    largest = rows.tokens.largest()
-    if largest >= vocab_size:
-        raise ValueError(
-            f"the {name} rows hold the id {largest}, but the model's `vocab_size` is {vocab_size}. "
-            "Take the tokenizer that belongs to the model."
-        )
+def encode_batch(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, separator: str | None
+) -> dict[str, list[np.ndarray]]:
+    return {"input_ids": encode_documents(tokenizer, texts, separator)}
 
 
 def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTokenizerFast, Rows]:
@@ -214,7 +255,8 @@ def render(prepared: PreparedText) -> str:
     """The counts and times as lines to read."""
     lines = [
         f"{name:<10}  {split.documents:,} documents, {split.tokens:,} tokens in {split.rows:,} rows: "
-        f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up"
+        f"{split.targets:,} targets, {split.remainder:,} tokens left over, {split.padding:,} places filled up, "
+        f"{describe_unknown(split.unknown_share)}"
         for name, split in (("train", prepared.train), ("validation", prepared.validation))
     ]
     speed = (prepared.train.tokens + prepared.validation.tokens) / prepared.tokenizing_seconds
@@ -232,7 +274,9 @@ def existing_tokenizer(config: RunConfig, resume_from: Path | None = None) -> Pr
     if name is None:
         return None
     tokenizer = load_tokenizer(name)
-    check_end_of_text(tokenizer, name)
+    if config.data.separator is not None:
+        purpose = "which goes between documents. Set `data.separator=null` to join them with nothing between."
+        check_end_of_text(tokenizer, name, purpose)
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Rows of token ids: slices of one memory-mapped array, so that making them copies nothing.
 
-The array of a split holds every document behind its `<|endoftext|>`: e d1 d1 d1 e d2 d2 e ...
+The array of a split holds every document behind its `<|endoftext|>`: e d1 d1 d1 e d2 d2 e ... Where `data.separator` is
+null, it holds the documents alone.
 
 Shape letters: N rows, T `block_size`.
 """
@@ -16,10 +17,10 @@ from hfgpt.loss import IGNORE_INDEX
 
 
 class TokenArray:
-    """The ids of all documents, each behind an end-of-text, as one int32 array.
+    """The ids of all documents, each behind an end-of-text if they are separated, as one int32 array.
 
     Args:
-        token_ids: memory-mapped, with one column `input_ids`: a list of ids for each document, end-of-text first.
+        token_ids: memory-mapped, with one column `input_ids`: a list of ids for each document.
     """
 
     def __init__(self, token_ids: datasets.Dataset) -> None:
@@ -56,9 +57,9 @@ class TokenArray:
             pieces.append(self.parts[0][:1])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def largest(self) -> int:
-        """The largest id."""
-        return max(int(part.max()) for part in self.parts if len(part))
+    def count(self, token_id: int) -> int:
+        """How often an id is there."""
+        return sum(int((part == token_id).sum()) for part in self.parts)
 
 
 class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):

@@ -69,7 +69,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
     Args:
         data: where the text comes from, and how it becomes rows.
         held_out: `text_hash` of the documents to leave out, those of the validation text.
-        tokenizer: with an end-of-text token.
+        tokenizer: with an end-of-text token, unless `data.separator` is None.
         seed: of the run; fixes the order.
         rank: number of this process, from 0.
         world_size: number of processes. Each reads shards of its own if they divide evenly, else every
@@ -135,7 +135,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
         self.begins = np.concatenate([self.begins, np.arange(len(ids)) == 0])
 
     def next_document(self) -> np.ndarray:
-        """The ids of a document behind its end-of-text, drawn from the buffer."""
+        """The ids of a document behind its separator, drawn from the buffer."""
         while len(self.buffer) < self.capacity and self.arrive():
             self.buffer.append(self.arrived.pop())
         if not self.buffer:
@@ -169,7 +169,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
             own = batch["text"][(self.first - self.read) % self.every :: self.every]
             self.read += len(batch["text"])
             texts = [text for text in own if text_hash(text) not in self.held_out]
-            self.arrived = encode_documents(self.tokenizer, texts)[::-1]
+            self.arrived = encode_documents(self.tokenizer, texts, self.data.separator)[::-1]
             self.has_given = self.has_given or bool(texts)
         return True
 

@@ -17,6 +17,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfgpt.config.recipes import find_bundled
+from hfgpt.data.tokenizer import encode_arrays
+from hfgpt.data.vocabulary import cover, describe_unknown
 from hfgpt.system.console import print_status
 from hfgpt.system.extras import needs
 
@@ -25,6 +27,9 @@ TaskDict = dict[str, dict[str, Any]]
 
 BOOTSTRAPS = 1000
 """Draws for the standard error of what is no mean, such as LAMBADA's perplexity; itself known to 2 percent then."""
+
+PER_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+"""Metrics that divide by what is in a text, not by its tokens."""
 
 FEWSHOT_SEED = 1234
 """The harness's own default, for tasks that come with examples."""
@@ -100,11 +105,18 @@ def run_tasks(
     Returns:
         By task, or group of tasks: each metric as the harness names it (`acc_norm`, with the name of a filter if there
         is one), `..._stderr`, `samples`, `num_fewshot`, `task_version`, `lm_eval_version` and `context`. What is not
-        finite is a text, as JSON cannot hold it.
+        finite is a text, as JSON cannot hold it. What is divided by words or bytes is left out where the tokens of a
+        task do not determine its texts.
+
+    Raises:
+        ValueError: the tokenizer has no token to begin with, or does not know all of a text.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError("`--tasks` needs a bos or an eos token, which lm-eval puts first; the tokenizer has none.")
+    without = {name for name, task in tasks["tasks"].items() if is_lossy(name, task, tokenizer)}
     for task in tasks["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -122,14 +134,31 @@ def run_tasks(
         print_status(
             f"{cut.inputs:,} inputs of the tasks are longer than {context} tokens: lm-eval left out their beginnings."
         )
-    return {name: figures(name, metrics, found) | {"context": context} for name, metrics in found["results"].items()}
+    return {
+        name: figures(name, metrics, found, name not in without) | {"context": context}
+        for name, metrics in found["results"].items()
+    }
 
 
-def figures(task: str, metrics: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """One task's line of the results."""
+def is_lossy(name: str, task: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a task scores whole texts that their tokens do not determine; then says so."""
+    if task.get_config("output_type") != "loglikelihood_rolling":
+        return False
+    texts = [task.doc_to_target(doc) for doc in task.eval_docs]
+    coverage = cover(tokenizer, texts, encode_arrays(tokenizer, texts, split_special_tokens=False))
+    if coverage.loss_of_text is not None:
+        unknown = f"{describe_unknown(coverage.unknown_share)}, " if coverage.unknown else ""
+        print_status(f"{name}: {unknown}nothing per word or byte, because other texts have the same tokens")
+    return coverage.loss_of_text is not None
+
+
+def figures(task: str, metrics: dict[str, Any], found: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """One task's line of the results; without what is divided by words or bytes if their texts are not `is_whole`."""
     result: dict[str, Any] = {}
     for key, value in metrics.items():
         name, _, filter_name = key.partition(",")
+        if not is_whole and name.removesuffix("_stderr") in PER_TEXT:
+            continue
         if isinstance(value, int | float) and name != "sample_len":  # `samples` says it, of groups too
             full_name = name if filter_name in ("none", "") else key
             result[full_name] = value if math.isfinite(value) else str(value)

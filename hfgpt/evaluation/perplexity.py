@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfgpt.data.tokenizer import encode_arrays
+from hfgpt.data.vocabulary import Coverage, check_rows, cover
 from hfgpt.evaluation.loss import Score, e_to, score_batches
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.system.console import route_lines
@@ -52,6 +53,7 @@ class EncodedTexts:
         special_tokens: how many targets are special tokens.
         words: of all texts, as the harness counts them: pieces between white space, empty ones at the ends too.
         bytes: of all texts, in UTF-8.
+        coverage: how much of the texts the ids say.
     """
 
     ids: list[np.ndarray]
@@ -60,6 +62,7 @@ class EncodedTexts:
     special_tokens: int
     words: int
     bytes: int
+    coverage: Coverage
 
     @property
     def lengths(self) -> list[int]:
@@ -94,7 +97,8 @@ class Perplexity:
         loss: nats per token.
         loss_standard_error: see `Score`.
         token_perplexity: e to the loss; infinite beyond floating point, as those below.
-        word_perplexity: e to the nats per word; None where words are not known or first tokens were not scored.
+        word_perplexity: e to the nats per word; None where words are not known, first tokens were not scored, or the
+            tokens do not determine the texts.
         byte_perplexity: e to the nats per byte; as above.
         bits_per_byte: as above.
     """
@@ -124,7 +128,7 @@ class Measurement(Perplexity):
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], first_token: str = "lm-eval"
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], first_token: str = "lm-eval", rows: int | None = None
 ) -> EncodedTexts:
     """Turn texts into ids, each with what its first target is predicted from.
 
@@ -132,9 +136,11 @@ def encode_texts(
         tokenizer: of the model.
         texts: any number of texts of any length.
         first_token: a value of `FIRST_TOKEN`.
+        rows: of the model's embedding; None leaves ids beyond it to the caller.
 
     Raises:
-        ValueError: no such policy, or the tokenizer has no token that could stand before a text.
+        ValueError: no such policy, the tokenizer has no token that could stand before a text or does not know all of
+            it, or the model has no row for one of the ids.
     """
     if first_token not in FIRST_TOKEN:
         raise ValueError(f"`--first-token` must be one of {list(FIRST_TOKEN)}, got {first_token!r}.")
@@ -144,13 +150,17 @@ def encode_texts(
             "the tokenizer has neither a bos nor an eos token to predict the first token from. Set "
             "`--first-token skip` to leave it out."
         )
-    if first_token == "lm-eval":
-        encoded = encode_as_lm_eval(tokenizer, texts, tokenizer.decode(prefix_id))
-    else:
-        encoded = encode_arrays(tokenizer, list(texts))
+    is_lm_eval = first_token == "lm-eval"
+    encoded = encode_arrays(tokenizer, list(texts), split_special_tokens=not is_lm_eval)
+    coverage = cover(tokenizer, texts, encoded)
+    if is_lm_eval:
+        encoded = add_as_lm_eval(tokenizer, texts, encoded, tokenizer.decode(prefix_id))
     before = [] if first_token == "skip" else [prefix_id]
     special = np.array(tokenizer.all_special_ids, dtype=np.int32)
     ids = [np.concatenate([np.array(before, dtype=np.int32), each]) for each in encoded]
+    if rows is not None:
+        largest = {int(each.max()) for each in ids if len(each)}
+        check_rows(tokenizer, largest, rows, f"the tokenizer {tokenizer.name_or_path}")
     return EncodedTexts(
         ids=ids,
         first_token=first_token,
@@ -158,21 +168,25 @@ def encode_texts(
         special_tokens=sum(int(np.isin(each[1:], special).sum()) for each in ids),
         words=sum(len(re.split(r"\s+", text)) for text in texts),
         bytes=sum(len(text.encode("utf-8")) for text in texts),
+        coverage=coverage,
     )
 
 
-def encode_as_lm_eval(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], prefix: str) -> list[np.ndarray]:
+def add_as_lm_eval(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], encoded: list[np.ndarray], prefix: str
+) -> list[np.ndarray]:
     """What the harness scores: a literal special token is one, and what the tokenizer adds itself is scored, too.
 
     Source:
         lm-evaluation-harness 0.4.13, `HFLM.tok_encode`.
     """
+    if not tokenizer("")["input_ids"]:
+        return encoded
     bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
     start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), None)
     if start is None:
         raise ValueError("what the tokenizer adds to a text cannot be told apart from it. Set `--first-token text`.")
     added = [np.array(ids, dtype=np.int32) for ids in (whole[:start], whole[start + len(bare) :])]
-    encoded = encode_arrays(tokenizer, list(texts), split_special_tokens=False)
     # It adds nothing to a text that begins with the prefix already.
     return [
         ids if text.startswith(prefix) else np.concatenate([added[0], ids, added[1]])
@@ -252,21 +266,15 @@ def measure_texts(
 
     Args:
         model: any causal language model; on several processes, each has it.
-        texts: from `encode_texts`.
+        texts: from `encode_texts`, for this model.
         context: longest window, in tokens.
         stride: see `make_windows`.
         batch_size: windows in one forward pass.
 
     Raises:
-        ValueError: there is nothing to score, an id that the model does not know, or a stride out of range.
+        ValueError: there is nothing to score, or a stride out of range.
         FloatingPointError: the model's loss is no number.
     """
-    largest = max((int(ids.max()) for ids in texts.ids if len(ids)), default=0)
-    size = model.get_input_embeddings().weight.shape[0]
-    if largest >= size:
-        raise ValueError(
-            f"the tokenizer makes the id {largest}, the model's `vocab_size` is {size}. They do not belong together."
-        )
     windows = list(make_windows(texts.lengths, context, stride))
     if not windows:
         raise ValueError("there is nothing to score: no text holds a token after its first.")
@@ -275,7 +283,8 @@ def measure_texts(
     elapsed_seconds = time.perf_counter() - started_at
     if not math.isfinite(score.total):
         raise FloatingPointError(f"the loss is {score.total}: a weight is no number, or {model.dtype} is too narrow.")
-    perplexity = summarize(score, texts.words, texts.bytes, is_whole=texts.prefix is not None)
+    is_whole = texts.prefix is not None and texts.coverage.loss_of_text is None
+    perplexity = summarize(score, texts.words, texts.bytes, is_whole)
     return Measurement(**asdict(perplexity), stride=stride, windows=len(windows), elapsed_seconds=elapsed_seconds)
 
 
@@ -286,7 +295,8 @@ def summarize(score: Score, words: int | None, bytes: int | None, is_whole: bool
         score: of all targets.
         words: of the same texts; None or 0 where they are not known.
         bytes: as above.
-        is_whole: whether every token of the texts was scored. Without the first ones, nats per word would be too few.
+        is_whole: whether every token of the texts was scored, and the tokens determine the texts. Otherwise the nats
+            would be those of something else than these words.
     """
     per_word, per_byte = (score.total / units if units and is_whole else None for units in (words, bytes))
     return Perplexity(

@@ -96,7 +96,7 @@ def of_texts(
         model, tokenizer = load_causal_lm(model, tokenizer)
     elif tokenizer is None:
         raise ValueError("a model that is no name needs a tokenizer: `compute(model=..., tokenizer=...)`.")
-    encoded = encode_texts(tokenizer, texts, first_token)
+    encoded = encode_texts(tokenizer, texts, first_token, model.get_input_embeddings().weight.shape[0])
     length = choose_context(model, context)
     measured = asdict(measure_texts(model, encoded, length, stride or length, batch_size))
     convention = f"windows of {length} tokens, stride {measured['stride']}; {encoded.convention}"

@@ -13,13 +13,14 @@ from accelerate.utils import gather
 
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.text import is_plain_text, read_source
+from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.launch import join_processes
 from hfgpt.evaluation.lm_eval_tasks import find_tasks, run_tasks
 from hfgpt.evaluation.load_model import check_causal, choose_context, choose_device, load_causal_lm
 from hfgpt.evaluation.perplexity import EncodedTexts, Measurement, encode_texts, measure_texts
 from hfgpt.results.notebook import html_text
 from hfgpt.results.records import RESULTS_FILE
-from hfgpt.system.console import align_columns
+from hfgpt.system.console import align_columns, print_status
 from hfgpt.system.machine import peak_memory_bytes
 from hfgpt.system.storage import write_json
 
@@ -32,6 +33,9 @@ class TextReport:
         documents: texts; empty ones are left out.
         tokens: targets, each scored once.
         special_tokens: how many of them are special tokens.
+        unknown_share: tokens that stand for what the tokenizer does not know, among all, in [0, 1]; see `Coverage`.
+        loss_of_text: why the tokens do not determine the texts, so that there are no figures per word and byte; None if
+            they do.
         words: of all texts, as lm-eval counts them.
         bytes: of all texts, in UTF-8.
         convention: what is conditioned on what.
@@ -46,6 +50,8 @@ class TextReport:
     documents: int
     tokens: int
     special_tokens: int
+    unknown_share: float
+    loss_of_text: str | None
     words: int
     bytes: int
     convention: str
@@ -131,7 +137,10 @@ def measure(
     check_causal(model)
     text = None
     if files:
-        encoded = encode_texts(tokenizer, read_texts(list(files), text_column), first_token)
+        rows = model.get_input_embeddings().weight.shape[0]
+        encoded = encode_texts(tokenizer, read_texts(list(files), text_column), first_token, rows)
+        if encoded.coverage.unknown_share > MOST_UNKNOWN:
+            print_status(f"warning: {describe_unknown(encoded.coverage.unknown_share)}")
         others = [max(1, length // 2)] if strides is None else strides
         passes = list(dict.fromkeys([length, *others]))
         measurements = [measure_texts(model, encoded, length, stride, batch_size) for stride in passes]
@@ -161,6 +170,8 @@ def report_text(texts: EncodedTexts, context: int, model: Any, measurements: lis
         documents=len(texts.ids),
         tokens=measurements[0].tokens,
         special_tokens=texts.special_tokens,
+        unknown_share=texts.coverage.unknown_share,
+        loss_of_text=texts.coverage.loss_of_text,
         words=texts.words,
         bytes=texts.bytes,
         convention=texts.convention,
@@ -225,6 +236,10 @@ def render_text(model: str, text: TextReport) -> str:
         text.convention,
         f"context {text.context} tokens, {text.dtype} on {where}",
     ]
+    if text.unknown_share:
+        head.append(describe_unknown(text.unknown_share))
+    if text.loss_of_text is not None:
+        head.append(f"nothing per word or byte, because other texts have the same tokens: {text.loss_of_text}")
 
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:,.{digits}f}"

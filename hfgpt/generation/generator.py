@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfgpt.data.tokenizer import check_end_of_text, encode_ids, load_tokenizer
+from hfgpt.data.tokenizer import encode_prompt, load_tokenizer
+from hfgpt.data.vocabulary import check_rows
 from hfgpt.generation.beam_search import beam_search
 from hfgpt.generation.decoding import check_length, generate_stream
 from hfgpt.generation.params import SamplingParams
@@ -43,20 +44,13 @@ class TextGenerator:
         return self.model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
-        """Turn a text into ids, at least one: an empty text becomes the end-of-text token, which begins a document.
+        """Turn a text into ids, at least one.
 
         Raises:
-            ValueError: the text is empty and there is no such token, or the tokenizer is another model's.
+            ValueError: see `hfgpt.data.tokenizer.encode_prompt`; or the model has no row for one of its ids.
         """
-        (ids,) = encode_ids(self.tokenizer, [text])
-        if not ids:
-            check_end_of_text(self.tokenizer, self.source)
-            ids = [self.tokenizer.eos_token_id]
-        if max(ids) >= self.model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {self.source} makes the id {max(ids)}, the model's `vocab_size` is "
-                f"{self.model.config.vocab_size}. They do not belong together."
-            )
+        ids = encode_prompt(self.tokenizer, text, self.source)
+        check_rows(self.tokenizer, ids, self.model.config.vocab_size, f"the tokenizer of {self.source}")
         return ids
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from hfgpt.system.quoting import quote
 from hfgpt.system.suggest import did_you_mean
 
 BOUNDS = {
@@ -135,7 +136,7 @@ def parse_params(text: str) -> dict[str, Any]:
             )
         parsed = parse_value(name, value)
         if name in given and name != "stop":
-            raise ValueError(f"`{name}` is given twice in {text!r}.")
+            raise ValueError(f"`{name}` is given twice in {quote(text)}.")
         given[name] = given.get(name, ()) + parsed if name == "stop" else parsed
     return given
 
@@ -154,7 +155,7 @@ def parse_value(name: str, text: str) -> Any:
     word = text.strip().lower()
     if name == "early_stopping":
         if word not in EARLY_STOPPING:
-            raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING)}, got {text!r}.")
+            raise ValueError(f"`early_stopping` must be one of {list(EARLY_STOPPING)}, got {quote(text)}.")
         return EARLY_STOPPING[word]
     if name == "seed" and word == "none":
         return None
@@ -162,7 +163,7 @@ def parse_value(name: str, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"`{name}` must be a {'whole ' * (kind is int)}number, got {text!r}.") from None
+        raise ValueError(f"`{name}` must be a {'whole ' * (kind is int)}number, got {quote(text)}.") from None
 
 
 def format_value(name: str, value: Any) -> list[str]:
@@ -211,11 +212,11 @@ def make_variants(
     variants: dict[str, SamplingParams] = {}
     for text in texts:
         if text in variants:
-            raise ValueError(f"{text!r} is to be compared twice.")
+            raise ValueError(f"{quote(text)} is to be compared twice.")
         own = parse_params(text)
         variants[text] = replace(base, **{**given, **own})
         if reason := without_effect(own, variants[text]):
-            raise ValueError(f"{text!r}: {reason}")
+            raise ValueError(f"{quote(text)}: {reason}")
     for name in given:
         reasons = [without_effect([name], params) for params in variants.values()]
         if all(reasons):
@@ -232,5 +233,5 @@ def explored_variants(texts: Sequence[str]) -> dict[str, SamplingParams]:
     for text in texts:
         for name in parse_params(text):
             if OPTIONS[name].metadata["acts_on"] not in ("distribution", "history"):
-                raise ValueError(f"{text!r}: `{name}` has no effect on the distribution of the next token.")
+                raise ValueError(f"{quote(text)}: `{name}` has no effect on the distribution of the next token.")
     return make_variants({}, texts, OWN_DISTRIBUTION)

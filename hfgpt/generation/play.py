@@ -10,6 +10,7 @@ from hfgpt.generation.generator import TextGenerator, continue_text
 from hfgpt.generation.params import OPTIONS, SamplingParams, change_params, format_value, parse_params
 from hfgpt.generation.render import open_console, stream_to
 from hfgpt.system.console import print_status, result_stream
+from hfgpt.system.quoting import shorten
 
 MARKER = "> "
 
@@ -56,7 +57,7 @@ def play(generator: TextGenerator, start: SamplingParams) -> None:
             elif command == "/again" and last:
                 answer(generator, last, params)
             elif line.startswith("/") and not line.startswith("//"):
-                raise ValueError(f"{command} is no command here, or there is nothing for it to do. See /help.")
+                raise ValueError(f"{shorten(command)} is no command here, or there is nothing for it to do. See /help.")
             elif line.strip():
                 last = line.removeprefix("/")
                 answer(generator, last, params)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfgpt.system.quoting import quote
 from hfgpt.system.storage import encode_json, write_atomically
 
 RESULTS_FILE, PLOT_FILE = "results.json", "loss.png"
@@ -105,8 +106,8 @@ class SamplesFile:
             write_atomically(self.path, self.header.encode())
         elif not self.path.read_bytes().startswith(self.header.encode()):
             raise ValueError(
-                f"{self.path} holds samples of another prompt or other settings than {decoding!r}. Move it away, or "
-                "use another `output_dir`."
+                f"{self.path} holds samples of another prompt or other settings than {quote(decoding)}. Move it away, "
+                "or use another `output_dir`."
             )
 
     def append(self, step: int, tokens: int, val_loss: float, text: str) -> None:

@@ -104,7 +104,7 @@ def summarize(
     """
     best = best_evaluation([*recorder.evaluations, comparable])
     assert best is not None
-    targets = run.rows.validation.pairs()[:, 1]
+    targets, validation = run.rows.validation.pairs()[:, 1], run.rows.validation_counts
     return {
         "loss_gap": line["val_loss"] - line["train_loss"],
         "best_step": best["step"],
@@ -112,11 +112,15 @@ def summarize(
         "eval_rows_train_loss": comparable["train_loss"],
         "eval_rows_val_loss": comparable["val_loss"],
         "skipped_steps": sum("skipped" in each for each in metrics),
-        "bits_per_byte": bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
+        "unknown_share": validation.unknown_share,
+        # Of text that the ids do not determine they would be those of another text.
+        "bits_per_byte": None
+        if validation.loss_of_text
+        else bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
         **score_ngrams(run.rows, run.model.config.vocab_size),
         "parameters": count_parameters(run.model),
         **({"train_tokens": run.rows.train_counts.tokens} if run.rows.streamed is None else {}),
-        "validation_tokens": run.rows.validation_counts.tokens,
+        "validation_tokens": validation.tokens,
         "checks": next((each["checks"] for each in metrics if "checks" in each), None),
         "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
         "peak_memory_bytes": peak_memory_bytes(),

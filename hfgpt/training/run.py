@@ -17,14 +17,16 @@ from hfgpt.config.loading import config_yaml, flatten, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
-from hfgpt.data.prepare import Rows, check_ids, load_text
+from hfgpt.data.prepare import Rows, load_text
 from hfgpt.data.rows import TokenRows
-from hfgpt.data.tokenizer import encode_ids, tokenizer_hash
+from hfgpt.data.tokenizer import count_rows, encode_prompt, tokenizer_hash
+from hfgpt.data.vocabulary import check_rows, ids_of_text
 from hfgpt.distributed.launch import join_launch
 from hfgpt.distributed.sharding import shard_model
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import print_status
+from hfgpt.system.quoting import quote
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
@@ -141,7 +143,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         tokenizer, rows = load_text(config, resume_from)
     set_seed(config.seed)
     model = make_model(config, tokenizer, resume_from)
-    check_fit(config, tokenizer, rows, model)
+    check_fit(config, tokenizer, model)
     run = Run(
         config=config,
         folder=folder,
@@ -268,8 +270,8 @@ def check_folder(config: RunConfig, folder: Path, resume: bool | str) -> None:
     for name in old | new:
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"`output_dir` ({folder}) holds another run: its `{name}` is {old.get(name)!r}, this one's "
-                f"{new.get(name)!r}. Name another folder."
+                f"`output_dir` ({folder}) holds another run: its `{name}` is {quote(old.get(name))}, this one's "
+                f"{quote(new.get(name))}. Name another folder."
             )
     if not (folder / RESULTS_FILE).is_file() and not resume:
         raise ValueError(
@@ -301,23 +303,18 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_fro
     """The model of the checkpoint, a new one of the recipe's shape, or the one to start from, in fp32.
 
     Raises:
-        ValueError: the tokenizer knows more ids than the model, or a row is longer than the model's positions.
+        ValueError: the model has no row for an id that text becomes, or a row is longer than the model's positions.
     """
     if resume_from is not None:
         return load(resume_from, dtype=torch.float32)
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if config.init_from is None:
-        return HFGPTForCausalLM(HFGPTConfig(vocab_size=len(tokenizer), **token_ids, **config.model))
+        return HFGPTForCausalLM(HFGPTConfig(vocab_size=count_rows(tokenizer), **token_ids, **config.model))
     dropouts = {name: value for name, value in config.model.items() if name in DROPOUT_FIELDS}
     try:
         model = load(config.init_from, dtype=torch.float32, **dropouts)
     except ValueError as error:
         raise ValueError(f"`init_from`: {error}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, `init_from` ({config.init_from}) a `vocab_size` of "
-            f"{model.config.vocab_size}. Leave `tokenizer.name` out to use the model's own."
-        )
     if config.data.block_size > model.config.max_position_embeddings:
         raise ValueError(
             f"`data.block_size` ({config.data.block_size}) is longer than the `n_positions` of {config.init_from} "
@@ -327,22 +324,33 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_fro
 
 
 def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """(1, T) ids of the sample's prompt; an empty one is a document's start."""
-    (ids,) = encode_ids(tokenizer, [config.sample.prompt])
-    return torch.tensor([ids or [tokenizer.eos_token_id]])
+    """(1, T) ids of the sample's prompt; an empty one is a document's start.
+
+    Raises:
+        ValueError: see `hfgpt.data.tokenizer.encode_prompt`.
+    """
+    name = config.tokenizer.name or config.init_from or "of this run"
+    try:
+        return torch.tensor([encode_prompt(tokenizer, config.sample.prompt, name)])
+    except ValueError as error:
+        remedy = "Set another, or `sample.max_new_tokens=0` for no samples."
+        raise ValueError(f"`sample.prompt` ({quote(config.sample.prompt)}): {error} {remedy}") from error
 
 
-def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, rows: Rows, model: HFGPTForCausalLM) -> None:
-    """Refuse ids that the model does not know, and a sample that does not fit its positions.
+def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: HFGPTForCausalLM) -> None:
+    """Refuse ids that the model has no row for, and a sample that does not fit its positions.
 
     Raises:
         ValueError: naming the numbers.
     """
-    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # else no id can be too large: spare the look
-        check_ids(rows.train, model.config.vocab_size, "the training split")
-        check_ids(rows.validation, model.config.vocab_size, "the validation split")
+    separator = set() if config.data.separator is None else {tokenizer.eos_token_id}
+    name = f"the tokenizer {config.tokenizer.name or config.init_from}"
+    remedy = "Leave `tokenizer.name` out to use the model's own." if config.tokenizer.name else None
+    check_rows(tokenizer, ids_of_text(tokenizer) | separator, model.config.vocab_size, name, remedy)
+    if config.sample.max_new_tokens == 0:
+        return
     wanted = prompt_ids(config, tokenizer).shape[1] + config.sample.max_new_tokens
-    if config.sample.max_new_tokens and wanted > model.config.max_position_embeddings:
+    if wanted > model.config.max_position_embeddings:
         raise ValueError(
             f"`sample.prompt` and `sample.max_new_tokens` make {wanted} tokens, the model's `n_positions` are "
             f"{model.config.max_position_embeddings}. Shorten the sample."

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from hfgpt.data.tokenizer import save_tokenizer
 from hfgpt.distributed.sharding import gather_full_state_dict, is_sharded
 from hfgpt.system.storage import make_readable, write_json
 from hfgpt.training import checkpoint
@@ -45,6 +46,6 @@ def save_model(run: Run, folder: Path) -> None:
     if is_main or (weights is None and is_sharded(run.model)):
         run.model.save_pretrained(folder, state_dict=weights)
     if is_main:
-        run.tokenizer.save_pretrained(folder)
+        save_tokenizer(run.tokenizer, folder, run.model.config.vocab_size)
         for path in folder.glob("*.safetensors"):
             make_readable(path)

@@ -18,7 +18,9 @@ from torch.nn.utils import get_total_norm
 
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
+from hfgpt.data.prepare import SplitCounts
 from hfgpt.data.rows import TokenArray, TokenRows
+from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
@@ -70,6 +72,7 @@ def check_start(run: Run, recorder: Recorder) -> None:
         "label_shift": check_shift(rows),
         "next_token_loss": next_token,
         "ids_out_of_range": check_range(rows, vocab_size),
+        "unknown": check_unknown(run.rows.train_counts, run.rows.validation_counts),
         "padding": check_padding(run.rows.train_counts.padding, run.rows.train_counts.targets),
         "duplicates": check_duplicates(run.rows.train.tokens, run.rows.validation.tokens),
     }
@@ -136,6 +139,12 @@ def check_range(rows: TokenRows, vocab_size: int) -> Check:
     share = float(((ids < 0) | (ids >= vocab_size)).mean())
     text = f"ids {ids.min()} to {ids.max()} of {vocab_size:,}"
     return make_check(share, share == 0, text, ": tokenizer and model do not belong together.")
+
+
+def check_unknown(train: SplitCounts, validation: SplitCounts) -> Check:
+    """A loss says little of a text that the tokenizer mostly does not know; the value is the larger share of two."""
+    share = max(train.unknown_share, validation.unknown_share)
+    return Check(share, share <= MOST_UNKNOWN, describe_unknown(share))
 
 
 def check_padding(padding: int, targets: int) -> Check:

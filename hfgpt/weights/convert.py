@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
+from hfgpt.data.vocabulary import check_rows, ids_of_text
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.system.machine import DTYPES
 from hfgpt.system.storage import new_path
@@ -112,7 +113,7 @@ def convert(
         notes += said
         steps_between = exchange_activation(model.config, to) if nearest else []
         steps_between += cut_vocabulary(model, vocab_size)
-        check_token_ids(model.config, goes_along)
+        notes += check_tokenizer(goes_along, model.config.vocab_size, tokenizer or source)
         if to != "gguf":
             steps_between += change_dtype(model, dtype)
         parameters, config = model.num_parameters(), model.config
@@ -127,7 +128,7 @@ def convert(
         else:
             steps_out = WRITERS[to](parts, staged)
             if goes_along is not None:
-                notes += write_tokenizer(goes_along, staged, to)
+                notes += write_tokenizer(goes_along, staged, to, config.vocab_size)
         guesses = checkpoint.guesses
         result = Conversion(found, steps_in, steps_between, steps_out, guesses, notes, parameters, None)
         if strict and result.lossy:
@@ -205,15 +206,23 @@ def exchange_activation(config: HFGPTConfig, to: str) -> list[Change]:
     return [Change("activation_function", (), f"exchanged: {has} for {needed}", is_exact=False)]
 
 
-def check_token_ids(config: HFGPTConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for.
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast | None, rows: int, source: str | Path) -> list[str]:
+    """Refuse a tokenizer that makes ids of a text that the model has no row for.
+
+    Returns:
+        A note on tokens without a row that no text becomes, such as a pad token that was added to the tokenizer alone.
 
     Raises:
         ValueError: naming the largest id.
     """
-    largest = -1 if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ValueError(f"the tokenizer has id {largest}, the model `vocab_size` ({config.vocab_size}).")
+    if tokenizer is None:
+        return []
+    check_rows(tokenizer, ids_of_text(tokenizer), rows, f"the tokenizer of {source}")
+    beyond = [token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows]
+    if not beyond:
+        return []
+    note = f"no text becomes {', '.join(beyond)} of the tokenizer, for which the model has no row."
+    return [f"{note} The pad token is {tokenizer.eos_token} instead." if tokenizer.pad_token in beyond else note]
 
 
 def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Change]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.data.tokenizer import load_tokenizer
+from hfgpt.data.tokenizer import load_tokenizer, save_tokenizer
 from hfgpt.weights.formats import gpt2, nanogpt, openai
 from hfgpt.weights.model_parts import SourceModel
 
@@ -78,15 +78,14 @@ def tokenizer_beside(source: str | Path, found: str) -> PreTrainedTokenizerFast 
         return None  # a repository on the Hub without one
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, to: str) -> list[str]:
-    """Write a tokenizer into a model folder, as its format has it; a note on what could not be.
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, to: str, rows: int) -> list[str]:
+    """Write a tokenizer into the folder of a model with `rows` rows, as its format has it; a note on what could not be.
 
     Raises:
         ValueError: OpenAI's files have no place for it.
     """
     if to == "openai":
-        openai.write_tokenizer(tokenizer, folder)
+        openai.write_tokenizer(tokenizer, folder, rows)
         return []
-    tokenizer.init_kwargs.pop("auto_map", None)  # names code that does not go along
-    tokenizer.save_pretrained(folder)
-    return gpt2.write_vocabulary(tokenizer, folder) if to == "gpt2" else []
+    save_tokenizer(tokenizer, folder, rows)
+    return gpt2.write_vocabulary(tokenizer, folder, rows) if to == "gpt2" else []

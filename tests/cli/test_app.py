@@ -195,7 +195,8 @@ MISUSE = [
     ("train demo --resum", "--resum", "Did you mean `--resume`?", "See `hfgpt train --help`."),
     ("tokenizer train", "'FOLDER'", "missing"),
     ("evaluate small large --data a.txt", "unexpected", "large"),
-    ("generate small", "give a PROMPT", "`--prompts FILE`", "one of them"),
+    ("generate small", "give a PROMPT, the text to continue, or `--prompts FILE`, one of them: got neither"),
+    ("generate small The --prompts text.txt", "give a PROMPT", "one of them: got both"),
     ("explore small", "missing argument 'TEXT'", "Write `hfgpt explore MODEL TEXT`"),
     ("generate small The --seed", "'--seed'", "requires an argument"),
     # Options that are keys of a recipe.
@@ -364,3 +365,30 @@ def test_wrong_words_are_answered_before_torch_is_imported(tmp_path, words, answ
     assert ran.returncode == 2
     assert answer in ran.stderr.splitlines()[-1]
     assert not {"torch", "transformers", "datasets", "accelerate"} & imported
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate {} The",  # the prompt first
+        "generate small The {}",
+        "evaluate {} --data a.txt",
+        "explore small The --compare {}",
+        "generate small The --compare {}",
+        "generate small The --max-new-tokens {}",
+        "generate small --prompts {}",
+        "convert {} out --to gpt2",
+        "train demo {}",
+        "train demo output_dir= sample.prompt={} ",
+        "train {}",
+        "config demo train.precision={}",
+        "{}",
+    ],
+)
+@pytest.mark.parametrize("text", ["The quick brown fox. " * 150, "L'été " * 500, "x" * 3000])
+def test_a_long_text_is_quoted_by_its_beginning(command, text):
+    said = hfgpt(*(word.format(text) for word in command.split()))
+
+    assert said.code == 2
+    assert said.err.count("\n") == 1
+    assert len(said.err) < 700, said.err

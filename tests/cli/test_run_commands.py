@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import odd_tokenizers as odd
 import pytest
 import torch
 from commands import LOOPS, contents, hfgpt, unfinish
@@ -281,6 +282,18 @@ def test_too_little_memory_is_said_in_one_line(world):
     assert said.err.count("\n") == 1
 
 
+def test_data_prepare_says_how_much_the_tokenizer_does_not_know(world):
+    odd.words(["the", "of"]).save_pretrained("words")
+    words = ["data", "prepare", "tiny.yaml", "tokenizer.name=words", "tokenizer.vocab_size=4096"]
+
+    said, known = hfgpt(*words), hfgpt("data", "prepare", "tiny.yaml")
+
+    assert "of the tokens are unknown to the tokenizer: a loss says little" in said.err.partition("warning: ")[2]
+    assert said.out.count("of the tokens are unknown to the tokenizer") == 2
+    assert known.out.count("0.0% of the tokens are unknown to the tokenizer") == 2
+    assert "warning" not in known.err
+
+
 BAD_INPUT = [
     # The text.
     (f"{TRAIN} data.files=missing.txt", "no file or folder 'missing.txt'"),
@@ -308,7 +321,7 @@ BAD_INPUT = [
     # Token ids that the model does not know.
     (
         "train finetune.yaml tokenizer.name=mixed",
-        *("512 ids", "`init_from` (small)", "`vocab_size` of 300", "Leave `tokenizer.name` out"),
+        *("the tokenizer mixed makes the id 511", "`vocab_size` is 300", "Leave `tokenizer.name` out"),
     ),
     # The folder.
     ("train tiny.yaml seed=1", "`output_dir` (out/accelerate)", "`seed` is 0, this one's 1", "Name another folder"),

@@ -214,7 +214,7 @@ def test_interpolations_in_a_recipe_are_text(recipe):
         ("optim.learning_rate: 1", "unknown key `optim.learning_rate`. Did you mean `optim: {learning_rate: 1}`?"),
         ("optim: 3", "`optim` must hold `key: value` lines, got 3. Its keys are name,"),
         ("optim:", "`optim` must hold `key: value` lines, got None."),
-        ("seed: {a: 1}", "unknown key `seed.a`."),
+        ("seed: {a: 1}", "`seed` must be a whole number, got {'a': 1}."),
         ("model: [n_layer]", "`model` must hold `key: value` lines"),
         ("model: {n_layers: 6}", "Did you mean `model: {n_layer: 6}`?"),
         ('prompt: "He said: so"', "Did you mean `sample: {prompt: 'He said: so'}`?"),
@@ -267,6 +267,7 @@ REFUSALS = [
     ("train.save_every=1.5", "`train.save_every` must be a number of steps, at least 0, or 'epoch', got 1.5."),
     ("data.block_size=0", "`data.block_size` must be at least 1, got 0."),
     ("data.num_proc=0", "`data.num_proc` must be at least 1, got 0."),
+    ("data.separator=none", "`data.separator` must be 'eos' or null, got 'none'."),
     ("data.stride=0", "`data.stride` must be at least 1, got 0."),
     ("data.stride=129", "`data.stride` (129) is longer than `data.block_size` (128)"),
     ("data.validation_fraction=1", "`data.validation_fraction` must be between 0 and 1, got 1.0."),
@@ -338,6 +339,8 @@ def test_what_no_run_can_be_is_refused_with_the_option_and_its_value(recipe, ove
 
 
 WITHOUT_EFFECT = [
+    (["data.separator=null", "data.packing=padded"], "`data.packing` ('padded') keeps documents apart"),
+    (["data.separator=null", "data.packing=isolated"], "`data.packing` ('isolated') keeps documents apart"),
     (["data.name=x"], "`data.name` ('x') has no effect: `data.source` is no Hub data set."),
     (["data.split=test"], "`data.split` ('test') has no effect: `data.source` is no Hub data set."),
     (["data.validation_split=test"], "`data.validation_split` ('test') has no effect: `data.source` is no Hub"),

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_rows import ids_of, numbered_rows
+from odd_tokenizers import END, characters, words
+from small_rows import ids_of
 
+import hfgpt.data.prepare
 from hfgpt.config.schema import DataConfig
-from hfgpt.data.prepare import check_ids, load_rows
+from hfgpt.data.prepare import load_rows
 from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import encode_ids, train_tokenizer
 
@@ -223,14 +225,6 @@ def test_a_split_shorter_than_one_block_is_refused(tokenizer):
     assert (len(exact.validation), exact.validation_counts.remainder) == (1, 0)
 
 
-def test_ids_that_the_model_does_not_know_are_refused():
-    rows = numbered_rows(3)
-
-    check_ids(rows, 25, "training")
-    with pytest.raises(ValueError, match=r"the training rows hold the id 24, but the model's `vocab_size` is 24"):
-        check_ids(rows, 24, "training")
-
-
 def is_view_of(part, whole):
     return np.shares_memory(part, whole)
 
@@ -244,3 +238,28 @@ def test_rows_are_views_of_the_file_and_copy_nothing(tokenizer, tmp_path):
     [part] = rows.tokens.parts
     assert not part.flags.writeable
     assert all(is_view_of(rows[index]["input_ids"], part) for index in range(len(rows)))
+
+
+def test_unknown_tokens_are_counted_in_the_whole_of_each_split_and_separators_are_none(monkeypatch):
+    monkeypatch.setattr(hfgpt.data.prepare, "SAMPLE", 5)
+    texts = ["the dog", "the cat and the dog", "the the"]
+    for unk in ("[UNK]", END):
+        documents = as_documents(texts, ["the dog", "the dog"])
+        rows = load_rows(documents, words(["the", "dog"], unk), DataConfig(block_size=2))
+
+        assert rows.train_counts.unknown_share == pytest.approx(2 / 9)
+        assert rows.train_counts.loss_of_text == "2 unknown tokens"
+        assert (rows.validation_counts.unknown_share, rows.validation_counts.loss_of_text) == (0, None)
+
+
+@pytest.mark.parametrize("stride", [3, 2])
+def test_without_a_separator_a_split_is_its_documents_one_after_another(stride):
+    tokenizer = characters("".join(TEXTS))
+
+    rows = load_rows(
+        as_documents(TEXTS, TEXTS[:2]), tokenizer, DataConfig(block_size=3, stride=stride, separator=None)
+    ).train
+
+    text = "".join(TEXTS)
+    assert text.startswith(tokenizer.decode(tokens_of(rows, stride)))
+    assert len(text) - len(tokens_of(rows, stride)) < stride

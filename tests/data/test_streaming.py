@@ -1,16 +1,18 @@
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from odd_tokenizers import characters
 
 from hfgpt.config.loading import load_config
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.loaders import stream_loader
-from hfgpt.data.prepare import stream_rows
+from hfgpt.data.prepare import load_rows, stream_rows
 from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
-from hfgpt.data.text import stream_texts
+from hfgpt.data.text import load_documents, stream_texts
 from hfgpt.data.tokenizer import encode_ids
 
 TEXTS = [f"Document {i}: " + "the quick brown fox " * (i % 7) + "\r\nends." for i in range(60)]
@@ -94,6 +96,19 @@ def test_without_shuffling_documents_come_in_the_order_of_the_source(streamed, t
     stream = StreamedRows(data, frozenset(), tokenizer, seed=0)
 
     assert documents_of(stream, tokenizer, 60) == [TEXTS[i] for shard in range(4) for i in range(shard, 60, 4)]
+
+
+def test_without_a_separator_rows_hold_the_documents_and_nothing_else(streamed, files):
+    tokenizer = characters("".join(TEXTS))
+    data = streamed(separator=None, shuffle_documents=False, shuffle_buffer=1000)
+    text = "".join(TEXTS[i] for shard in range(4) for i in range(shard, 60, 4))
+
+    rows = take(StreamedRows(data, frozenset(), tokenizer, seed=0), 20)
+
+    assert "".join(tokenizer.decode(row["input_ids"][:-1]) for row in rows) == text[: 20 * 16]
+    stored = load_rows(load_documents(replace(data, streaming=False), 0), tokenizer, replace(data, streaming=False))
+    assert [row["input_ids"].tolist() for row in stored.train][:20] == [row["input_ids"].tolist() for row in rows]
+    assert stored.train_counts.tokens + stored.validation_counts.tokens == len(text)
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "isolated", "padded"])

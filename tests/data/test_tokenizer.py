@@ -4,6 +4,7 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_tokenizers import characters, pieces, words
 from tokenizers import Tokenizer
 from tokenizers.implementations import ByteLevelBPETokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -177,7 +178,7 @@ def test_a_tokenizer_without_an_eos_token_is_refused_where_one_is_needed(tmp_pat
     tokenizer = load_tokenizer(str(tmp_path))
 
     with pytest.raises(ValueError, match="'mine' has no eos token, which goes between documents"):
-        check_end_of_text(tokenizer, "mine")
+        check_end_of_text(tokenizer, "mine", "which goes between documents.")
 
 
 def test_a_tokenizer_without_tokenizer_json_is_refused(tmp_path):
@@ -185,3 +186,36 @@ def test_a_tokenizer_without_tokenizer_json_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"is a ByT5Tokenizer, without a tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(1, "</s>"), ([0, 1], "<unk>"), (50256, None), (2, None), (None, None), (-1, None)],
+)
+def test_the_end_of_text_is_the_config_s_where_the_tokenizer_names_none(tmp_path, file, named, expected):
+    pieces().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps({"model_type": "gpt2", "eos_token_id": named}))
+
+    tokenizer = load_tokenizer(str(tmp_path))
+
+    assert tokenizer.eos_token == expected  # 2 is the letter "▁": an ordinary token ends nothing
+    assert len(tokenizer) == len(pieces())
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "saved"))) == tokenizer_hash(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "unknown"),
+    [
+        (characters(), "The dogé", r"'é' \(U\+00E9\)"),
+        (characters(), "x" * 70_000 + "\u3000", r"'\\u3000' \(U\+3000\)"),
+        (words(["the"], unk=None), "the catfish", "'catfish'"),
+        (words(["the"], unk=None), "the " + "c" * 3000, r"'c{99}… \(3,002 characters\)"),
+        (pieces(unk=False), "The 개 dog", r"'개' \(U\+AC1C\)"),
+    ],
+)
+def test_what_a_tokenizer_does_not_know_is_named_in_one_line(tokenizer, text, unknown):
+    with pytest.raises(ValueError, match=f"the tokenizer does not know {unknown}, and has no token") as refusal:
+        encode_ids(tokenizer, ["The" if tokenizer.vocab_size > 10 else "the", text])
+    assert "\n" not in str(refusal.value)

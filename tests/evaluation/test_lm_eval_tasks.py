@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import odd_tokenizers as odd
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -65,6 +66,20 @@ def read(texts, tmp_path_factory):
     rows = [{"text": text} for text in texts]
     metrics = [{"metric": name} for name in ROLLING]
     return find_tasks([write_task(tmp_path_factory.mktemp("read"), "read", rows, metric_list=metrics, **rolling)])
+
+
+def test_nothing_is_said_per_byte_of_texts_that_their_tokens_do_not_determine(tiny_config, read, capsys):
+    model = make_model("hfgpt", tiny_config)
+
+    found = run_tasks(model, odd.words(["the", "of"]), read, 64)["read"]
+
+    assert not {*ROLLING} & {name.removesuffix("_stderr") for name in found}
+    assert "of the tokens are unknown to the tokenizer: a loss says little" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused(tiny_config, read):
+    with pytest.raises(ValueError, match="`--tasks` needs a bos or an eos token"):
+        run_tasks(make_model("hfgpt", tiny_config), odd.characters(), read, 64)
 
 
 @pytest.mark.parametrize(("kind", "context"), [("hfgpt", 64), ("llama", 10)])

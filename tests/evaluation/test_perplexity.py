@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hfgpt import HFGPTForCausalLM
 from hfgpt.data.tokenizer import PIECE, encode_ids
+from hfgpt.data.vocabulary import Coverage
 from hfgpt.evaluation import METRIC
 from hfgpt.evaluation.loss import Score, token_losses
 from hfgpt.evaluation.perplexity import (
@@ -44,7 +45,8 @@ def texts(lines):
 
 def encoded(*texts):
     """Texts that are ids already."""
-    return EncodedTexts([torch.tensor(ids).int().numpy() for ids in texts], "text", "?", 0, 0, 0)
+    nothing_lost = Coverage(tokens=0, unknown=0, loss_of_text=None)
+    return EncodedTexts([torch.tensor(ids).int().numpy() for ids in texts], "text", "?", 0, 0, 0, nothing_lost)
 
 
 @torch.no_grad()

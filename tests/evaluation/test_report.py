@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 import datasets
+import odd_tokenizers as odd
 import pytest
 from small_models import make_model, write_task
 
@@ -89,6 +90,42 @@ def test_the_table_says_all_that_the_figures_depend_on(world):
     assert rows["bits per byte"] == [f"{each.bits_per_byte:,.4f}" for each in (windows, strided)]
     assert rows["standard error"] == [f"{each.loss_standard_error:,.4f}" for each in (windows, strided)]
     assert "peak memory" in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "share", "said"),
+    [
+        (lambda: odd.words(["the", "dog"]), "the cat and the dog", 0.4, "2 unknown tokens"),
+        (lambda: odd.words(["the", "dog"]), "the dog\nthe dog", 0, r"'the dog\nthe dog' comes back as"),
+        (odd.lowering, "The dog", 0, "'The dog' comes back as 'the dog'"),
+        (odd.dropping, "the 개 dog", 1 / 3, "1 characters left out"),
+        (lambda: odd.pieces(byte_fallback=True), "The 개", 0, None),
+        (odd.with_pad, "The 개 sleeps <pad>", 0, None),
+    ],
+)
+@pytest.mark.parametrize("first_token", ["lm-eval", "text"])
+def test_nothing_is_said_per_byte_of_text_that_its_tokens_do_not_determine(
+    tiny_config, tmp_path, capsys, kind, text, share, said, first_token
+):
+    make_model("llama", tiny_config).save_pretrained(tmp_path / "model")
+    kind().save_pretrained(tmp_path / "model")
+    if kind is not odd.with_pad:
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
+    (tmp_path / "text.txt").write_text(text)
+
+    report = measure(str(tmp_path / "model"), [str(tmp_path / "text.txt")], first_token=first_token)
+
+    found, printed = report.text, render(report)
+    assert (found.unknown_share, found.loss_of_text is None) == (pytest.approx(share), said is None)
+    for each in found.measurements:
+        assert each.loss > 0
+        assert (each.bits_per_byte is None) == (each.byte_perplexity is None) == (said is not None)
+        assert (each.word_perplexity is None) == (said is not None)
+    if said is not None:
+        assert f"nothing per word or byte, because other texts have the same tokens: {said}" in printed
+    warning = f"warning: {share:.1%} of the tokens are unknown to the tokenizer: a loss says little"
+    assert (warning in " ".join(capsys.readouterr().err.split())) == (share > 0.1)
 
 
 def test_json_has_null_for_what_is_infinite(world, tmp_path):

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import odd_tokenizers
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
 from hfgpt.data.tokenizer import train_tokenizer
+from hfgpt.generation.explore import explore
 from hfgpt.generation.generator import continue_text, generate_texts, load_generator, read_prompts
 from hfgpt.generation.params import SamplingParams
 
@@ -147,6 +149,43 @@ def test_ids_that_the_model_does_not_know_are_refused(make_gpt2, tokenizer, tmp_
 
     with pytest.raises(ValueError, match=r"makes the id \d+, the model's `vocab_size` is 260\. They do not belong"):
         continue_text(generator, "in the object", SamplingParams(max_new_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "message"),
+    [
+        ("characters", "The dog\u00e9", r"does not know 'é' \(U\+00E9\), and has no token"),
+        ("characters", "", "has no eos token, from which an empty text would start"),
+        ("dropping", "한국어", "makes no token of '한국어': it knows nothing of it"),
+        ("pieces", "", "has no eos token"),
+    ],
+)
+def test_what_the_tokenizer_does_not_know_is_refused_in_one_line(make_gpt2, tmp_path, kind, prompt, message):
+    make_gpt2(vocab_size=300).save_pretrained(tmp_path / "model")
+    getattr(odd_tokenizers, kind)().save_pretrained(tmp_path / "model")
+    generator = load_generator(str(tmp_path / "model"))
+
+    for refused in (
+        lambda: continue_text(generator, prompt, SamplingParams(max_new_tokens=5)),
+        lambda: generate_texts(generator, ["The", prompt], SamplingParams(max_new_tokens=5)),
+        lambda: explore(generator, prompt, {}),
+    ):
+        with pytest.raises(ValueError, match=message) as refusal:
+            refused()
+        assert "\n" not in str(refusal.value)
+
+
+def test_the_end_of_text_of_a_config_ends_a_text_and_begins_one(make_gpt2, tmp_path):
+    gpt2 = make_gpt2(vocab_size=60, eos_token_id=1)  # as KoGPT2's config does
+    with torch.no_grad():
+        gpt2.lm_head.weight[1].add_(100 * gpt2.transformer.ln_f.bias)
+    gpt2.save_pretrained(tmp_path / "model")
+    odd_tokenizers.pieces().save_pretrained(tmp_path / "model")
+    generator = load_generator(str(tmp_path / "model"))
+
+    ((text,),) = write_all(generator, [""], temperature=0)
+
+    assert (text.ended, text.new_text, text.new_tokens) == ("eos", "", 1)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(make_gpt2, tmp_path):

@@ -471,7 +471,7 @@ def test_the_characters_of_a_nanogpt_become_its_tokenizer(nanogpt_with_character
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     assert encode_ids(tokenizer, [text]) == [[stoi[character] for character in text]]
     assert tokenizer.decode([stoi[character] for character in text]) == text
-    with pytest.raises(Exception, match="UNK"):
+    with pytest.raises(ValueError, match="does not know 'Q'"):
         encode_ids(tokenizer, ["Q"])  # nanoGPT refuses it too
     words = ["generate", str(tmp_path / "out"), "abc", "--max-new-tokens", "5", "--temperature", "0"]
     app(words, standalone_mode=False)

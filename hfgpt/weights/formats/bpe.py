@@ -33,19 +33,23 @@ def split_model(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], lis
     return tokenizer.get_vocab(), [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
 
 
-def kept_whole(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The tokens that are looked for in a text before it is split, which GPT-2's files do not say, but for its one."""
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) != END_OF_TEXT]
+def kept_whole(tokenizer: PreTrainedTokenizerFast, rows: int) -> list[str]:
+    """The tokens below `rows` that are looked for in a text before it is split, which GPT-2's files do not say.
+
+    Its one special token is known to all who read them.
+    """
+    there = {str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token_id < rows}
+    return sorted(there - {END_OF_TEXT})
 
 
-def write_files(tokenizer: PreTrainedTokenizerFast, vocabulary: Path, merges: Path) -> None:
-    """Write the two files that GPT-2's tokenizer consists of: token -> id as JSON, and a merge a line.
+def write_files(tokenizer: PreTrainedTokenizerFast, rows: int, vocabulary: Path, merges: Path) -> None:
+    """Write the two files that GPT-2's tokenizer consists of: token -> id below `rows` as JSON, and a merge a line.
 
     Raises:
         ValueError: the tokenizer is not of this kind; nothing is written.
     """
     numbers, pairs = split_model(tokenizer)
-    in_order = dict(sorted(numbers.items(), key=lambda item: item[1]))
+    in_order = {token: at for token, at in sorted(numbers.items(), key=lambda item: item[1]) if at < rows}
     vocabulary.write_text(json.dumps(in_order), encoding="utf-8")
     lines = ["#version: 0.2", *pairs, ""]  # OpenAI's encoder.py leaves the first and the last out
     merges.write_bytes("\n".join(lines).encode())

@@ -132,13 +132,16 @@ def from_parts(parts: ModelParts) -> tuple[GPT2LMHeadModel, list[Change]]:
     return gpt2, changes
 
 
-def write_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
-    """Write GPT-2's two files beside tokenizer.json, for tools such as KerasHub, and note what they cannot say."""
+def write_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) -> list[str]:
+    """Write GPT-2's two files beside tokenizer.json, for tools such as KerasHub, and note what they cannot say.
+
+    Tokens beyond the `rows` of the model are left out.
+    """
     try:
-        bpe.write_files(tokenizer, folder / "vocab.json", folder / "merges.txt")
+        bpe.write_files(tokenizer, rows, folder / "vocab.json", folder / "merges.txt")
     except ValueError as error:
         return [f"tokenizer.json alone, no vocab.json and merges.txt, which KerasHub would read: {error}"]
-    added = bpe.kept_whole(tokenizer)
+    added = bpe.kept_whole(tokenizer, rows)
     if added:
         return [f"who reads vocab.json and merges.txt alone splits {added[0]!r}, which tokenizer.json keeps whole."]
     return []

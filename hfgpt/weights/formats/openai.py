@@ -205,16 +205,16 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return bpe.join_model(vocabulary, merges, json.loads((folder / HPARAMS).read_text(encoding="utf-8"))["n_ctx"])
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the two files that OpenAI's encoder.py reads.
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) -> None:
+    """Write the two files that OpenAI's encoder.py reads; tokens beyond the model's `rows` are left out.
 
     Raises:
         ValueError: the tokenizer is not of their kind.
     """
-    added = bpe.kept_whole(tokenizer)
+    added = bpe.kept_whole(tokenizer, rows)
     if added:
         raise ValueError(f"the tokenizer keeps {added[0]!r} whole, for which OpenAI's files have no place.")
-    bpe.write_files(tokenizer, folder / VOCABULARY, folder / MERGES)
+    bpe.write_files(tokenizer, rows, folder / VOCABULARY, folder / MERGES)
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:
