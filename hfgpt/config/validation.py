@@ -77,6 +77,12 @@ def check_train(train: TrainConfig) -> None:
             f"give `train.max_steps` or `train.epochs`, one of them: got {train.max_steps} and {train.epochs}. "
             "`train.epochs=null` takes back what a recipe says."
         )
+    if train.final_eval_rows and not 0 < train.eval_rows <= train.final_eval_rows:
+        raise ValueError(
+            f"`train.final_eval_rows` ({train.final_eval_rows}) is below `train.eval_rows` "
+            f"({train.eval_rows or '0: all rows'}): the final losses would be of fewer rows than those before them. "
+            "Raise the one or lower the other."
+        )
     if train.patience is not None and train.save_every == 0:
         raise ValueError(
             f"`train.patience` ({train.patience}) keeps the best weights in a checkpoint, and `train.save_every` is 0: "

@@ -25,7 +25,7 @@ def plot_losses(
     *,
     baselines: Mapping[str, float] | None = None,
     best_step: int | None = None,
-    final_val_loss: float | None = None,
+    final: tuple[str, float] | None = None,
 ) -> None:
     """Draw loss.png: training and evaluation losses against tokens seen. Equal input gives equal bytes.
 
@@ -38,7 +38,8 @@ def plot_losses(
         path: the PNG file to write, `FIGURE_SIZE` times `FIGURE_DPI` pixels.
         baselines: perplexities to compare with, at least 1, by name; they become horizontal lines.
         best_step: of the evaluation to mark as the best.
-        final_val_loss: of all validation rows, marked at the end; None if the evaluations score them all anyway.
+        final: of which rows, and the validation loss at the end, which is marked; None if the evaluations are of the
+            same rows.
 
     Raises:
         ValueError: `metrics` holds no loss.
@@ -54,8 +55,9 @@ def plot_losses(
     points = draw_curves(axes, training, evaluations)
     last_tokens = max(tokens for tokens, _ in points)
     mark_best(axes, evaluations, best_step)
-    if final_val_loss is not None:
-        label = f"all validation rows: {final_val_loss:.3f}"
+    if final is not None:
+        scope, final_val_loss = final
+        label = f"{scope}: {final_val_loss:.3f}"
         last_evaluation = evaluations[-1]["tokens"]
         axes.plot(
             last_evaluation, final_val_loss, label=label, linestyle="", marker="D", color="C1", markerfacecolor="none"

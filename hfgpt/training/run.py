@@ -34,9 +34,9 @@ from hfgpt.weights import load
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
-ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers")
+ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers", "final_eval_rows")
 """Fields of `train` that may differ when a run goes on: the product of the first two with the processes is the rows
-per step, and who watches changes nothing."""
+per step, and who watches, or what is scored after the last step, changes no weight."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Run:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.train.max_steps or (self.config.train.epochs or 0) * self.steps_per_epoch
+
+    @property
+    def final_rows(self) -> int:
+        """Rows of the validation text, and at most as many to train on, that are scored at the end."""
+        return min(self.config.train.final_eval_rows or len(self.rows.validation), len(self.rows.validation))
 
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""

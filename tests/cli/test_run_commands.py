@@ -27,7 +27,7 @@ def test_a_tiny_recipe_trains_evaluates_and_generates(finished, world, loop):
     left = {path.name for path in Path(f"out/{loop}").iterdir()}
     assert left >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "gpt.py"}
     assert "checks: loss" in trained.err
-    assert "% of peak" in trained.err
+    assert "% of peak" not in trained.err  # a CPU has no peak that holds
     assert left >= {"run.yaml", "metrics.jsonl", "results.json", "loss.png", "samples.md", "checkpoint-3"}
 
     evaluated = hfgpt("evaluate", f"out/{loop}", "--data", "text.txt", "--json")

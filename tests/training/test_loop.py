@@ -240,7 +240,7 @@ def test_a_run_leaves_all_that_was_promised(recipe):
     results = json.loads((folder / "results.json").read_text())
     assert results.keys() >= {*last, "unigram_perplexity", "bigram_perplexity", "environment", *TIMINGS} - {
         "tokens_per_second",
-        "peak_share",
+        "peak_share",  # on a GPU
     }
     assert load_config(folder / "run.yaml") == load_config(recipe, [f"output_dir={folder}", "train.epochs=12"])
     assert (folder / "samples.md").read_text().count("## step") == 2 + last["step"] // 5 - (last["step"] % 5 == 0)
