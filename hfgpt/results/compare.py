@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hfgpt.config.loading import flatten, load_config
-from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis, label_tokens, set_loss_range, write_png
+from hfgpt.results.plots import FIGURE_DPI, add_perplexity_axis, label_tokens, png_bytes, set_loss_range
 from hfgpt.results.records import RESULTS_FILE, best_evaluation, comparable_lines, read_metrics, read_results
 from hfgpt.system.console import align_columns
+from hfgpt.system.storage import write_atomically
 
 PICTURE_SIZE = (11.0, 5.6)
 """Width and height of the picture, in inches."""
@@ -182,7 +183,7 @@ def draw(runs: Sequence[dict[str, Any]], metrics: Sequence[list[dict[str, Any]]]
     label_tokens(left, most=6)
     add_perplexity_axis(right)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(runs) < 5 else 3)
-    write_png(figure, path, software=MADE_BY)
+    write_atomically(path, png_bytes(figure, software=MADE_BY))
 
 
 def draw_run(axes: Axes, run: dict[str, Any], lines: list[dict[str, Any]], key: str, color: str) -> None:

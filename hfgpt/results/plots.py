@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from hfgpt.system.fonts import fit_fonts
 from hfgpt.system.storage import write_atomically
 
 FIGURE_SIZE = (9.0, 5.5)
@@ -76,7 +77,7 @@ def plot_losses(
     figure.legend(loc="outside lower center", ncols=3)
     add_step_axis(axes, training + evaluations)
     add_perplexity_axis(axes)
-    write_png(figure, path, software=None)  # no version of matplotlib in the bytes
+    write_atomically(path, png_bytes(figure))
 
 
 def draw_curves(
@@ -127,11 +128,15 @@ def label_tokens(axes: Axes, most: int = 10) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def write_png(figure: Figure, path: str | Path, software: str | None) -> None:
-    """Write a picture that says which software made it; equal figures give equal bytes."""
+def png_bytes(figure: Figure, software: str | None = None) -> bytes:
+    """The PNG of a figure, its texts in fonts that have their characters; equal figures give equal bytes.
+
+    `software` is what the picture says that it was made by, instead of a version of matplotlib.
+    """
+    fit_fonts(figure)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": software})
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def add_step_axis(axes: Axes, records: list[dict[str, Any]]) -> None:
