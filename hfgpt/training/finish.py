@@ -14,6 +14,7 @@ from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
 from hfgpt.evaluation.ngram import ngram_perplexities
+from hfgpt.results.advice import advise
 from hfgpt.results.card import CARD_FILE, leave_card
 from hfgpt.results.plots import plot_losses
 from hfgpt.results.records import (
@@ -80,7 +81,8 @@ def finish_run(control: TrainingControl) -> dict[str, Any]:
             best_step=results["best_step"],
             final=None if is_same or keeps_best else (scope, line["val_loss"]),
         )
-        print_kept_weights(recorder, results)
+        for text in advise(results, recorder.evaluations):
+            recorder.print_status(text)
         if not leave_card(run.folder, results):
             recorder.print_status(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
         scores_path(control).unlink(missing_ok=True)
@@ -190,22 +192,6 @@ def restore_best(run: Run, recorder: Recorder) -> TrainState:
     manifest = checkpoint.verify_checkpoint(best)
     load_weights(run.model, load(best).state_dict())
     return manifest.state
-
-
-def print_kept_weights(recorder: Recorder, results: dict[str, Any]) -> None:
-    """Tell which weights the folder holds, where those are not the best and the last at once."""
-    best_step, last_step, best_loss = (results[name] for name in ("best_step", "last_step", "best_val_loss"))
-    lowest = f"the validation loss was lowest at step {best_step} of {last_step} ({best_loss:.3f}"
-    if results["step"] < last_step:
-        recorder.print_status(f"{lowest}); the folder holds those weights")
-    elif best_step < last_step:
-        recorder.print_status(
-            f"{lowest}, and {results['eval_rows_val_loss']:.3f} at the end): the model has begun to learn its text by "
-            "heart. The folder holds the last weights; `train.patience` stops in time and keeps the best"
-        )
-    start = next((line["val_loss"] for line in recorder.evaluations if line["step"] == 0), None)
-    if start is not None and best_loss >= start:
-        recorder.print_status(f"no evaluation was better than the one before training ({start:.3f})")
 
 
 def describe_run(run: Run, state: TrainState) -> dict[str, Any]:

@@ -189,6 +189,15 @@ def test_fewer_rows_can_be_scored_at_the_end_and_the_results_and_the_card_say_so
     assert f"over 7 of {rows} validation rows" in capsys.readouterr().err
 
 
+def test_a_run_says_what_its_numbers_show(recipe, capsys):
+    run(recipe, "out", "train.epochs=2")
+
+    said = capsys.readouterr().err
+    assert "is no better than that of counting which token follows which" in said
+    assert "the validation loss still fell at the end" in said
+    assert "tokens of validation text are few" in said
+
+
 def test_a_run_that_was_killed_while_it_scored_may_go_on_with_fewer_rows(recipe, cache, scored):
     whole = run(recipe, "whole", *FEW, "train.final_eval_rows=7")
     killed = run_until_killed_while_scoring(recipe, "killed", *FEW)
