@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hfgpt.config.recipes import find_recipe
-from hfgpt.config.schema import RunConfig
-from hfgpt.config.validation import check
+from hfgpt.config.schema import OptimConfig, RunConfig
+from hfgpt.config.validation import check, shorten_warmup
 from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
 from hfgpt.system.suggest import did_you_mean
 
@@ -34,15 +34,17 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: no such recipe, an unknown key, a value of the wrong type, or options that contradict one another.
     """
+    layers = read_layers(recipe, overrides)
     try:
         merged = OmegaConf.structured(RunConfig)
         OmegaConf.set_readonly(merged, False)
-        for layer in read_layers(recipe, overrides):
+        for layer in layers:
             merged = OmegaConf.merge(merged, layer)
         config = unescape(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"`{error.full_key}`: {unescape(str(error).splitlines()[0].rstrip('.'))}.") from error
     assert isinstance(config, RunConfig)
+    config = shorten_warmup(config, layers)
     return check(config)
 
 
@@ -58,8 +60,12 @@ def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
     recipe_layer, *override_layers = read_layers(recipe, overrides)
     origins = dict.fromkeys(flatten(asdict(config)), "default")
+    warmup_steps = OptimConfig.warmup_steps
     for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
         origins |= {key: origin for key in flatten(layer) if key in origins}
+        warmup_steps = layer.get("optim", {}).get("warmup_steps", warmup_steps)
+    if config.optim.warmup_steps != warmup_steps:  # shortened
+        origins["optim.warmup_steps"] = origins["train.max_steps"]
     return origins
 
 

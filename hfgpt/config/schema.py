@@ -86,7 +86,7 @@ class OptimConfig:
     schedule: str = "cosine"
     """A key of `hfgpt.training.optim.SCHEDULES`."""
     warmup_steps: int = field(default=50, metadata=at_least(0))
-    """Steps over which the learning rate rises from 0 to its peak."""
+    """Steps over which the learning rate rises from 0 to its peak; a tenth of a run that is shorter than them."""
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
             "train_sha256": None if config.data.streaming else run.identity["training rows"],
             "validation_sha256": run.identity["validation rows"],
         },
-        "optim": asdict(config.optim),
+        "optim": asdict(run.optim),
         "train": {
             "rows_per_step": run.identity["number of rows per step"],
             "epochs": None if config.data.streaming else state.epoch + state.rows / len(run.rows.train),

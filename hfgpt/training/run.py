@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.loading import config_yaml, flatten, load_config
-from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
+from hfgpt.config.schema import DROPOUT_FIELDS, OptimConfig, RunConfig
+from hfgpt.config.validation import fit_warmup
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
 from hfgpt.data.prepare import Rows, check_ids, load_text
@@ -28,7 +29,7 @@ from hfgpt.system.console import print_status
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
-from hfgpt.training.optim import check_optim, check_warmup
+from hfgpt.training.optim import check_optim
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
 
@@ -44,6 +45,7 @@ class Run:
     """One run, ready to train.
 
     Attributes:
+        optim: the config's, with a warmup that is no longer than the run.
         folder: what the run leaves.
         model: with its first weights, or those of the checkpoint to go on from.
         start: where training starts.
@@ -54,6 +56,7 @@ class Run:
     """
 
     config: RunConfig
+    optim: OptimConfig
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
@@ -150,6 +153,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     check_fit(config, tokenizer, rows, model)
     run = Run(
         config=config,
+        optim=config.optim,
         folder=folder,
         tokenizer=tokenizer,
         rows=rows,
@@ -160,7 +164,8 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         origins={"model": origin(config.init_from), "tokenizer": origin(config.tokenizer.name or config.init_from)},
         lock=None,
     )
-    check_warmup(config.optim, run.total_steps)
+    optim = replace(config.optim, warmup_steps=fit_warmup(config.optim.warmup_steps, run.total_steps))
+    run = replace(run, optim=optim)
     if resume_from is not None:
         manifest = checkpoint.load_manifest(resume_from)
         check_same_run(run, manifest)

@@ -284,10 +284,6 @@ BAD_INPUT = [
     (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear']"),
     (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7)", "`train.max_steps` (6)", "lower the one"),
     (
-        f"{TRAIN} train.max_steps=null train.epochs=1 optim.warmup_steps=500",
-        *("`optim.warmup_steps` (500)", "60 steps", "train longer"),
-    ),
-    (
         f"{TRAIN} train.trackers=[tensorbord]",
         "`train.trackers`",
         "got 'tensorbord'",

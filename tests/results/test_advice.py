@@ -76,8 +76,8 @@ def test_a_run_that_went_well_is_told_nothing():
         (
             {"best_step": 50, "best_val_loss": 2.9},
             evaluations(8.0, 3.5, 2.9, 2.95, 3.0, train_losses=[8.0, 3.5, 3.3, 3.0, 2.9]),
-            r"lowest at step 50 of 100 \(2\.900, and 3\.000 at the end\): the model has begun to learn its text by heart"
-            r"\. .*`train\.patience` stops in time",
+            r"lowest at step 50 of 100 \(2\.900, and 3\.000 at the end\): the model has begun to learn its text "
+            r"by heart\. .*`train\.patience` stops in time",
         ),
         (
             {"best_step": 50, "best_val_loss": 2.9},
