@@ -126,7 +126,10 @@ class ProgressDisplay:
         self.scored_before, self.rows = done, total
         self.scoring_began_at = self.printed_at = time.perf_counter()
         left = None if self.seconds_per_row is None else self.seconds_per_row * (total - done)
-        self.show(f"scoring {done:,}/{total:,}", done, total, left, SCORED)
+        text = f"scoring {done:,}/{total:,}"
+        self.show(text, done, total, left, SCORED)
+        if self.bar.disable and left is not None and left > PLAIN_SECONDS:
+            self.print("  ".join([text, *SCORED, duration(left)]))
 
     def show_scored(self, done: int) -> None:
         """Show that so many rows are scored."""

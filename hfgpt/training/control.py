@@ -186,7 +186,8 @@ class TrainingControl:
 
     def save_last_step(self) -> None:
         """Write a checkpoint of the last step, where the recipe wants none; every process calls it."""
-        if not (self.run.folder / f"checkpoint-{self.state.step}").is_dir():
+        is_there = (self.run.folder / f"checkpoint-{self.state.step}").is_dir()
+        if not broadcast_object_list([is_there])[0]:  # another machine may not see the folder
             save_checkpoint(self.run, self.recorder, self.state, self.states, None)
 
     def stopped(self, more: str = "") -> Stopped:

@@ -92,5 +92,9 @@ def test_without_a_terminal_a_long_scoring_says_now_and_then_how_far_it_is(monke
     shown.close()
 
     said = capsys.readouterr().err.splitlines()
+    shown.begin_scoring(0, 1000)
+    assert capsys.readouterr().err.splitlines() == ["scoring 0/1,000  rows of both splits  0:01:40 left"]
+    shown.begin_scoring(0, 10)
+    assert capsys.readouterr().err == ""  # it takes no time
     assert len(said) == 4
     assert said[0] == "scoring 210/1,000  rows of both splits  0:01:19 left"
