@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hfgpt.config.keys import as_item, as_override, as_yaml, check_keys, suggest_override
 from hfgpt.config.recipes import find_recipe
-from hfgpt.config.schema import TOKENIZER_FIELDS, RunConfig
-from hfgpt.config.validation import check_model, check_options
+from hfgpt.config.schema import TOKENIZER_FIELDS, OptimConfig, RunConfig
+from hfgpt.config.validation import check_model, check_options, shorten_warmup
 from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text
 
 
@@ -45,7 +45,7 @@ def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]
             raise ValueError(unescape(describe_kind(key, field_type(key.split(".")), layer))) from error
     config = unescape(OmegaConf.to_object(merged))
     assert isinstance(config, RunConfig)
-    config = expand_paths(config)
+    config = shorten_warmup(expand_paths(config), layers)
     check_options(config)
     # Last, because its classes import torch: all else is answered before.
     model = {name: value for layer in layers for name, value in read_model(layer).items()}
@@ -86,8 +86,12 @@ def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str
     origins = dict.fromkeys(flatten(asdict(config)), "default")
     for layer in (recipe_layer, *override_layers):
         layer["model"] = read_model(layer)
+    warmup_steps = OptimConfig.warmup_steps
     for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
         origins |= {key: origin for key in flatten(layer) if key in origins}
+        warmup_steps = layer.get("optim", {}).get("warmup_steps", warmup_steps)
+    if config.optim.warmup_steps != warmup_steps:  # shortened
+        origins["optim.warmup_steps"] = origins["train.max_steps"]
     return origins
 
 

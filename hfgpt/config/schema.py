@@ -92,7 +92,7 @@ class OptimConfig:
     schedule: str = field(default="cosine", metadata=one_of("constant", "cosine", "linear"))
     """A key of `hfgpt.training.optim.SCHEDULES`."""
     warmup_steps: int = field(default=50, metadata=at_least(0))
-    """Steps over which the learning rate rises from 0 to its peak."""
+    """Steps over which the learning rate rises from 0 to its peak; a tenth of a run that is shorter than them."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,10 @@ class TrainConfig:
     eval_every: Any = field(default=100, metadata=steps_or_epoch(1))
     """Steps between two evaluations, or `epoch`."""
     eval_rows: int = field(default=128, metadata=at_least(0))
-    """At most this many rows of each split are scored at an evaluation during training; 0 scores all. The final one
-    always scores all.
+    """At most this many rows of each split are scored at an evaluation during training; 0 scores all."""
+    final_eval_rows: int = field(default=0, metadata=at_least(0))
+    """At most this many rows of each split are scored at the end, for the losses in results.json; 0 scores all
+    validation rows, and as many to train on. Not fewer than `eval_rows`.
     """
     save_every: Any = field(default=200, metadata=steps_or_epoch(0))
     """Steps between two checkpoints, or `epoch`; 0 keeps none."""

@@ -1,5 +1,9 @@
 """What the range of one option cannot say: options that contradict one another or have no effect."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from hfgpt.config.ranges import check_choice, check_ranges
 from hfgpt.config.schema import (
     DROPOUT_FIELDS,
@@ -10,6 +14,7 @@ from hfgpt.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from hfgpt.system.console import print_status
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -83,6 +88,12 @@ def check_train(train: TrainConfig) -> None:
             f"give `train.max_steps` or `train.epochs`, one of them: got {train.max_steps} and {train.epochs}. "
             "`train.epochs=null` takes back what a recipe says."
         )
+    if train.final_eval_rows and not 0 < train.eval_rows <= train.final_eval_rows:
+        raise ValueError(
+            f"`train.final_eval_rows` ({train.final_eval_rows}) is below `train.eval_rows` "
+            f"({train.eval_rows or '0: all rows'}): the final losses would be of fewer rows than those before them. "
+            "Raise the one or lower the other."
+        )
     if train.patience is not None and train.save_every == 0:
         raise ValueError(
             f"`train.patience` ({train.patience}) keeps the best weights in a checkpoint, and `train.save_every` is 0: "
@@ -117,6 +128,43 @@ def check_warmup(config: RunConfig) -> None:
             f"`optim.warmup_steps` ({warmup_steps}) is longer than `train.max_steps` ({max_steps}). "
             "The learning rate would never reach its peak: lower the one or raise the other."
         )
+
+
+def shorten_warmup(config: RunConfig, layers: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """Shorten a warmup that a later `train.max_steps` has made longer than the run, and say so.
+
+    Where both come from the same place, they are left as they are, for `check_warmup` to refuse.
+
+    Args:
+        config: of all layers, over the defaults.
+        layers: what the recipe says, and then each override.
+    """
+    max_steps, warmup_steps = config.train.max_steps, config.optim.warmup_steps
+
+    def place(section: str, name: str) -> int:
+        """Where an option comes from: the defaults, the recipe, or the overrides, which were given together."""
+        places = [min(index, 1) for index, layer in enumerate(layers) if name in layer.get(section, {})]
+        return max(places, default=-1)
+
+    if max_steps is None or place("optim", "warmup_steps") >= place("train", "max_steps"):
+        return config
+    shortened = fit_warmup(warmup_steps, max_steps, "`train.max_steps`")
+    return replace(config, optim=replace(config.optim, warmup_steps=shortened))
+
+
+def fit_warmup(warmup_steps: int, total_steps: int, name: str = "the run") -> int:
+    """The warmup of a run of so many steps: a tenth of them, with a warning, if what is asked for is longer.
+
+    `name` is what the steps are called in the warning.
+    """
+    if warmup_steps <= total_steps:
+        return warmup_steps
+    shortened = total_steps // 10
+    print_status(
+        f"warning: `optim.warmup_steps` ({warmup_steps}) is longer than {name} ({total_steps}): {shortened} are taken, "
+        "a tenth."
+    )
+    return shortened
 
 
 def check_tokenizer(config: RunConfig) -> None:

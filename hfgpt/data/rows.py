@@ -116,10 +116,10 @@ class TokenRows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         is_begin[starts[first:last] - start] = True
         return restarting_positions(is_begin)
 
-    def first(self, count: int) -> "TokenRows":
-        """The first `count` rows."""
-        stops = None if self.stops is None else self.stops[:count]
-        return TokenRows(self.tokens, self.block_size, self.starts[:count], stops, self.is_isolated)
+    def part(self, start: int, stop: int) -> "TokenRows":
+        """The rows from `start` to before `stop`."""
+        stops = None if self.stops is None else self.stops[start:stop]
+        return TokenRows(self.tokens, self.block_size, self.starts[start:stop], stops, self.is_isolated)
 
     def pairs(self) -> np.ndarray:
         """Every target behind the id before it, int32 (targets, 2)."""

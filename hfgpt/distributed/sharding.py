@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +31,8 @@ def engine(model: nn.Module) -> str | None:
     """Which engine runs a model on several processes; None on one."""
     if deepspeed.is_running():
         return "DeepSpeed"
-    if is_sharded(model):
+    # A run that only scores what it has trained is not split any more under Trainer, but was.
+    if is_sharded(model) or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return "FSDP2"
     return "DDP" if PartialState().num_processes > 1 else None
 

@@ -36,9 +36,19 @@ class Score:
     total: float
     squares: float | None = None
 
+    def __add__(self, other: "Score") -> "Score":
+        """The score of both; without single losses."""
+        return Score(self.tokens + other.tokens, self.total + other.total)
+
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Nats per token.
+
+        Raises:
+            ValueError: there is no target at all.
+        """
+        if not self.tokens:
+            raise ValueError("there is nothing to score: no row holds a target.")
         return self.total / self.tokens
 
     @property
@@ -66,9 +76,6 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]], each_t
             all.
         each_token: whether to compute every single loss, for the standard error. Otherwise the model's own forward
             pass adds up those of a batch, which also works where the model is sharded.
-
-    Raises:
-        ValueError: there is no target at all.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -91,8 +98,6 @@ def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]], each_t
     if PartialState().num_processes > 1:
         sums = reduce(sums.to(device), "sum")
     count, total, squares = sums.tolist()
-    if not count:
-        raise ValueError("there is nothing to score: no row holds a target.")
     return Score(int(count), total, squares if each_token else None)
 
 

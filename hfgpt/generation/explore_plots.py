@@ -1,43 +1,16 @@
 """Files of `explore`: the distributions of the next token as a PNG, and everything as one HTML page."""
 
-import io
-from functools import cache
 from importlib.resources import files
 
 import jinja2
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager, get_font
 
 from hfgpt.generation.explore import Exploration
 from hfgpt.generation.render import DARK_FROM, LOSS_COLOURS, loss_bin, loss_bin_labels, percent, shortened
+from hfgpt.results.plots import encode_png
 
 FIGURE_HEIGHT = 4.8
 """Of the PNG, in inches; the width follows the number of bars."""
-
-FONTS = (
-    *("DejaVu Sans", "Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic"),
-    *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Symbol"),
-)
-"""The first that has a character draws it: matplotlib's own, then common ones for Korean and the rest."""
-
-
-@cache
-def installed_fonts() -> list[str]:
-    """Those of `FONTS` that matplotlib finds here."""
-    there = {font.name for font in fontManager.ttflist}
-    return [name for name in FONTS if name in there]
-
-
-@cache
-def can_draw(character: str) -> bool:
-    """Whether one of the installed fonts has a character."""
-    return any(get_font(fontManager.findfont(name)).get_char_index(ord(character)) != 0 for name in installed_fonts())
-
-
-def drawable(text: str) -> str:
-    """A text for matplotlib: its markup escaped, and numbers for characters that no font has."""
-    return "".join(c if can_draw(c) else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
 
 
 def draw_distributions(found: Exploration) -> bytes:
@@ -46,7 +19,7 @@ def draw_distributions(found: Exploration) -> bytes:
     The lecture's figure of a softmax at several temperatures, for a real model: a group of bars per token, one bar per
     variant, and all other tokens as the last group.
     """
-    labels = [drawable(token.label) for token in found.candidates] + ["all\nothers"]
+    labels = [token.label for token in found.candidates] + ["all\nothers"]
     # A gap of half a group before the last one, which is not a single token.
     places = [float(index) for index in range(len(found.candidates))] + [len(found.candidates) + 0.5]
     count = len(found.distributions)
@@ -58,7 +31,7 @@ def draw_distributions(found: Exploration) -> bytes:
     axes = figure.add_subplot(ylabel="probability", ylim=(0, min(1, 1.05 * highest)))
     for index, each in enumerate(found.distributions):
         shift = (index - (count - 1) / 2) * bar
-        name = drawable(f"{each.label}  ({each.entropy:.2f} bits)")
+        name = f"{each.label}  ({each.entropy:.2f} bits)"
         heights = [*each.probabilities, each.rest]
         axes.bar([place + shift for place in places], heights, bar * 0.92, label=name, color=f"C{index % 10}")
     is_long = max(map(len, labels[:-1]), default=0) * 0.085 > group  # a character is about 0.085 inches wide
@@ -70,14 +43,10 @@ def draw_distributions(found: Exploration) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     longest = max(len(each.label) for each in found.distributions) + len("  (10.00 bits)")
     columns = max(1, min(count, int(width / (0.6 + 0.085 * longest))))
-    legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
-    for text in [*axes.get_xticklabels(), *legend.get_texts()]:
-        text.set_fontfamily(installed_fonts())
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     after = f"Next token after “{shortened(found.text)}”" if found.text else "First token of a document"
-    axes.set_title(drawable(after), loc="left", pad=12, fontfamily=installed_fonts())
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # no version of matplotlib in the bytes
-    return buffer.getvalue()
+    axes.set_title(after, loc="left", pad=12)
+    return encode_png(figure)
 
 
 def render_page(found: Exploration) -> bytes:

@@ -79,6 +79,7 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
             ),
             new_tokens=sample["max_new_tokens"] or min(40, run["model"]["max_position_embeddings"] // 2),
             text=describe_text(results),
+            scored_part=scored_part(results),
             base=hub_link(run["base_model"], "a model that is not named here"),
             tokenizer_base=hub_link(run["tokenizer"]["name"], "one that was trained before"),
         )
@@ -131,13 +132,20 @@ def render_evaluation(results: Mapping[str, Any]) -> str | None:
         dataset_id=data["hub_id"],
         task_id=data["name"] or "default",
         value=round(number(results["val_perplexity"]), 4),
-        notes=f"perplexity per token of the model's own tokenizer, {validation_split(data)}",
+        notes=f"perplexity per token of the model's own tokenizer, {validation_split(data)}{scored_part(results)}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 
 def validation_split(data: Mapping[str, Any]) -> str:
     return data["validation_split"] or f"{data['split']} (held-out part)"
+
+
+def scored_part(results: Mapping[str, Any]) -> str:
+    """Which rows of the validation text were scored at the end, in words; empty if all were."""
+    there = results.get("validation_rows", 0)  # a run before this was counted scored all
+    scored = results.get("scored_validation_rows", there)
+    return "" if scored == there else f", the first {count(scored)} of {count(there)} rows"
 
 
 def describe_text(results: Mapping[str, Any]) -> str:

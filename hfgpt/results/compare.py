@@ -28,10 +28,10 @@ MADE_BY = "hfgpt compare"
 LOSS_OPTIONS = (
     *("data.source", "data.name", "data.files", "data.text_column", "data.split", "data.validation_files"),
     *("data.validation_split", "data.validation_fraction", "data.shuffle_documents", "data.packing"),
-    *("data.streaming", "data.validation_documents"),
+    *("data.streaming", "data.validation_documents", "train.final_eval_rows"),
     *("data.block_size", "tokenizer.name", "tokenizer.vocab_size", "init_from", "seed"),
 )
-"""Options that can change what text is scored, or what a token is; `seed`, because it shuffles the documents."""
+"""Options that can change which text is scored, or what a token is; `seed`, because it shuffles the documents."""
 
 
 def compare_runs(folders: Sequence[str | Path], picture: str | Path | None = None) -> Comparison:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from hfgpt.system.fonts import fit_fonts
 from hfgpt.system.storage import write_atomically
 
 FIGURE_SIZE = (9.0, 5.5)
@@ -25,7 +26,7 @@ def plot_losses(
     *,
     baselines: Mapping[str, float] | None = None,
     best_step: int | None = None,
-    final_val_loss: float | None = None,
+    final: tuple[str, float] | None = None,
 ) -> None:
     """Draw loss.png: training and evaluation losses against tokens seen. Equal input gives equal bytes.
 
@@ -38,7 +39,8 @@ def plot_losses(
         path: the PNG file to write, `FIGURE_SIZE` times `FIGURE_DPI` pixels.
         baselines: perplexities to compare with, at least 1, by name; they become horizontal lines.
         best_step: of the evaluation to mark as the best.
-        final_val_loss: of all validation rows, marked at the end; None if the evaluations score them all anyway.
+        final: of which rows, and the validation loss at the end, which is marked; None if the evaluations are of the
+            same rows.
 
     Raises:
         ValueError: `metrics` holds no loss.
@@ -54,8 +56,9 @@ def plot_losses(
     points = draw_curves(axes, training, evaluations)
     last_tokens = max(tokens for tokens, _ in points)
     mark_best(axes, evaluations, best_step)
-    if final_val_loss is not None:
-        label = f"all validation rows: {final_val_loss:.3f}"
+    if final is not None:
+        scope, final_val_loss = final
+        label = f"{scope}: {final_val_loss:.3f}"
         last_evaluation = evaluations[-1]["tokens"]
         axes.plot(
             last_evaluation, final_val_loss, label=label, linestyle="", marker="D", color="C1", markerfacecolor="none"
@@ -74,7 +77,7 @@ def plot_losses(
     figure.legend(loc="outside lower center", ncols=3)
     add_step_axis(axes, training + evaluations)
     add_perplexity_axis(axes)
-    write_atomically(path, encode_png(figure, software=None))  # no version of matplotlib in the bytes
+    write_atomically(path, encode_png(figure))  # no version of matplotlib in the bytes
 
 
 def draw_curves(
@@ -125,8 +128,12 @@ def label_tokens(axes: Axes, most: int = 10) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def encode_png(figure: Figure, software: str | None) -> bytes:
-    """A picture that says which software made it; equal figures give equal bytes."""
+def encode_png(figure: Figure, software: str | None = None) -> bytes:
+    """The PNG of a figure, its texts in fonts that have their characters; equal figures give equal bytes.
+
+    `software` is what the picture says that it was made by, instead of a version of matplotlib.
+    """
+    fit_fonts(figure)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": software})
     return buffer.getvalue()

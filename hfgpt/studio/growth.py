@@ -66,4 +66,4 @@ def draw_growth(growth: Growth, reports: list[dict[str, Any]]) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     times.legend()
-    write_atomically(growth.picture, encode_png(figure, software=None))
+    write_atomically(growth.picture, encode_png(figure))

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from hfgpt.system.console import align_columns
 from hfgpt.system.extras import extras, install_command, requirements
+from hfgpt.system.fonts import PACKAGES, fonts_of_scripts
 from hfgpt.system.machine import cpu_name, environment, matmul_peak
 
 EXTRAS = {
@@ -67,6 +68,7 @@ def examine(folder: Path) -> dict[str, Any]:
             "is_offline": constants.is_offline_mode(),
             "cache_is_writable": is_writable(Path(constants.HF_HUB_CACHE)),
         },
+        "fonts": fonts_of_scripts(),
         "accelerate": accelerate_config(),
     }
     return {**report, "findings": [asdict(finding) for finding in findings(report)]}
@@ -148,6 +150,8 @@ def findings(report: dict[str, Any]) -> list[Finding]:
         hints.append("HF_HUB_OFFLINE is set: models and data sets come from the cache only.")
     elif not report["hub"]["has_token"]:
         hints.append("no token for the Hub: reading is fine, `hfgpt push` needs `hf auth login`.")
+    if report["fonts"]["Korean"] is None:
+        hints.append(f"pictures show numbers for Korean letters, no font here has them: install {PACKAGES['HANGUL']}.")
     found = device_findings(report["devices"]) + accelerate_findings(report["accelerate"], report["devices"])
     found += [Finding(True, text) for text in faults] + [Finding(False, text) for text in hints]
     return sorted(found, key=lambda finding: not finding.is_fault)
@@ -198,6 +202,7 @@ def render(report: dict[str, Any]) -> str:
         ("runs use", f"{seen['used']}, measured {seen['matmul_peak_fp32'] / 1e9:,.0f} GFLOP/s in fp32 matrix products"),
         ("memory", f"{gigabytes(memory['available_bytes'])} of {gigabytes(memory['total_bytes'])} free"),
         ("disk", f"{gigabytes(disk['free_bytes'])} of {gigabytes(disk['total_bytes'])} free"),
+        ("fonts", ", ".join(f"{script}: {font or 'none'}" for script, font in report["fonts"].items())),
         ("Hub", ("a token is set" if hub["has_token"] else "no token") + (", offline" if hub["is_offline"] else "")),
         (
             "accelerate",

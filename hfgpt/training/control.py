@@ -184,9 +184,15 @@ class TrainingControl:
         every = self.run.config.train.save_every
         return every != 0 and (self.is_due(every) or self.state.step == self.run.total_steps)
 
-    def stopped(self) -> Stopped:
-        """What to raise when a run stops because it was asked to."""
+    def save_last_step(self) -> None:
+        """Write a checkpoint of the last step, where the recipe wants none; every process calls it."""
+        is_there = (self.run.folder / f"checkpoint-{self.state.step}").is_dir()
+        if not broadcast_object_list([is_there])[0]:  # another machine may not see the folder
+            save_checkpoint(self.run, self.recorder, self.state, self.states, None)
+
+    def stopped(self, more: str = "") -> Stopped:
+        """What to raise when a run stops because it was asked to; `more` follows what is said."""
         newest = next(iter(checkpoint.checkpoints(self.run.folder)), None)
         where = "It has no checkpoint and starts again" if newest is None else f"It goes on from {newest.name}"
         step, total = self.state.step, self.run.total_steps
-        return Stopped(f"stopped at step {step} of {total}, as asked. {where} with `--resume`.")
+        return Stopped(f"stopped at step {step} of {total}, as asked. {where} with `--resume`.{more}")

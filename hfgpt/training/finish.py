@@ -1,7 +1,8 @@
-"""The end of a run: all rows scored, the model saved, and results.json and the card written."""
+"""The end of a run: the model saved, many rows scored, and results.json and the card written."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
 from hfgpt.evaluation.ngram import ngram_perplexities
+from hfgpt.results.advice import advise
 from hfgpt.results.card import CARD_FILE, leave_card
 from hfgpt.results.plots import plot_losses
 from hfgpt.results.records import (
@@ -23,12 +25,12 @@ from hfgpt.results.records import (
     read_metrics,
     training_speed,
 )
-from hfgpt.system.machine import environment, matmul_peak, peak_memory_bytes
+from hfgpt.system.machine import environment, peak_memory_bytes
 from hfgpt.system.storage import write_json
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.control import TrainingControl
-from hfgpt.training.evaluate import record_evaluation, score
+from hfgpt.training.evaluate import PartialScores, record_evaluation, score
 from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import METRICS_FILE, Recorder
 from hfgpt.training.run import Run, origin
@@ -36,6 +38,7 @@ from hfgpt.training.saving import save_model
 from hfgpt.training.signals import Stopped
 from hfgpt.weights import load
 
+SCORES_FILE = "final_scores.jsonl"
 NGRAMS = ("unigram", "bigram")
 
 SHAPE_FIELDS = (
@@ -45,7 +48,9 @@ SHAPE_FIELDS = (
 
 
 def finish_run(control: TrainingControl) -> dict[str, Any]:
-    """Score all rows, save the model and leave results.json, loss.png, README.md and the rest; every process calls it.
+    """Save the model, score it, and leave results.json, loss.png, README.md and the rest; every process calls it.
+
+    The weights come first, because scoring may take long: what ends the run meanwhile leaves a folder that loads.
 
     Returns:
         What results.json holds, on the main process; an empty dict on others.
@@ -56,21 +61,15 @@ def finish_run(control: TrainingControl) -> dict[str, Any]:
     run, recorder = control.run, control.recorder
     keeps_best = run.config.train.patience is not None
     state = restore_best(run, recorder) if keeps_best else control.state
-    limit = run.config.train.eval_rows
-    is_same = not limit or limit >= len(run.rows.validation)
-    try:
-        line = score(run, state, limit=0, stop=control.stop)
-        # Compared with the other evaluations on their rows, not on all.
-        comparable = line if is_same else score(run, state, limit, control.stop)
-    except Stopped:
-        raise control.stopped() from None
     check_finite_weights(run.model, state.step)
+    save_model(run, run.folder)
+    line, comparable = score_finally(control, state)
+    is_same, scope = line == comparable, describe_scope(run)
     if keeps_best:
         reshard(run.model)
     else:  # with the best weights the lines would go back to an earlier step
-        record_evaluation(run, recorder, line, comparable)
+        record_evaluation(run, recorder, line, comparable, "" if is_same else scope)
     results: dict[str, Any] = {}
-    save_model(run, run.folder)
     if PartialState().is_main_process:
         metrics = read_metrics(run.folder / METRICS_FILE)
         summary = summarize(run, recorder, state, line, comparable, metrics)
@@ -80,14 +79,53 @@ def finish_run(control: TrainingControl) -> dict[str, Any]:
             run.folder / PLOT_FILE,
             baselines={name: results[f"{name}_perplexity"] for name in NGRAMS if run.rows.streamed is None},
             best_step=results["best_step"],
-            final_val_loss=None if is_same or keeps_best else line["val_loss"],
+            final=None if is_same or keeps_best else (scope, line["val_loss"]),
         )
-        print_kept_weights(recorder, results)
+        for text in advise(results, recorder.evaluations):
+            recorder.print_status(text)
         if not leave_card(run.folder, results):
             recorder.print_status(f"{run.folder / CARD_FILE} is left as it is: hfgpt did not write it.")
+        scores_path(control).unlink(missing_ok=True)
         write_json(run.folder / RESULTS_FILE, results)  # last: its presence says that the run is finished
     PartialState().wait_for_everyone()
     return results
+
+
+def score_finally(control: TrainingControl, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score `train.final_eval_rows` of both splits, going on where a process before this one was ended.
+
+    Returns:
+        The evaluation, and the same on the rows of all others, which are its first.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+    run, recorder = control.run, control.recorder
+    path = scores_path(control)
+    done = PartialScores(path if path.parent.is_dir() else None, state.step)
+    rows = sum(min(run.final_rows, len(rows)) for rows in (run.rows.train, run.rows.validation))
+    begun = f", of which {done.rows:,} are done" if done.rows else ""
+    recorder.print_status(f"the weights of step {state.step} are in {run.folder}; scoring {rows:,} rows{begun}")
+    recorder.begin_scoring(done.rows, rows)
+    try:
+        comparable = score(
+            run, recorder, state, min(run.config.train.eval_rows or run.final_rows, run.final_rows), control.stop, done
+        )
+        return score(run, recorder, state, run.final_rows, control.stop, done), comparable
+    except Stopped:
+        control.save_last_step()
+        raise control.stopped(f" The trained weights are in {run.folder}.") from None
+
+
+def scores_path(control: TrainingControl) -> Path:
+    """Where the scores of parts of the rows are kept: with the last weights, so that they go where these go."""
+    return control.run.folder / f"checkpoint-{control.state.step}" / SCORES_FILE
+
+
+def describe_scope(run: Run) -> str:
+    """How many validation rows are scored at the end, in words."""
+    count, there = run.final_rows, len(run.rows.validation)
+    return "all validation rows" if count == there else f"{count:,} of {there:,} validation rows"
 
 
 def summarize(
@@ -98,13 +136,14 @@ def summarize(
     comparable: dict[str, Any],
     metrics: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What results.json holds besides `line`, the evaluation on all rows of the weights that are kept.
+    """What results.json holds besides `line`, the evaluation at the end of the weights that are kept.
 
     `state` is where training stood when it had them; `comparable` their evaluation on the rows of all others.
     """
     best = best_evaluation([*recorder.evaluations, comparable])
     assert best is not None
-    targets, validation = run.rows.validation.pairs()[:, 1], run.rows.validation_counts
+    scored = replace(run.rows, validation=run.rows.validation.part(0, run.final_rows))
+    targets, validation = scored.validation.pairs()[:, 1], run.rows.validation_counts
     return {
         "loss_gap": line["val_loss"] - line["train_loss"],
         "best_step": best["step"],
@@ -117,12 +156,13 @@ def summarize(
         "bits_per_byte": None
         if validation.loss_of_text
         else bits_per_byte(line["val_loss"], targets, bytes_of_ids(run.tokenizer)),
-        **score_ngrams(run.rows, run.model.config.vocab_size),
+        **score_ngrams(scored, run.model.config.vocab_size),
         "parameters": count_parameters(run.model),
         **({"train_tokens": run.rows.train_counts.tokens} if run.rows.streamed is None else {}),
         "validation_tokens": validation.tokens,
+        "validation_rows": len(run.rows.validation),
+        "scored_validation_rows": run.final_rows,  # the first ones
         "checks": next((each["checks"] for each in metrics if "checks" in each), None),
-        "matmul_peak": matmul_peak(PartialState().device, run.config.train.precision),
         "peak_memory_bytes": peak_memory_bytes(),
         "tokens_per_second": training_speed(metrics),
         "elapsed_seconds": recorder.elapsed_seconds(),
@@ -159,22 +199,6 @@ def restore_best(run: Run, recorder: Recorder) -> TrainState:
     return manifest.state
 
 
-def print_kept_weights(recorder: Recorder, results: dict[str, Any]) -> None:
-    """Tell which weights the folder holds, where those are not the best and the last at once."""
-    best_step, last_step, best_loss = (results[name] for name in ("best_step", "last_step", "best_val_loss"))
-    lowest = f"the validation loss was lowest at step {best_step} of {last_step} ({best_loss:.3f}"
-    if results["step"] < last_step:
-        recorder.print_status(f"{lowest}); the folder holds those weights")
-    elif best_step < last_step:
-        recorder.print_status(
-            f"{lowest}, and {results['eval_rows_val_loss']:.3f} at the end): the model has begun to learn its text by "
-            "heart. The folder holds the last weights; `train.patience` stops in time and keeps the best"
-        )
-    start = next((line["val_loss"] for line in recorder.evaluations if line["step"] == 0), None)
-    if start is not None and best_loss >= start:
-        recorder.print_status(f"no evaluation was better than the one before training ({start:.3f})")
-
-
 def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
     """What was trained, on what and how, for results.json: no path of this machine, nothing that was measured.
 
@@ -200,7 +224,7 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
             "train_sha256": None if config.data.streaming else run.identity["training rows"],
             "validation_sha256": run.identity["validation rows"],
         },
-        "optim": asdict(config.optim),
+        "optim": asdict(run.optim),
         "train": {
             "rows_per_step": run.identity["number of rows per step"],
             "epochs": None if config.data.streaming else state.epoch + state.rows / len(run.rows.train),

@@ -27,8 +27,8 @@ def run_loop(run: Run, control: TrainingControl) -> None:
     config = run.config
     accelerator = make_accelerator(config)
     loader = run.train_loader()
-    model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, config.optim))
-    schedule = make_schedule(optimizer, config.optim, run.total_steps)
+    model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, run.optim))
+    schedule = make_schedule(optimizer, run.optim, run.total_steps)
     control.set_up(accelerator, model, optimizer, schedule)
 
     model.train()

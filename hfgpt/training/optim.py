@@ -39,19 +39,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], Optimizer]] = {"adamw":
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
-def check_warmup(config: OptimConfig, total_steps: int) -> None:
-    """Refuse a warmup that never ends.
-
-    Raises:
-        ValueError: it is longer than the run.
-    """
-    if config.warmup_steps > total_steps:
-        raise ValueError(
-            f"`optim.warmup_steps` ({config.warmup_steps}) is longer than the run ({total_steps} steps). "
-            "The learning rate would never reach its peak: lower it, or train longer."
-        )
-
-
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer that a recipe names."""
     return OPTIMIZERS[config.name](model, config)
@@ -62,11 +49,8 @@ def make_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -
 
     Args:
         optimizer: whose learning rate it sets.
-        config: name of the schedule, and its warmup in steps.
+        config: name of the schedule, and its warmup in steps, at most those of the run.
         total_steps: optimizer steps of the whole run.
-
-    Raises:
-        ValueError: the warmup is longer than the run.
     """
-    check_warmup(config, total_steps)
+    assert config.warmup_steps <= total_steps
     return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps, total_steps)

@@ -4,32 +4,24 @@ Only the main process writes.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
 from hfgpt.data.prepare import Rows
 from hfgpt.distributed.sharding import count_parameters
 from hfgpt.results.records import MetricsLog, SamplesFile, best_evaluation
 from hfgpt.system.machine import matmul_peak, training_flops_per_token
+from hfgpt.system.progress import ProgressDisplay
 from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.run import Run
 from hfgpt.training.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
-
-PLAIN_LINES = 40
-"""About so many training lines are printed over a run where there is no terminal to draw a bar on."""
 
 DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
 
@@ -44,16 +36,6 @@ def check_finite_loss(name: str, loss: float, step: int) -> None:
         raise FloatingPointError(f"`{name}` is {loss} at step {step}: {DIVERGED}")
 
 
-class ShrinkingColumn(TextColumn):
-    """Text that is cut where a terminal is narrow; rich cuts the columns first that may wrap, the others not at all."""
-
-    def render(self, task: Task) -> Text:
-        """The text, on one line."""
-        text = super().render(task)
-        text.no_wrap, text.overflow = True, "ellipsis"
-        return text
-
-
 class Recorder:
     """Writes what happens to the run's folder, and shows it.
 
@@ -64,6 +46,8 @@ class Recorder:
         settings: decoding settings of the samples.
         start: where training starts.
         started_at: `time.perf_counter()` when this process began with the run; now, if it is not given.
+        rows_per_step: over all processes.
+        final_rows: that are scored after the last step, of both splits.
         peak_tokens_per_second: what the machine would reach if it did nothing but multiply matrices, as fast as it
             can; None leaves the share of it out.
         trackers: get every line too; None on processes that have none.
@@ -77,6 +61,8 @@ class Recorder:
         settings: Mapping[str, Any],
         start: TrainState,
         started_at: float | None = None,
+        rows_per_step: int = 1,
+        final_rows: int = 0,
         peak_tokens_per_second: float | None = None,
         trackers: Trackers | None = None,
     ) -> None:
@@ -85,8 +71,8 @@ class Recorder:
         self.tokens = start.tokens
         self.peak_tokens_per_second, self.trackers = peak_tokens_per_second, trackers
         self.is_main = PartialState().is_main_process
-        self.began_at = self.started_at = time.perf_counter()
-        self.process_started_at = self.began_at if started_at is None else started_at
+        self.started_at = time.perf_counter()
+        self.process_started_at = self.started_at if started_at is None else started_at
         self.seconds_before = 0.0
         self.evaluations: list[dict[str, Any]] = []
         if not self.is_main:
@@ -105,24 +91,12 @@ class Recorder:
         lines = self.metrics.read()
         self.evaluations = [line for line in lines if "val_loss" in line]
         self.seconds_before = max((line["elapsed_seconds"] for line in lines), default=0.0)
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-        self.bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=20),
-            ShrinkingColumn("{task.description}", table_column=Column()),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            console=self.console,
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        self.task = self.bar.add_task("", total=total_steps, completed=start.step)
-        self.bar.start()
+        self.progress = ProgressDisplay(total_steps, start.step, rows_per_step, final_rows)
 
     def print_status(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:
-            self.console.print(text)
+            self.progress.print(text)
 
     def log_step(self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int) -> None:
         """Write a training line.
@@ -149,18 +123,14 @@ class Recorder:
         self.started_at, self.tokens = now, tokens
         if not math.isfinite(grad_norm):
             del line["grad_norm"]
-        text = f"loss {loss:.3f} nats/token  lr {learning_rate:.1e}  {line['tokens_per_second']:,.0f} tokens/s"
+        details = [f"loss {loss:.3f} nats/token", f"{line['tokens_per_second']:,.0f} tokens/s"]
         if self.peak_tokens_per_second is not None:
             line["peak_share"] = line["tokens_per_second"] / self.peak_tokens_per_second
-            if line["peak_share"] <= 1:  # else the machine was busy with something else when its peak was measured
-                text += f"  {line['peak_share']:.0%} of peak"
+            details.append(f"{line['peak_share']:.0%} of peak")
         if "grad_norm" in line:
-            text += f"  gradient norm {grad_norm:.2f}"
+            details.append(f"gradient norm {grad_norm:.2f}")
         self.write(line, "train")
-        self.bar.update(self.task, completed=step, description=text)
-        if self.bar.disable and step % max(1, self.total_steps // PLAIN_LINES) == 0:
-            left = (now - self.began_at) / (step - self.start.step) * (self.total_steps - step)
-            self.print_status(f"step {step}/{self.total_steps}  {text}  {timedelta(seconds=round(left))} left")
+        self.progress.show_step(step, [*details, f"lr {learning_rate:.1e}"])
 
     def log_skipped_step(self, step: int, tokens: int, grad_norm: float, origin: str) -> None:
         """Log that the last step was left out; `tokens` counts its targets too, `origin` says where it went wrong."""
@@ -174,13 +144,16 @@ class Recorder:
         steps = {line["step"] for line in self.metrics.read() if is_wanted(line)} if self.is_main else set()
         return sum(1 for _ in takewhile(steps.__contains__, range(self.start.step, 0, -1)))
 
-    def log_evaluation(self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None) -> None:
+    def log_evaluation(
+        self, line: dict[str, Any], sample: str, comparable: dict[str, Any] | None = None, scope: str = ""
+    ) -> None:
         """Write an evaluation line and its sample text; the main process calls it.
 
         Args:
             line: for metrics.jsonl.
             sample: what the model wrote; nothing if it is empty.
             comparable: the same evaluation on the rows of all others, if `line` is of more.
+            scope: how many these are, in words.
         """
         self.write(line, "evaluation")
         self.evaluations.append(comparable or line)
@@ -192,7 +165,7 @@ class Recorder:
             f"step {line['step']}/{self.total_steps}  train loss {line['train_loss']:.3f}  "
             f"validation loss {line['val_loss']:.3f} nats/token  perplexity {line['val_perplexity']:.1f}  "
             f"gap {gap:.3f}"
-            + ("  over all rows" if comparable is not None and comparable is not line else "")
+            + (f"  over {scope}" if scope else "")
             + ("" if best in (None, comparable or line) else f"  (best {best['val_loss']:.3f} at step {best['step']})")
         )
         if sample:
@@ -209,6 +182,16 @@ class Recorder:
         """Of all processes that have worked on the run, each up to the step that the next one went on from."""
         return self.seconds_before + time.perf_counter() - self.process_started_at
 
+    def begin_scoring(self, done: int, total: int) -> None:
+        """Show that rows are scored now, of both splits, some of which may be done already."""
+        if self.is_main:
+            self.progress.begin_scoring(done, total)
+
+    def show_scored(self, done: int) -> None:
+        """Show how many of them are done."""
+        if self.is_main:
+            self.progress.show_scored(done)
+
     def pause(self) -> None:
         """Stop the clock of training: what follows is no training."""
         self.paused_at = time.perf_counter()
@@ -216,11 +199,13 @@ class Recorder:
     def resume(self) -> None:
         """Let the clock of training go on."""
         self.started_at += time.perf_counter() - self.paused_at
+        if self.is_main:
+            self.progress.resume_steps()
 
     def close(self) -> None:
         """Take the progress bar away, and let the trackers end."""
         if self.is_main:
-            self.bar.stop()
+            self.progress.close()
         if self.trackers is not None:
             self.trackers.finish()
 
@@ -231,7 +216,10 @@ def open_recorder(run: Run, started_at: float) -> Recorder:
     `started_at` is `time.perf_counter()` when this process began with the run.
     """
     config, process = run.config, PartialState()
-    peak = process.num_processes * matmul_peak(process.device, config.train.precision)
+    peak = None
+    if process.device.type != "cpu":  # what a CPU reaches depends on what else the machine does, a GPU is the run's own
+        peak = process.num_processes * matmul_peak(process.device, config.train.precision)
+        peak /= training_flops_per_token(run.model, config.data.block_size)
     recorder = Recorder(
         folder=run.folder,
         total_steps=run.total_steps,
@@ -239,7 +227,9 @@ def open_recorder(run: Run, started_at: float) -> Recorder:
         settings={name: getattr(config.sample, name) for name in ("max_new_tokens", "temperature", "top_k")},
         start=run.start,
         started_at=started_at,
-        peak_tokens_per_second=peak / training_flops_per_token(run.model, config.data.block_size),
+        rows_per_step=run.identity["number of rows per step"],
+        final_rows=sum(min(run.final_rows, len(rows)) for rows in (run.rows.train, run.rows.validation)),
+        peak_tokens_per_second=peak,
         trackers=Trackers(config, run.folder, run.start.step) if process.is_main_process else None,
     )
     recorder.print_status(

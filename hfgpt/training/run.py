@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from hfgpt.config.loading import config_yaml, flatten, load_config
-from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
+from hfgpt.config.schema import DROPOUT_FIELDS, OptimConfig, RunConfig
+from hfgpt.config.validation import fit_warmup
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
 from hfgpt.data.prepare import Rows, load_text
@@ -30,15 +31,14 @@ from hfgpt.system.quoting import quote
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
-from hfgpt.training.optim import check_warmup
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
-ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers")
+ELASTIC = ("batch_size", "gradient_accumulation_steps", "trackers", "final_eval_rows")
 """Fields of `train` that may differ when a run goes on: the product of the first two with the processes is the rows
-per step, and who watches changes nothing."""
+per step, and who watches, or what is scored after the last step, changes no weight."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
     """One run, ready to train.
 
     Attributes:
+        optim: the config's, with a warmup that is no longer than the run.
         folder: what the run leaves.
         model: with its first weights, or those of the checkpoint to go on from.
         start: where training starts.
@@ -56,6 +57,7 @@ class Run:
     """
 
     config: RunConfig
+    optim: OptimConfig
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
@@ -80,6 +82,11 @@ class Run:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.train.max_steps or (self.config.train.epochs or 0) * self.steps_per_epoch
+
+    @property
+    def final_rows(self) -> int:
+        """Rows of the validation text, and at most as many to train on, that are scored at the end."""
+        return min(self.config.train.final_eval_rows or len(self.rows.validation), len(self.rows.validation))
 
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""
@@ -146,6 +153,7 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
     check_fit(config, tokenizer, model)
     run = Run(
         config=config,
+        optim=config.optim,
         folder=folder,
         tokenizer=tokenizer,
         rows=rows,
@@ -156,7 +164,8 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         origins={"model": origin(config.init_from), "tokenizer": origin(config.tokenizer.name or config.init_from)},
         lock=None,
     )
-    check_warmup(config.optim, run.total_steps)
+    optim = replace(config.optim, warmup_steps=fit_warmup(config.optim.warmup_steps, run.total_steps))
+    run = replace(run, optim=optim)
     if resume_from is not None:
         manifest = checkpoint.load_manifest(resume_from)
         check_same_run(run, manifest)

@@ -58,7 +58,7 @@ def check_start(run: Run, recorder: Recorder) -> None:
     Every process calls it. Nothing is drawn from the random number generators of training.
     """
     recorder.pause()
-    rows = run.rows.train.first(max(1, MOST_TOKENS // run.rows.train.block_size))
+    rows = run.rows.train.part(0, max(1, MOST_TOKENS // run.rows.train.block_size))
     if recorder.is_main or is_sharded(run.model):  # a model that is split runs on all processes together
         next_token = check_next_token(run.model, rows)
         reshard(run.model)

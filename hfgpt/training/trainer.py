@@ -98,13 +98,13 @@ class HFGPTTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:  # for DeepSpeed Trainer asks twice
-            self.optimizer = make_optimizer(self.run.model if model is None else model, self.run.config.optim)
+            self.optimizer = make_optimizer(self.run.model if model is None else model, self.run.optim)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         target = self.optimizer if optimizer is None else optimizer
         assert target is not None
-        self.lr_scheduler = schedule = make_schedule(target, self.run.config.optim, num_training_steps)
+        self.lr_scheduler = schedule = make_schedule(target, self.run.optim, num_training_steps)
         self._created_lr_scheduler = True
         return schedule
 

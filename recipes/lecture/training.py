@@ -4,7 +4,6 @@ hfgpt/training/loop.py is the loop for real runs. This one is for reading, and d
 """
 
 import difflib
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -22,6 +20,7 @@ from hfgpt.config.schema import OptimConfig, TrainConfig
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import Rows
 from hfgpt.evaluation.loss import score_batches
+from hfgpt.results.plots import png_bytes
 from hfgpt.system.storage import write_atomically
 from hfgpt.training.checkpoint import TrainState
 
@@ -165,6 +164,4 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path, tokens_per_epoch: 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG file; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png_bytes(figure))

@@ -28,7 +28,7 @@ def test_a_tiny_recipe_trains_evaluates_and_generates(finished, world, loop):
     left = {path.name for path in Path(f"out/{loop}").iterdir()}
     assert left >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "gpt.py"}
     assert "checks: loss" in trained.err
-    assert "% of peak" in trained.err
+    assert "% of peak" not in trained.err  # a CPU has no peak that holds
     assert left >= {"run.yaml", "metrics.jsonl", "results.json", "loss.png", "samples.md", "checkpoint-3"}
 
     evaluated = hfgpt("evaluate", f"out/{loop}", "--data", "text.txt", "--json")
@@ -338,10 +338,6 @@ BAD_INPUT = [
     (f"{TRAIN} seed", "'seed' is not an override", "Did you mean `seed=VALUE`?"),
     (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear']"),
     (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7)", "`train.max_steps` (6)", "lower the one"),
-    (
-        f"{TRAIN} train.max_steps=null train.epochs=1 optim.warmup_steps=500",
-        *("`optim.warmup_steps` (500)", "60 steps", "train longer"),
-    ),
     (
         f"{TRAIN} train.trackers=[tensorbord]",
         "`train.trackers`",

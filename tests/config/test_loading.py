@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hfgpt.config.loading import config_yaml, load_config
+from hfgpt.config.loading import config_yaml, load_config, value_origins
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import RunConfig
 from hfgpt.config.validation import check
@@ -401,3 +401,52 @@ def test_a_recipe_is_found_by_path_before_it_is_found_by_name(tmp_path, monkeypa
 
     assert brought_along.name == "demo.yaml"
     assert find_recipe("demo") == Path("demo")
+
+
+@pytest.mark.parametrize(
+    ("recipe_text", "overrides", "warmup_steps"),
+    [
+        ("train: {max_steps: 300}\noptim: {warmup_steps: 100}\n", ["train.max_steps=40"], 4),
+        ("train: {max_steps: 300}\noptim: {warmup_steps: 100}\n", ["train.max_steps=3"], 0),
+        ("train: {max_steps: 300}\noptim: {warmup_steps: 100}\n", ["train.max_steps=99", "train.max_steps=30"], 3),
+        ("train: {epochs: 1}\noptim: {warmup_steps: 100}\n", ["train.epochs=null", "train={max_steps: 20}"], 2),
+        ("train: {max_steps: 30}\n", [], 3),  # the default of 50
+        ("train: {max_steps: 300}\n", ["train.max_steps=20"], 2),
+        ("train: {max_steps: 300}\noptim: {warmup_steps: 100}\n", ["train.max_steps=100"], None),
+    ],
+)
+def test_a_warmup_from_before_a_shorter_run_was_asked_for_is_shortened_and_said(
+    tmp_path, capsys, recipe_text, overrides, warmup_steps
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {source: pydoc}\n" + recipe_text)
+
+    config = load_config(path, overrides)
+
+    said = capsys.readouterr().err
+    if warmup_steps is None:
+        assert (config.optim.warmup_steps, said) == (100, "")
+        return
+    assert config.optim.warmup_steps == warmup_steps
+    assert f"is longer than `train.max_steps` ({config.train.max_steps}): {warmup_steps} are taken" in said
+    origin = "override" if overrides else "recipe"
+    assert value_origins(config, path, overrides)["optim.warmup_steps"] == origin
+    (tmp_path / "run.yaml").write_text(config_yaml(config))
+    assert load_config(tmp_path / "run.yaml") == config  # as a run that goes on reads it
+
+
+@pytest.mark.parametrize(
+    ("recipe_text", "overrides"),
+    [
+        ("train: {max_steps: 30}\noptim: {warmup_steps: 100}\n", []),
+        ("train: {max_steps: 300}\n", ["train.max_steps=30", "optim.warmup_steps=100"]),
+        ("train: {max_steps: 300}\n", ["optim.warmup_steps=100", "train.max_steps=30"]),
+        ("train: {max_steps: 30}\n", ["optim.warmup_steps=100"]),
+    ],
+)
+def test_a_warmup_that_was_asked_for_beside_a_shorter_run_is_refused(tmp_path, recipe_text, overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {source: pydoc}\n" + recipe_text)
+
+    with pytest.raises(ValueError, match=r"`optim\.warmup_steps` \(100\) is longer than `train\.max_steps` \(30\)"):
+        load_config(path, overrides)

@@ -160,9 +160,9 @@ def test_nothing_to_score_is_refused(model):
     ids = torch.zeros(1, 8, dtype=torch.int64)
 
     with pytest.raises(ValueError, match="nothing to score"):
-        score_batches(model, [])
+        assert score_batches(model, []).loss
     with pytest.raises(ValueError, match="nothing to score"):
-        score_batches(model, [{"input_ids": ids, "shift_labels": torch.full_like(ids, -100)}])
+        assert score_batches(model, [{"input_ids": ids, "shift_labels": torch.full_like(ids, -100)}]).loss
 
 
 def test_perplexity_is_e_to_the_loss():

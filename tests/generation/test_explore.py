@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import GPT2LMHeadModel
 
 from hfgpt.generation.explore import entropy_bits, explore, token_label
-from hfgpt.generation.explore_plots import draw_distributions, drawable, render_page
+from hfgpt.generation.explore_plots import draw_distributions, render_page
 from hfgpt.generation.generator import GeneratedText, load_generator
 from hfgpt.generation.params import EXPLORED, explored_variants
 from hfgpt.generation.render import percent, print_comparison, print_exploration, printable, shortened, stream_to
@@ -261,10 +261,6 @@ def test_the_picture_is_a_png_of_a_bar_per_token_and_setting_and_equal_for_equal
     assert pixels.shape[1] >= 840
     assert bars_on_each_line.max() == len(found.candidates) + 1
     assert draw_distributions(even) == picture
-
-
-def test_what_no_font_has_is_drawn_as_its_number():
-    assert drawable("a$b\ue000") == r"a\$b\ue000"
 
 
 def test_json_has_all_of_it(found):

@@ -165,7 +165,7 @@ def test_lines_show_the_losses_that_were_logged(tmp_path, monkeypatch):
 
 
 def test_the_best_evaluation_the_gap_and_the_loss_of_all_rows_are_marked(tmp_path, monkeypatch):
-    options = {"best_step": 50, "final_val_loss": 3.5}
+    options = {"best_step": 50, "final": ("all validation rows", 3.5)}
 
     axes = figure_drawn(monkeypatch, tmp_path, a_run(60), **options).axes[0]
 

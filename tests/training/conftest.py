@@ -74,7 +74,7 @@ def launch(recipe, cache):
             environment["PRETEND_GPUS"] = "yes"
         if poisoned_step is not None:
             environment["POISONED_STEP"] = str(poisoned_step)
-        if engine == "fsdp2" or poisoned_step is not None:
+        if engine == "fsdp2" or poisoned_step is not None or "KILLED_AT_PART" in os.environ:
             program = [str(Path(__file__).with_name("odd_run.py"))]
         command = ["-m", "accelerate.commands.launch", *ENGINES[engine], "--num_processes", str(processes), *words]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

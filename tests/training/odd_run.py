@@ -2,15 +2,17 @@
 
 PRETEND_GPUS: accelerate takes CPUs for GPUs, so that it splits models as it does there.
 POISONED_STEP: a step whose gradients are not finite.
+KILLED_AT_PART: so many parts of the rows are scored at the end, of four rows each, when the last process is killed.
 """
 
 import os
+import signal
 
 import torch
 from accelerate.state import DistributedType, PartialState
 
 from hfgpt.cli import main
-from hfgpt.training import run
+from hfgpt.training import evaluate, run
 
 make_model = run.make_model
 
@@ -32,6 +34,16 @@ def poisoned_model(*arguments):
     return model
 
 
+def killed_at_part(scores, *part):
+    add(scores, *part)
+    process = PartialState()
+    is_final = scores.step == int(os.environ.get("FINAL_STEP", "40"))
+    if is_final and len(scores.scores) == int(os.environ["KILLED_AT_PART"]) and process.is_last_process:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "KILLED_AT_PART" in os.environ:
+    add, evaluate.PartialScores.add, evaluate.PART_ROWS = evaluate.PartialScores.add, killed_at_part, 4
 if "POISONED_STEP" in os.environ:
     run.make_model = poisoned_model
 if "PRETEND_GPUS" in os.environ:

@@ -16,7 +16,7 @@ from hfgpt.training.signals import Stopped
 from hfgpt.training.train import train
 
 LOOPS = ["accelerate", "trainer"]
-TIMINGS = {"tokens_per_second", "peak_share", "matmul_peak", "elapsed_seconds", "peak_memory_bytes"}
+TIMINGS = {"tokens_per_second", "peak_share", "elapsed_seconds", "peak_memory_bytes"}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 

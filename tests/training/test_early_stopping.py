@@ -138,7 +138,7 @@ def test_the_last_evaluation_is_compared_with_the_others_on_their_rows_and_not_o
     assert results["val_loss"] == losses_of(out)[10] != losses_of(longer)[10]
     best = min((5, 10), key=losses_of(longer).get)
     assert (results["best_step"], results["best_val_loss"]) == (best, losses_of(longer)[best])
-    assert "over all rows" in said
+    assert "over all validation rows" in said
 
 
 def test_patience_without_checkpoints_is_refused(recipe):

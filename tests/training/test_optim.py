@@ -128,14 +128,6 @@ def test_constant_stays_at_its_peak():
     assert set(rates("constant", total_steps=50)[10:]) == {0.5}
 
 
-def test_a_warmup_that_is_longer_than_the_run_is_refused():
-    message = r"`optim\.warmup_steps` \(10\) is longer than the run \(9 steps\)"
-    with pytest.raises(ValueError, match=message):
-        rates("cosine", total_steps=9)
-
-    assert rates("cosine", total_steps=10)[10] == 0.5
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,6 +1,5 @@
 """What a run says: on the terminal and in its files."""
 
-import io
 import json
 
 import pytest
@@ -102,29 +101,5 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bar(recorder, capsys, m
 
     said = capsys.readouterr().err.splitlines()
     assert 20 <= len(said) <= 60
-    assert said[-1].startswith("step 100/100  loss 2.134 nats/token  lr 6.0e-04  ")
+    assert said[-1].startswith("step 100/100  loss 2.134 nats/token  ")
     assert "\x1b" not in "".join(said)
-
-
-@pytest.mark.parametrize("columns", ["120", "80", "50"])
-def test_on_a_terminal_of_any_width_the_bar_shows_the_step_and_the_time_left(tmp_path, monkeypatch, columns):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setattr("sys.stderr", terminal)
-    recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings=SETTINGS, start=TrainState())
-    for step in range(1, 4):
-        recorder.log_step(step=step, loss=2.134, grad_norm=0.5, learning_rate=6e-4, tokens=step * 10)
-    recorder.bar.refresh()
-    recorder.close()
-
-    shown = terminal.getvalue()
-    assert "3/4" in shown
-    assert "0:0" in shown  # the time left
-    assert "loss 2.1" in shown
-    if columns == "120":
-        assert "loss 2.134 nats/token" in shown
