@@ -97,8 +97,8 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BTC: Tensor,
         attention_mask: Tensor | None = None,
-        kv_cache: Any = None,
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention,
+        past_key_values: Any = None,
+        attend: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Let every position look at those the mask allows.
@@ -106,23 +106,25 @@ class CausalSelfAttention(nn.Module):
         Args:
             x_BTC: normed hidden states, (B, T, C).
             attention_mask: in the form that `attend` takes.
-            kv_cache: None, or an object whose `update(key, value, layer_idx, kwargs=kwargs)` appends (B, H, T, D)
-                tensors and returns all keys and values so far, (B, H, S, D). It may change what `attend` is handed.
-            attend: an attention function with `eager_attention`'s signature.
+            past_key_values: None, or an object whose `update(key, value, layer_idx, kwargs=kwargs)` appends tensors
+                (B, H, T, D) and returns all keys and values so far, (B, H, S, D). It may change what `attend` gets.
+            attend: an attention function with `eager_attention`'s signature; None is that one. (torch.fx, by which vLLM
+                finds the three projections to make them one, takes no function as a default.)
             **kwargs: handed on to `attend`.
 
         Returns:
             (B, T, C) to be added to the residual stream, and the probabilities (B, H, T, S) if `attend` gives them.
         """
+        q_BTC, k_BTC, v_BTC = self.q_proj(x_BTC), self.k_proj(x_BTC), self.v_proj(x_BTC)
         q_BHTD, k_BHTD, v_BHTD = (
             # -1, not H: under tensor parallelism each device holds only some of the heads.
-            projection(x_BTC).view(*x_BTC.shape[:-1], -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            each_BTC.view(*x_BTC.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for each_BTC in (q_BTC, k_BTC, v_BTC)
         )
         k_BHSD, v_BHSD = k_BHTD, v_BHTD
-        if kv_cache is not None:
-            k_BHSD, v_BHSD = kv_cache.update(k_BHTD, v_BHTD, self.layer_idx, kwargs=kwargs)
-        attended_BTHD, weights_BHTS = attend(
+        if past_key_values is not None:
+            k_BHSD, v_BHSD = past_key_values.update(k_BHTD, v_BHTD, self.layer_idx, kwargs=kwargs)
+        attended_BTHD, weights_BHTS = (attend or eager_attention)(
             self,
             q_BHTD,
             k_BHSD,
@@ -132,7 +134,8 @@ class CausalSelfAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        out_BTC = self.o_proj(attended_BTHD.flatten(-2))
+        # Not flatten(-2): the attention functions of vLLM and others return (B * T, H * D).
+        out_BTC = self.o_proj(attended_BTHD.reshape(*x_BTC.shape[:-1], -1))
         return F.dropout(out_BTC, p=self.config.resid_pdrop, training=self.training), weights_BHTS
 
 
@@ -171,13 +174,13 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         attention_mask: Tensor | None = None,
-        kv_cache: Any = None,
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention,
+        past_key_values: Any = None,
+        attend: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Map the residual stream (B, T, C) to itself; the arguments are `CausalSelfAttention`'s."""
         attended_BTC, _ = self.self_attn(
-            self.input_layernorm(x_BTC), attention_mask, kv_cache=kv_cache, attend=attend, **kwargs
+            self.input_layernorm(x_BTC), attention_mask, past_key_values=past_key_values, attend=attend, **kwargs
         )
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_jit_tracing, is_tracing
+
+from .arguments import own_arguments
 
 
 def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -20,6 +22,19 @@ def count_positions(x_BTC: Tensor, attention_mask: Tensor | None, past_key_value
         return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     return torch.arange(length, device=x_BTC.device)[None] + past_length
+
+
+def is_only_causal(
+    config: Any, attention_mask: Tensor | None, past_key_values: Cache | None, documents_BS: Tensor | None
+) -> bool:
+    """Whether torch's own attention needs no mask: whole rows without padding, each one document.
+
+    transformers sees that too, but torch 2.11 tells it that every compilation is an export, and then it makes a mask as
+    large as the scores, which attention reads at less than half its speed on a GPU.
+    """
+    is_whole = attention_mask is None and past_key_values is None and documents_BS is None
+    is_torchs = config._attn_implementation == "sdpa" and getattr(config, "is_causal", True)
+    return is_whole and is_torchs and not torch.compiler._is_exporting_flag
 
 
 def find_documents(
@@ -33,13 +48,15 @@ def find_documents(
     """Number the documents that are packed into each row: (B, S), or None if every row is one document.
 
     Raises:
-        ValueError: there are several, or padding, and the attention implementation would not know of it.
+        ValueError: there are several, or padding, and the attention implementation would not know of it. What is traced
+            cannot be looked at, and gets an assertion in its place.
     """
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-    if make_mask is None and attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
-        raise ValueError(
+    if make_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+        check_not(
+            (attention_mask == 0).any(),
             f"the attention implementation {implementation!r} has no mask function, so it would not see the "
-            "padding. Register one with `AttentionMaskInterface.register`."
+            "padding. Register one with `AttentionMaskInterface.register`.",
         )
     if position_ids is None:
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -49,6 +66,8 @@ def find_documents(
         return None  # the mask itself separates documents
     if is_paged(past_key_values) or is_paged(kwargs.get("cache")):
         return None  # one row of all requests, whose places in the cache keep them apart
+    if make_mask is None and own_arguments(kwargs):
+        return None  # vLLM and others hand their attention what keeps the requests in one row apart
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     if not (isinstance(past_length, int) and past_length == 0):
         return None
@@ -56,21 +75,30 @@ def find_documents(
     if not is_tracing(starts_BT) and not starts_BT.any():
         return None
 
-    if make_mask is flash_attention_mask:
-        # It goes by the positions, but only those of a single row without padding.
-        is_kept_apart = x_BTC.shape[0] == 1 and (attention_mask is None or bool(attention_mask.all()))
-    else:
-        is_kept_apart = make_mask is not None
-    if not is_kept_apart and kwargs.get("cu_seq_lens_q") is None:
-        raise ValueError(
+    if kwargs.get("cu_seq_lens_q") is None and make_mask in (None, flash_attention_mask):
+        are_mixed_up = starts_BT.any()
+        if make_mask is flash_attention_mask and x_BTC.shape[0] == 1:
+            # It goes by the positions, but only those of a single row without padding.
+            has_padding = torch.zeros_like(are_mixed_up) if attention_mask is None else (attention_mask == 0).any()
+            are_mixed_up = are_mixed_up & has_padding
+        check_not(
+            are_mixed_up,
             f"`position_ids` start again within a row, and the attention implementation {implementation!r} would "
             "let those documents see each other. Use 'sdpa', 'eager' or 'flex_attention', or flatten the batch to "
-            "one row without padding, as transformers' DataCollatorWithFlattening does."
+            "one row without padding, as transformers' DataCollatorWithFlattening does.",
         )
     # A static cache has more places than there are tokens yet.
     length = starts_BT.shape[1]
     places = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
     return F.pad(starts_BT.cumsum(dim=-1), (0, places - length), value=-1)
+
+
+def check_not(is_wrong: Tensor, message: str) -> None:
+    """Raise ValueError(message) if `is_wrong`, a tensor of one bool; a compiled graph asserts it when it runs."""
+    if is_tracing(is_wrong) and not is_jit_tracing():  # a trace of torch.jit has values, and drops assertions
+        torch._assert_async(~is_wrong, message)
+    elif is_wrong:
+        raise ValueError(message)
 
 
 def is_paged(cache: Any) -> bool:
@@ -110,8 +138,9 @@ def check_positions_exist(position_ids: Tensor, past_key_values: Cache | None, l
     if is_tracing(position_ids):
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # not above: it imports sympy, a slow one
 
-        # A length of which the ONNX export of torch 2.11 may know nothing counts as short.
-        if guard_or_false(may_be_too_long):
+        # A length of which the ONNX export of torch 2.11 may know nothing counts as short. A trace of torch.jit drops
+        # assertions, and its lengths are this input's alone: there the embedding itself refuses, as on every CPU.
+        if not is_jit_tracing() and guard_or_false(may_be_too_long):
             torch._assert_async(
                 position_ids.max() < limit, f"the sequence is longer than `max_position_embeddings` ({limit})."
             )

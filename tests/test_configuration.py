@@ -1,9 +1,11 @@
+import copy
 import json
 
 import pytest
+import transformers
 from transformers import AutoConfig, GPT2Config
 
-from hfgpt import HFGPTConfig
+from hfgpt import HFGPTConfig, HFGPTForCausalLM
 
 ALIASES = {
     "n_embd": "hidden_size",
@@ -131,6 +133,7 @@ def test_the_real_gpt2_config_is_read_as_it_is(write, caplog):
     assert record.levelname == "WARNING"
     for name in OPENAI:
         assert (name in record.message) == name.startswith(("summary_", "task_")), name
+    assert config.task_specific_params == OPENAI["task_specific_params"]
 
 
 def test_what_transformers_writes_for_its_gpt2_is_read_as_it_is(tiny, tmp_path):
@@ -199,6 +202,66 @@ def test_a_saved_config_is_hfgpts_own_and_loads_as_the_same(tiny, tmp_path, writ
     assert again.model_type == "hfgpt"
     assert again.to_dict() == config.to_dict()
     assert type(AutoConfig.from_pretrained(tmp_path / "again")) is HFGPTConfig
+
+
+NOTES = {"note": "x", "numbers": {"a": [1, 2.5, None]}, "_run": 7, "tokenizer_class": "GPT2Tokenizer"}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_value_of_another_tool_survives_saving_and_loading_with_one_warning(tiny, tmp_path, caplog, name):
+    config = HFGPTConfig(**tiny)
+    setattr(config, name, NOTES[name])
+    HFGPTForCausalLM(config).save_pretrained(tmp_path / "model")
+
+    loaded = HFGPTForCausalLM.from_pretrained(tmp_path / "model")
+
+    [record] = caplog.records
+    assert record.message == f"Keys of config.json that hfgpt has no use for: {name}."
+    loaded.save_pretrained(tmp_path / "again")
+    for each in (loaded.config, AutoConfig.from_pretrained(tmp_path / "again"), copy.deepcopy(loaded.config)):
+        assert getattr(each, name) == NOTES[name]
+        assert each.to_dict()[name] == NOTES[name]
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "head_dim", "transformers_weights", "save_pretrained"])
+@pytest.mark.parametrize("model_type", ["gpt2", "hfgpt"])
+def test_what_transformers_would_act_upon_is_ignored_and_said_so(tiny, write, caplog, model_type, name):
+    config = HFGPTConfig.from_pretrained(write({**tiny, "model_type": model_type, name: 4, "note": "x"}))
+
+    assert getattr(config, name, None) != 4
+    [record] = caplog.records
+    assert record.message.endswith(f" Ignored of them: {name}.")
+    assert config.note == "x"
+
+
+def test_a_setting_of_generation_in_a_config_is_dropped_as_in_gpt2(tiny, write, tmp_path):
+    config = HFGPTConfig.from_pretrained(write({**tiny, "model_type": "gpt2", "do_sample": True, "max_length": 50}))
+
+    assert not hasattr(config, "max_length")
+    config.save_pretrained(tmp_path / "again")  # transformers refuses to save one that has it
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "hfgpt"])
+def test_what_is_said_of_a_config_obeys_transformers_level(write, caplog, model_type):
+    folder = write({**OPENAI, "model_type": model_type})
+    transformers.logging.set_verbosity_error()
+    try:
+        HFGPTConfig.from_pretrained(folder)
+    finally:
+        transformers.logging.set_verbosity_warning()
+
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("n_ctx", "n_positions"), [(128, 1024), (2048, 1024), (128, None), (1024, 64)])
+def test_gpt2s_n_ctx_has_no_effect_whatever_it_says(write, caplog, n_ctx, n_positions):
+    fields = {"model_type": "gpt2", "n_ctx": n_ctx, **({} if n_positions is None else {"n_positions": n_positions})}
+
+    config = HFGPTConfig.from_pretrained(write(fields))
+
+    assert config.n_positions == GPT2Config(**fields).n_positions
+    [record] = caplog.records
+    assert f"`n_ctx` ({n_ctx}) is not `n_positions` ({config.n_positions})" in record.message
 
 
 def test_fields_may_be_changed_while_loading(tiny, tmp_path):

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfgpt import loss
 from hfgpt.loss import IGNORE_INDEX, linear_cross_entropy, shift_left
+from hfgpt.loss_triton import is_available
 
 TOKENS, WIDTH, VOCABULARY = 20, 6, 31
 
@@ -27,7 +28,8 @@ def problem():
 
 
 def plain_cross_entropy(hidden, weight, targets, reduction="mean"):
-    logits = (hidden @ weight.T).float().flatten(0, -2)
+    logits = (hidden @ weight.T).flatten(0, -2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
@@ -194,6 +196,54 @@ def test_compiled_what_is_frozen_gets_no_gradient(problem, frozen):
 
     assert tensors[frozen].grad is None
     torch.testing.assert_close(moving.grad, *expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_it_never_makes_all_logits_either(problem):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(linear_cross_entropy, backend=keep, fullgraph=True)(*problem)
+
+    made = [node.meta["example_value"] for node in graphs[0].graph.nodes if "example_value" in node.meta]
+    sizes = [each.numel() for value in made for each in (value if isinstance(value, tuple) else (value,))]
+    assert max(sizes) < TOKENS * VOCABULARY
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [31, 4096, 5000, 50257])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float32, 2e-3), (torch.bfloat16, 2**-7), (torch.float16, 2**-7)],  # TF32's roundings; two of the dtype's
+)
+def test_on_a_gpu_one_kernel_gives_the_loss_and_gradients_of_torch(monkeypatch, vocabulary, dtype, bound):
+    assert is_available(torch.device("cuda:0"))
+    monkeypatch.setattr(loss, "CHUNK_TOKENS_ON_GPU", 48)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(100, 64, generator=generator).cuda().to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, 64, generator=generator) / 8).cuda().requires_grad_()
+    targets = torch.randint(vocabulary, (100,), generator=generator).cuda()
+    targets[::7] = IGNORE_INDEX
+
+    mine = loss_and_gradients(linear_cross_entropy, hidden, weight, targets)
+    theirs = loss_and_gradients(plain_cross_entropy, hidden.double(), weight.to(dtype).double(), targets)
+
+    assert mine[0].item() == pytest.approx(theirs[0].item(), rel=2e-3)
+    for gradient, of, wanted in zip(mine[1:], (hidden, weight), theirs[1:], strict=True):
+        assert gradient.dtype == of.dtype
+        assert (gradient - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", [-5, 31])
+def test_on_a_gpu_a_target_outside_of_the_vocabulary_makes_the_loss_nan(problem, target):
+    hidden, weight, targets = (tensor.detach().cuda() for tensor in problem)
+    targets[1, 1] = target
+
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
 
 
 def test_all_logits_never_exist_at_once(problem, monkeypatch):

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.evaluation.loss import Score, e_to, score_batches
 from hfgpt.loss import IGNORE_INDEX
+from hfgpt.system.console import route_lines
 
 FIRST_TOKEN = ("lm-eval", "text", "skip")
 """What is scored at the beginning of a text.
@@ -237,7 +239,8 @@ def score_windows(model: PreTrainedModel, texts: EncodedTexts, windows: Sequence
         disable=not (terminal.is_terminal and process.is_main_process),
     )
     batches = (make_batch(texts, mine[start : start + batch_size]) for start in starts)
-    score = score_batches(model, batches, each_token=True)
+    with route_lines(partial(terminal.print, highlight=False, markup=False, soft_wrap=True)):
+        score = score_batches(model, batches, each_token=True)
     assert score.tokens == sum(window.scored for window in windows), "a token was scored twice, or not at all"
     return score
 

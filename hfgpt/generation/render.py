@@ -4,6 +4,8 @@ Everything goes to stdout. rich decides what the terminal can show, and obeys NO
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain
 
 from rich import box
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.text import Text
 
 from hfgpt.generation.explore import Exploration
 from hfgpt.generation.generator import GeneratedText
-from hfgpt.system.console import result_stream
+from hfgpt.system.console import print_status, result_stream, route_lines
 
 LOSS_BINS = (1.0, 2.0, 4.0, 6.0, 9.0)
 """Upper ends of the colours' ranges, in nats; the last colour has none."""
@@ -83,15 +85,20 @@ def stream_to(console: Console, prompt: str, pieces: Iterable[str]) -> None:
     """
     show = printable if console.is_terminal else str
     bold, plain = ("\x1b[1m", "\x1b[0m") if console.is_terminal else ("", "")
-    console.file.write(f"{bold}{show(prompt)}{plain}")
-    console.file.flush()
+    held: list[str] = []
     try:
-        for piece in pieces:
-            console.file.write(show(piece))
-            console.file.flush()
-    finally:  # a Ctrl-C, too, leaves the terminal at the beginning of a line
-        console.file.write("\n")
-        console.file.flush()
+        # A warning of a library does not come into the middle of the text.
+        with route_lines(held.append) if console.is_terminal else nullcontext():
+            try:
+                for piece in chain([f"{bold}{show(prompt)}{plain}"], map(show, pieces)):
+                    console.file.write(piece)
+                    console.file.flush()
+            finally:  # a Ctrl-C, too, leaves the terminal at the beginning of a line
+                console.file.write("\n")
+                console.file.flush()
+    finally:
+        for line in held:
+            print_status(line)
 
 
 def print_texts(console: Console, prompt: str, texts: Sequence[GeneratedText], number: int, prompts: int) -> None:

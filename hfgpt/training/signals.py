@@ -1,6 +1,7 @@
 """Stopping by a signal: it is noted, the step is finished, a checkpoint written, and the exit code is 75."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ class StopRequest:
     """Notes that the run was asked to stop, while it is entered.
 
     A second SIGINT, from a person who does not want to wait, is a KeyboardInterrupt as ever; the last checkpoint stays.
+    Signals reach the main thread only: a run in another one, of a notebook's page or a server, leaves them alone.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,8 @@ class StopRequest:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for name in SIGNALS:
+        is_main = threading.current_thread() is threading.main_thread()
+        for name in SIGNALS if is_main else ():
             number = getattr(signal, name, None)
             if number is not None:
                 self.before[number] = signal.signal(number, self.note)

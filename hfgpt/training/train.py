@@ -6,6 +6,7 @@ from typing import Any
 
 from hfgpt.config.schema import RunConfig
 from hfgpt.distributed.launch import hint_to_scale_out
+from hfgpt.system.console import route_lines
 from hfgpt.training.control import TrainingControl
 from hfgpt.training.finish import finish_run
 from hfgpt.training.recorder import open_recorder
@@ -44,7 +45,7 @@ def train(
     if (hint := hint_to_scale_out()) is not None:
         recorder.print_status(hint)
     try:
-        with StopRequest() as stop:
+        with route_lines(recorder.print_status), StopRequest() as stop:
             control = TrainingControl(run, recorder, stop, on_step)
             control.evaluate_start()
             if run.start.step == 0:

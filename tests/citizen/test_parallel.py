@@ -114,5 +114,13 @@ def test_a_split_model_saves_its_own_code_and_not_that_of_the_engine(seen, folde
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hfgpt.HFGPTForCausalLM"
     assert config["architectures"] == ["HFGPTForCausalLM"]
     assert sorted(path.name for path in (folder / kind).glob("*.py")) == [
-        *("arguments.py", "configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"),
+        *(
+            "arguments.py",
+            "configuration_hfgpt.py",
+            "gpt.py",
+            "loss.py",
+            "loss_triton.py",
+            "modeling_hfgpt.py",
+            "positions.py",
+        ),
     ]

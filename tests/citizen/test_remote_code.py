@@ -14,7 +14,15 @@ import hfgpt
 from hfgpt.modeling_hfgpt import AUTO_CLASSES
 
 CODE_FILES = {
-    *("arguments.py", "configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"),
+    *(
+        "arguments.py",
+        "configuration_hfgpt.py",
+        "gpt.py",
+        "loss.py",
+        "loss_triton.py",
+        "modeling_hfgpt.py",
+        "positions.py",
+    ),
 }
 PROGRAM = Path(__file__).with_name("without_hfgpt.py")
 ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(6, 20, seed=3)]

@@ -103,6 +103,20 @@ def test_the_training_step_is_one_graph(make, ids, model_class, checkpointed):
         torch.testing.assert_close(traced[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_compiled_model_reads_no_mask_where_every_row_is_one_whole_document(make, ids):
+    """torch 2.11 tells transformers that it exports, and a mask of the size of the scores was made and read."""
+    calls = []
+
+    def keep(graph, inputs):
+        calls.extend(node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target))
+        return graph.forward
+
+    torch.compile(make(hfgpt.HFGPTForCausalLM), fullgraph=True, backend=keep, dynamic=False)(ids, use_cache=False)
+
+    assert calls
+    assert all(call.kwargs["attn_mask"] is None and call.kwargs["is_causal"] for call in calls)
+
+
 def test_the_training_step_without_logits_is_one_graph(make, ids):
     model = make(hfgpt.HFGPTForCausalLM).train()
     loss, gradients = learn(model, ids, skip_logits=True)

@@ -14,7 +14,15 @@ from hfgpt.data.tokenizer import train_tokenizer
 SHAPE = {"vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
 SENT = {
     *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("gpt.py", "loss.py", "positions.py", "arguments.py", "configuration_hfgpt.py", "modeling_hfgpt.py"),
+    *(
+        "gpt.py",
+        "loss.py",
+        "loss_triton.py",
+        "positions.py",
+        "arguments.py",
+        "configuration_hfgpt.py",
+        "modeling_hfgpt.py",
+    ),
     *("run.yaml", "results.json", "metrics.jsonl", "samples.md", "README.md", "loss.png"),
 }
 KEPT = {".env", ".lock", "training_args.bin", "notes.txt", "optimizer.pt", "checkpoint-2", "secrets.py"}

@@ -343,7 +343,7 @@ FIELDS = st.sampled_from(
 def test_any_config_json_is_taken_or_refused_with_one_line(saved_run, tmp_path, change, cut):
     folder = tmp_path / "fuzzed"
     folder.mkdir(exist_ok=True)
-    for name in ("model.safetensors", "tokenizer.json", "gpt.py", "loss.py", "positions.py"):
+    for name in ("model.safetensors", "tokenizer.json", "gpt.py", "loss.py", "loss_triton.py", "positions.py"):
         (folder / name).write_bytes((saved_run / name).read_bytes())
     text = json.dumps(json.loads((saved_run / "config.json").read_text()) | change)
     (folder / "config.json").write_text(text[:cut])

@@ -3,15 +3,22 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+from rich.console import Console
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from hfgpt.cli.app import app, print_result
-from hfgpt.system.console import reserve_stdout, result_stream
+from hfgpt.generation.render import stream_to
+from hfgpt.system.console import print_status, reserve_stdout, result_stream, route_lines
+from hfgpt.training.checkpoint import TrainState
+from hfgpt.training.recorder import Recorder
 
 TINY = """\
 output_dir: out
@@ -128,3 +135,107 @@ def test_a_stream_that_a_caller_puts_in_the_place_of_stdout_is_given_back():
 def test_what_typer_prints_of_itself_is_a_result():
     for words in (["train", "--help"], ["--help"], ["--version"]):
         assert CliRunner().invoke(app, words).stdout.strip()
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Where stderr can be sent, with a logger of a library that took the stream when it was imported."""
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    handler = logging.StreamHandler(terminal)
+    logging.getLogger("a library").addHandler(handler)
+    yield terminal
+    logging.getLogger("a library").removeHandler(handler)
+
+
+def talk():
+    """What libraries do: a logger, a bar, a warning, a piece without a line break, and a status line of our own."""
+    logging.getLogger("a library").warning("from a logger")
+    for _ in tqdm(range(3), desc="from a bar", mininterval=0, ncols=60):
+        pass
+    sys.stderr.write(warnings.formatwarning("from a warning", UserWarning, "file.py", 1, line=""))
+    print_status("from ourselves")
+    sys.stderr.write("a piece")
+    sys.stderr.flush()
+
+
+SAID = ["from a logger", "from a bar: 100%", "file.py:1: UserWarning: from a warning", "from ourselves", "a piece"]
+
+
+def test_the_lines_of_others_are_handed_over_whole_and_then_left_alone(terminal, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal)  # here: pytest sets its own before each test
+    shown = []
+
+    with route_lines(shown.append):
+        talk()
+
+    assert len(shown) == len(SAID)
+    assert all(line.startswith(said) for line, said in zip(shown, SAID, strict=True))
+    assert terminal.getvalue() == ""
+    assert sys.stderr is terminal
+    talk()
+    assert len(shown) == len(SAID)
+    assert terminal.getvalue().startswith("from a logger\n\rfrom a bar:   0%")
+
+
+def test_the_lines_of_others_stand_above_the_bar_of_a_run(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal)
+    recorder = Recorder(tmp_path, total_steps=4, prompt="The", settings={}, start=TrainState())
+
+    with route_lines(recorder.print_status):
+        for step in range(1, 4):
+            recorder.log_step(step=step, loss=2.1, grad_norm=0.5, learning_rate=6e-4, tokens=step)
+        talk()
+    recorder.close()
+
+    # Before each of them the line of the bar is wiped; after each of them there is a line break.
+    for said in SAID:
+        before, after = terminal.getvalue().split(said)
+        assert before.endswith("\x1b[2K")
+        assert "\n" in after[:60]
+
+
+def test_the_lines_of_others_come_after_a_text_that_is_streamed(terminal, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal)  # here: pytest sets its own before each test
+
+    def pieces():
+        yield "quick "
+        talk()
+        yield "brown fox"
+
+    screen = Terminal()
+    stream_to(Console(file=screen, force_terminal=True), "The ", pieces())
+
+    assert screen.getvalue() == "\x1b[1mThe \x1b[0mquick brown fox\n"
+    assert [line.partition("|")[0] for line in terminal.getvalue().splitlines()] == SAID
+
+
+def test_where_there_is_no_terminal_nothing_is_taken(capsys):
+    shown = []
+
+    with route_lines(shown.append):
+        talk()
+
+    assert not shown
+    assert capsys.readouterr().err.endswith("from ourselves\na piece")
+
+
+def test_a_process_that_was_forked_does_not_draw(terminal, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal)
+    with route_lines(lambda line: pytest.fail("the child drew")):
+        process = os.getpid()
+        try:
+            sys.stderr.process = process + 1  # as a child sees it
+            sys.stderr.write("from a child\n")
+        finally:
+            sys.stderr.process = process
+
+    assert terminal.getvalue() == "from a child\n"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from runs import DROPOUT, LOOPS, assert_same_run, metrics, run, send, send_after
@@ -38,6 +39,25 @@ def test_a_signal_in_training_leaves_a_checkpoint_within_one_step(recipe, loop, 
     run(recipe, "stopped", *overrides, resume=True)
     assert metrics(stopped) == metrics(whole)
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_in_another_thread_is_the_same_run_and_leaves_signals_alone(recipe, loop, workers):
+    overrides = [f"loop={loop}", f"data.num_workers={workers}", *WITH_DROPOUT]
+    here = run(recipe, "here", *overrides)
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    during = {}
+
+    def look(step):
+        during.update({name: signal.getsignal(getattr(signal, name)) for name in SIGNALS})
+
+    with ThreadPoolExecutor(1) as thread:
+        there = thread.submit(run, recipe, "there", *overrides, on_step=look).result()
+
+    assert during == before
+    assert metrics(there) == metrics(here)
+    assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("loop", LOOPS)

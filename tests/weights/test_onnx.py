@@ -33,6 +33,19 @@ def test_onnxruntime_gives_the_logits_at_any_batch_and_length(folder, tmp_path):
     assert {step.name for step in result.steps_out} == {name for name, _ in model.named_parameters()}
 
 
+def test_the_axes_of_the_graph_have_names(folder, tmp_path):
+    convert(folder, tmp_path / "model.onnx", "onnx")
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+
+    shapes = {each.name: each.shape for each in [*session.get_inputs(), *session.get_outputs()]}
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "sequence"],
+        "logits": ["batch", "sequence", 320],
+    }
+
+
 def test_a_model_too_large_for_one_file_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "LARGEST_FILE", 100_000)
 

@@ -24,7 +24,15 @@ from hfgpt.weights.convert import convert
 from hfgpt.weights.remote_code import CodeUpdate, update_code
 
 PACKAGE = Path(hfgpt.__file__).parent
-CODE = {"arguments.py", "configuration_hfgpt.py", "gpt.py", "loss.py", "modeling_hfgpt.py", "positions.py"}
+CODE = {
+    "arguments.py",
+    "configuration_hfgpt.py",
+    "gpt.py",
+    "loss.py",
+    "loss_triton.py",
+    "modeling_hfgpt.py",
+    "positions.py",
+}
 OLD = b"# of another day\n"
 SHAPE = {"vocab_size": 320, "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 2}
 

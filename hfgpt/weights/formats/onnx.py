@@ -1,7 +1,7 @@
 """ONNX: the whole forward pass as a graph, for runtimes without PyTorch. Written by torch's exporter; not read.
 
-Inputs `input_ids` and `attention_mask`, both (B, T) int64, any batch and length; output `logits` (B, T, V). There is no
-cache: each call is a whole pass.
+Inputs `input_ids` and `attention_mask`, both (B, T) int64, any batch and length; output `logits` (B, T, V). The axes B
+and T are called `batch` and `sequence`. There is no cache: each call is a whole pass.
 """
 
 import logging
@@ -53,9 +53,10 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
     changes = [Change(name, tuple(tensor.shape), "copied into the graph") for name, tensor in parts.tensors.items()]
     model = join_model(parts)
     ids = torch.zeros(2, min(7, model.config.max_position_embeddings), dtype=torch.long)
-    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    axes = {0: "batch", 1: "sequence"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch 2.13 copies its own tree
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # that one name stands for equal axes
         torch.onnx.export(
             LogitsOnly(model).eval(),
             (ids, torch.ones_like(ids)),
@@ -63,7 +64,7 @@ def write(parts: ModelParts, file: Path) -> list[Change]:
             dynamo=True,
             input_names=["input_ids", "attention_mask"],
             output_names=["logits"],
-            dynamic_shapes={"input_ids": any_size, "attention_mask": any_size},
+            dynamic_shapes={"input_ids": axes, "attention_mask": axes},
             external_data=False,
             verbose=False,
         )

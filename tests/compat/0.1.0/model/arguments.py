@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+logger.addFilter(lambda record: record.levelno >= logging.get_verbosity())  # transformers.logging.set_verbosity_error()
 
 (CACHE,) = {field.name for field in fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}
 """The name of the cache in calls and outputs: `past_key_values` in transformers 5.23, `cache` from 5.24 on."""
@@ -67,6 +68,11 @@ def with_both_cache_names(forward: Callable) -> Callable:
     return wrapper
 
 
+def own_arguments(kwargs: dict[str, Any]) -> list[str]:
+    """The arguments that mean something to the attention function alone; vLLM and others have some."""
+    return [name for name, value in kwargs.items() if value is not None and name not in KNOWN_ARGUMENTS]
+
+
 def check_arguments(kwargs: dict[str, Any], attend: Callable, forward: Callable) -> None:
     """Refuse what nothing would read: a misspelt argument, or one that changes another model's logits.
 
@@ -80,7 +86,7 @@ def check_arguments(kwargs: dict[str, Any], attend: Callable, forward: Callable)
     Raises:
         TypeError: naming the argument and the nearest one that there is.
     """
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_ARGUMENTS]
+    unknown = own_arguments(kwargs)
     if not unknown:
         return
     package = attend.__module__.partition(".")[0]

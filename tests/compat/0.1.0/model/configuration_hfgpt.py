@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+logger.addFilter(lambda record: record.levelno >= logging.get_verbosity())  # transformers.logging.set_verbosity_error()
 
 GPT2_SOURCE = "hfgpt-gpt2-import"
 """`model_type` of a config read from a GPT-2 config.json, until its weights are loaded.
@@ -41,6 +42,14 @@ UNSUPPORTED_OPTIONS = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
 }
+
+# What transformers, vLLM and others act upon in any config, and the double head of GPT-2: it is not taken from a file.
+IGNORED_KEYS = frozenset(
+    "sliding_window attention_chunk_size layer_types is_causal head_dim rope_parameters rope_scaling rope_theta "
+    "attn_logit_softcapping final_logit_softcapping logit_scale kv_sharing_modes compile_config distributed_config "
+    "fusion_config gradient_checkpointing transformers_weights "
+    "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout".split()
+)
 
 DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Numbers that weights come in."""
@@ -93,6 +102,7 @@ class HFGPTConfig(PreTrainedConfig):
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
+        "num_key_value_heads": "num_attention_heads",  # TGI reads it; no two heads share their keys
         "n_inner": "intermediate_size",
         "n_positions": "max_position_embeddings",
         "n_ctx": "max_position_embeddings",
@@ -104,6 +114,13 @@ class HFGPTConfig(PreTrainedConfig):
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+    }
+    # vLLM and SGLang cut a model into stages by it: each module's inputs and outputs.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "embed_positions": (["inputs_embeds", "position_ids"], ["hidden_states"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
@@ -132,6 +149,7 @@ class HFGPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __init__(self, **kwargs: Any) -> None:
+        foreign = kwargs.pop("foreign_keys", {})
         kwargs = canonical_fields(kwargs)
         known = {field.name for field in fields(self)} | TRANSFORMERS_KEYS
         for name in kwargs:
@@ -141,7 +159,7 @@ class HFGPTConfig(PreTrainedConfig):
         # of generation and dropped.
         for name in HFGPTConfig.__annotations__:
             setattr(self, name, kwargs.pop(name, getattr(HFGPTConfig, name)))
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, **foreign)
         self.validate_architecture()
 
     def validate_architecture(self) -> None:
@@ -175,7 +193,8 @@ class HFGPTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Build a config from a config.json, hfgpt's or GPT-2's.
 
-        Keys of other tools (`summary_type`, `task_specific_params`, ...) are dropped with a warning.
+        Keys of other tools, such as a note, are kept, with a warning; settings of generation are dropped, as
+        transformers does, and `IGNORED_KEYS`.
 
         Raises:
             ValueError: the file is of another architecture, or turns on mathematics that hfgpt does not have.
@@ -194,10 +213,15 @@ class HFGPTConfig(PreTrainedConfig):
             if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"`{name}` must be one of {sorted(DTYPES)}, got {dtype!r}.")
         known = {field.name for field in fields(cls)} | TRANSFORMERS_KEYS
-        foreign = sorted(set(config_dict) - known)
+        foreign = {key: config_dict.pop(key) for key in sorted(set(config_dict) - known)}
+        kept = {key: value for key, value in foreign.items() if key not in IGNORED_KEYS and not hasattr(cls, key)}
         if foreign:
-            logger.warning(f"Ignored keys of config.json that hfgpt has no use for: {', '.join(foreign)}.")
-        result = super().from_dict({key: value for key, value in config_dict.items() if key in known}, **kwargs)
+            ignored = ", ".join(key for key in foreign if key not in kept)
+            logger.warning(
+                f"Keys of config.json that hfgpt has no use for: {', '.join(foreign)}."
+                + (f" Ignored of them: {ignored}." if ignored else "")
+            )
+        result = super().from_dict({**config_dict, "foreign_keys": kept}, **kwargs)
         if source is not None:
             config = result[0] if isinstance(result, tuple) else result
             config.__dict__["model_type"] = source
@@ -205,12 +229,21 @@ class HFGPTConfig(PreTrainedConfig):
 
 
 def from_gpt2_fields(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark a GPT-2 config.json with `GPT2_SOURCE` and fill in the token ids it implies; others pass as they are."""
+    """Mark a GPT-2 config.json with `GPT2_SOURCE` and fill in what it implies; others pass as they are.
+
+    `n_ctx` has no effect in transformers' GPT-2, whose models are often trained with another one than `n_positions`.
+    """
     if config_dict.get("model_type") != "gpt2":
         return dict(config_dict)
-    vocab_size = config_dict.get("vocab_size", HFGPTConfig.vocab_size)
+    result = dict(config_dict)
+    positions = result.get("n_positions", HFGPTConfig.max_position_embeddings)
+    if (context := result.pop("n_ctx", positions)) != positions:
+        logger.warning(
+            f"`n_ctx` ({context}) is not `n_positions` ({positions}): it has no effect in GPT-2, and is ignored."
+        )
+    vocab_size = result.get("vocab_size", HFGPTConfig.vocab_size)
     implied = {name: value for name, value in GPT2_TOKEN_IDS.items() if value < vocab_size}
-    return {**implied, **config_dict, "model_type": HFGPTConfig.model_type, "hfgpt_source": GPT2_SOURCE}
+    return {**implied, **result, "model_type": HFGPTConfig.model_type, "hfgpt_source": GPT2_SOURCE}
 
 
 def canonical_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 Read it as a list of what transformers wants, in the order in which it is needed: a block that can be checkpointed, a
 base class with what the model supports, the model, its heads, and the names under which tools look for it.
 
-This file, gpt.py, loss.py, positions.py, arguments.py and configuration_hfgpt.py travel to the Hub with the weights and
-run where hfgpt is not installed, so they import one another by `from .x import y` only.
-
-Shape letters: B batch, T query positions, S key positions (cached + T), C model width, V vocabulary, L labels.
+This file, gpt.py, loss.py, loss_triton.py, positions.py, arguments.py and configuration_hfgpt.py travel to the Hub with
+the weights and run where hfgpt is not installed, so they import one another by `from .x import y` only.
 """
 
 from collections.abc import Callable
@@ -41,7 +39,7 @@ from .arguments import CACHE, check_arguments, take_cache, with_both_cache_names
 from .configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from .gpt import Block, CausalSelfAttention, eager_attention, init_std
 from .loss import IGNORE_INDEX, linear_cross_entropy, shift_left
-from .positions import check_positions_exist, count_positions, find_documents
+from .positions import check_positions_exist, count_positions, find_documents, is_only_causal
 
 
 class HFGPTBlock(GradientCheckpointingLayer, Block):
@@ -55,7 +53,7 @@ class HFGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HFGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -233,13 +231,15 @@ class HFGPTModel(HFGPTPreTrainedModel):
         documents_BS = find_documents(
             self.config._attn_implementation, x_BTC, attention_mask, position_ids, past_key_values, kwargs
         )
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTC,
-            attention_mask=attention_mask,
-            and_mask_function=None if documents_BS is None else packed_sequence_mask_function(documents_BS),
-            **{CACHE: past_key_values},
-        )
+        mask = None
+        if not is_only_causal(self.config, attention_mask, past_key_values, documents_BS):
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x_BTC,
+                attention_mask=attention_mask,
+                and_mask_function=None if documents_BS is None else packed_sequence_mask_function(documents_BS),
+                **{CACHE: past_key_values},
+            )
         if position_ids is None:
             position_ids = count_positions(x_BTC, attention_mask, past_key_values)
         check_positions_exist(position_ids, past_key_values, self.config.max_position_embeddings)
@@ -257,7 +257,7 @@ class HFGPTModel(HFGPTPreTrainedModel):
             x_BTC = block(
                 x_BTC,
                 attention_mask=mask,
-                kv_cache=past_key_values,
+                past_key_values=past_key_values,
                 attend=attend,
                 position_ids=position_ids,
                 **kwargs,
