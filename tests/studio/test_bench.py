@@ -48,8 +48,8 @@ def test_training_is_measured_beside_every_peer_that_trains():
         "hfgpt-train": ["transformers", "nanogpt"],
         "trainer": ["transformers", "nanogpt"],
     }
-    assert 0 < report["difference"]["transformers"] < 1e-5  # of sums in another order
-    assert 0 < report["difference"]["nanogpt"] < 1e-5
+    assert 0 < report["difference"]["transformers"] < 3e-5  # of sums in another order
+    assert 0 < report["difference"]["nanogpt"] < 3e-5
     assert all(side["share_of_matmul_peak"] > 0 for side in report["sides"].values())
     shown = render(report)
     for name in others:
