@@ -50,6 +50,7 @@ SMALLER = [
     (r"hfgpt train demo (?!output_dir=out/two).*", r"\g<0> data.files=my.txt " + TINY_RUN),
     (r"hfgpt train finetune.*", r"\g<0> data.block_size=32 optim.warmup_steps=1 sample.max_new_tokens=3"),
     (r"^hfgpt bench train$", r"\g<0> --size tiny --rounds 2 --steps 1"),
+    (r"--values 16,32", r"--values 16"),
     (r"--random small", r"--random small --layers 1"),
     (r"openai-community/gpt2", r"tiny-gpt2"),  # the Hub cannot be reached: a random GPT-2 of transformers stands in
 ]

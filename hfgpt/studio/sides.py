@@ -52,8 +52,8 @@ class HFGPT:
 
     def loss(self, model: HFGPTForCausalLM, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean over the targets in training, nats per token."""
-        # As in training/loop.py: the targets are a tensor, on the device.
-        count = torch.tensor(targets_BT.numel(), device=targets_BT.device)
+        # As in training/loop.py: the number of targets is a tensor, on the device; made without waiting for that.
+        count = targets_BT.new_full((), targets_BT.numel())
         batch = {"input_ids": inputs_BT, "labels": inputs_BT, "shift_labels": targets_BT}
         return model(**batch, num_items_in_batch=count, skip_logits=True).loss
 
@@ -97,7 +97,7 @@ class Transformers:
 
     def loss(self, model: GPT2LMHeadModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         # Trainer gives the number of targets, too, and keeps no cache. `labels` only ask for a loss.
-        count = torch.tensor(targets_BT.numel(), device=targets_BT.device)
+        count = targets_BT.new_full((), targets_BT.numel())
         batch = {"input_ids": inputs_BT, "labels": inputs_BT, "shift_labels": targets_BT}
         return model(**batch, num_items_in_batch=count, use_cache=False).loss
 
@@ -228,10 +228,12 @@ def import_file(path: Path) -> ModuleType:
 def write_weights(job: Job, place: Path, format: str, activation: str, vocab_size: int) -> None:
     """Draw a model of the job's shape and write it; what differs in format only has equal weights.
 
-    Biases and gains are drawn as well: with their zeros and ones, exchanged norms or biases would go unseen.
+    Biases and gains are drawn as well: with their zeros and ones, exchanged norms or biases would go unseen. Matrices are
+    drawn so large that what goes into an activation is about 1, where two kinds of GELU differ.
     """
     torch.manual_seed(0)
     shape = {**job.shape, "vocab_size": vocab_size, "activation_function": activation}
+    shape["initializer_range"] = shape["n_embd"] ** -0.5
     model = HFGPTForCausalLM(HFGPTConfig(**shape))
     with torch.no_grad():
         for parameter in model.parameters():

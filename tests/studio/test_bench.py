@@ -48,8 +48,8 @@ def test_training_is_measured_beside_every_peer_that_trains():
         "hfgpt-train": ["transformers", "nanogpt"],
         "trainer": ["transformers", "nanogpt"],
     }
-    assert 0 < report["difference"]["transformers"] < 1e-5  # of sums in another order
-    assert 0 < report["difference"]["nanogpt"] < 1e-5
+    assert 0 < report["difference"]["transformers"] < 3e-5  # of sums in another order
+    assert 0 < report["difference"]["nanogpt"] < 3e-5
     assert all(side["share_of_matmul_peak"] > 0 for side in report["sides"].values())
     shown = render(report)
     for name in others:
@@ -59,8 +59,13 @@ def test_training_is_measured_beside_every_peer_that_trains():
 @pytest.mark.parametrize(
     ("command", "peers", "changes"),
     [
-        ("evaluate", f"transformers,nanogpt={NANOGPT}", {"precision": "bf16"}),
-        ("generate", f"transformers,transformers-static,nanogpt={NANOGPT}", {"new_tokens": 4, "batch_size": 2}),
+        pytest.param("evaluate", f"transformers,nanogpt={NANOGPT}", {"precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(
+            "generate",
+            f"transformers,transformers-static,nanogpt={NANOGPT}",
+            {"new_tokens": 4, "batch_size": 2},
+            marks=pytest.mark.slow,
+        ),
         ("load", "transformers", {"allocator": "keep"}),
         ("data", "transformers", {"megabytes": 0.05}),
     ],
@@ -77,9 +82,10 @@ def test_every_other_command_is_measured_beside_its_peers(command, peers, change
     assert (report["sides"]["hfgpt"]["share_of_bandwidth"] is None) == (command in ("evaluate", "data"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_step_or_one_in_bf16_is_compared_with_the_plain_one_and_measured(precision):
-    report = bench(make_job("train", "transformers", **SHORT, compile=precision == "fp32", precision=precision))
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"compile": True}, {"precision": "bf16"}])
+def test_a_compiled_step_or_one_in_bf16_is_compared_with_the_plain_one_and_measured(changes):
+    report = bench(make_job("train", "transformers", **SHORT, **changes))
 
     assert_measured(report, ["transformers"])
 
