@@ -20,7 +20,7 @@ from hfgpt.config.schema import OptimConfig, TrainConfig
 from hfgpt.data.loaders import collate
 from hfgpt.data.prepare import Rows
 from hfgpt.evaluation.loss import score_batches
-from hfgpt.results.plots import png_bytes
+from hfgpt.results.plots import encode_png
 from hfgpt.system.storage import write_atomically
 from hfgpt.training.checkpoint import TrainState
 
@@ -164,4 +164,4 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path, tokens_per_epoch: 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG file; equal figures give equal bytes."""
-    write_atomically(path, png_bytes(figure))
+    write_atomically(path, encode_png(figure))
