@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 
 from hfgpt.data.encodings import decode
+from hfgpt.system.quoting import quote
 
 ROWS_AT_ONCE = 1000
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
@@ -94,17 +95,12 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, bytes):
         return decode(value, where)
     if not isinstance(value, str):
-        raise ValueError(f"{where} must be a text, got {shorten(value)}.")
+        raise ValueError(f"{where} must be a text, got {quote(value)}.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell one: "\ud800"
         raise ValueError(f"{where} holds half of a character, {value[error.start]!r}, which no text can.") from error
     return value
-
-
-def shorten(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def check_column(columns: list[str], column: str, where: str) -> None:
@@ -157,7 +153,7 @@ def read_json(file: BinaryIO, name: str, column: str) -> Iterator[Any]:
     for row, value in enumerate(rows):
         where = f"{name}: row {row} (the first is 0)"
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be an object with {column!r} in it, got {shorten(value)}.")
+            raise ValueError(f"{where} must be an object with {column!r} in it, got {quote(value)}.")
         check_column(list(value), column, where if row else name)
         yield value[column]
 
