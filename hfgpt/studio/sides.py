@@ -228,8 +228,8 @@ def import_file(path: Path) -> ModuleType:
 def write_weights(job: Job, place: Path, format: str, activation: str, vocab_size: int) -> None:
     """Draw a model of the job's shape and write it; what differs in format only has equal weights.
 
-    Biases and gains are drawn as well: with their zeros and ones, exchanged norms or biases would go unseen. Matrices are
-    drawn so large that what goes into an activation is about 1, where two kinds of GELU differ.
+    Biases and gains are drawn as well: with their zeros and ones, exchanged norms or biases would go unseen. Matrices
+    are drawn so large that what goes into an activation is about 1, where two kinds of GELU differ.
     """
     torch.manual_seed(0)
     shape = {**job.shape, "vocab_size": vocab_size, "activation_function": activation}
