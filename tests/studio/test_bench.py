@@ -126,16 +126,16 @@ def test_a_checkout_that_is_something_else_is_refused(tmp_path):
 def test_a_worker_that_is_killed_is_reported_in_one_line_and_takes_the_others_along(tmp_path):
     words = ["bench", "evaluate", "--size", "tiny", "--device", "cpu", "--steps", "1000000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "hfgpt", *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert any("warming up" in line for line in driver.stderr)
-        workers = psutil.Process(driver.pid).children()
-        workers[0].kill()
-        said, _ = driver.stderr.read(), driver.wait()
-    finally:
-        driver.kill()
+    command = [sys.executable, "-m", "hfgpt", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as driver:
+        try:
+            assert any("warming up" in line for line in driver.stderr)
+            workers = psutil.Process(driver.pid).children()
+            workers[0].kill()
+            said = driver.stderr.read()
+            driver.wait()
+        finally:
+            driver.terminate()
 
     assert len(workers) == 2
     assert driver.returncode == 1
