@@ -151,7 +151,7 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token, or many at once."""
     if (prompt is None) == (prompts is None):
-        found = "neither" if prompt is None else "both"
+        found = "neither" if prompt is None else f"both, and the file is {str(prompts)!r}"
         raise ValueError(f"give a PROMPT, the text to continue, or `--prompts FILE`, one of them: got {found}.")
     variants = make_variants(given, compare) if compare else {"": change_params(DEFAULTS, given)}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.config.schema import DROPOUT_FIELDS, RunConfig
 from hfgpt.weights.formats import llms_from_scratch
-from hfgpt.weights.model_parts import build
+from hfgpt.weights.model_parts import Unsaid, build
 
 INITIALISATIONS = ("book", "gpt2")
 
@@ -31,7 +31,8 @@ def make_model(config: RunConfig, vocab_size: int, init: str = "book") -> HFGPTF
     if init == "gpt2":
         shape.tie_word_embeddings = True
         return prepare(HFGPTForCausalLM(shape).eval())
-    checkpoint = llms_from_scratch.read(book_state_dict(shape), shape.num_attention_heads, shape.activation_function)
+    told = Unsaid(heads=shape.num_attention_heads, activation=shape.activation_function)
+    checkpoint = llms_from_scratch.read({**book_state_dict(shape)}, {}, told)
     for name in DROPOUT_FIELDS:
         setattr(checkpoint.config, name, getattr(shape, name))
     model, _ = build(checkpoint)

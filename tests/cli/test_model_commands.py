@@ -173,7 +173,7 @@ BAD_INPUT = [
     ("play notes", "notes is no model folder", "config.json"),
     # What it is measured on, and how.
     ("evaluate small --data missing.txt", "no file or folder 'missing.txt'"),
-    ("evaluate small --data empty.txt", "empty.txt", "every document is empty"),
+    ("evaluate small --data empty.txt", "empty.txt is empty", "no text to read"),
     ("evaluate small --data lines.jsonl --text-column body", "lines.jsonl", "'body'", "['text']"),
     ("evaluate small --data text.txt --text-column body", "`--text-column` ('body') has no effect"),
     ("evaluate small", "give `--data`, `--tasks` or both"),

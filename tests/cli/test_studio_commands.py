@@ -13,7 +13,7 @@ from commands import assert_refused, hfgpt
         ("train --against transformers=.", ["takes no path", "'.'"]),
         ("train --against nanogpt", ["nanogpt=PATH", "model.py"]),
         ("train --against nanogpt=nowhere", ["nanogpt=PATH", "'nanogpt=nowhere'"]),
-        ("train --against=", ["''", "transformers"]),
+        ("train --against=", ["`--against` is empty"]),
         ("data --against nanogpt=.", ["'nanogpt'", "There are transformers."]),
         ("train --against transformers-static", ["'transformers-static'"]),
         ("train --precision fp8", ["`precision`", "'fp8'"]),

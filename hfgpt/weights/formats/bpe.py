@@ -38,8 +38,8 @@ def kept_whole(tokenizer: PreTrainedTokenizerFast, rows: int) -> list[str]:
 
     Its one special token is known to all who read them.
     """
-    there = {str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token_id < rows}
-    return sorted(there - {END_OF_TEXT})
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    return [str(token) for token_id, token in added if token_id < rows and str(token) != END_OF_TEXT]
 
 
 def write_files(tokenizer: PreTrainedTokenizerFast, rows: int, vocabulary: Path, merges: Path) -> None:
