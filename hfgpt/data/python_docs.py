@@ -19,12 +19,14 @@ SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", 
 def documents() -> Iterator[str]:
     """Yield one document per help topic, then one per module of the standard library; about 2 million characters.
 
-    The order is fixed. Empty documents and exact repetitions are left out. The text depends on the Python version.
+    The order is fixed. A paragraph of an earlier document is left out, and so is a document that has no other:
+    help topics share whole sections, and modules their docstrings. The text depends on the Python version.
     """
-    seen = {""}
+    seen: set[str] = set()
     for text in chain(topics.values(), module_documents(Path(sysconfig.get_path("stdlib")))):
-        if text not in seen:
-            seen.add(text)
+        paragraphs = [paragraph for paragraph in text.split("\n\n") if " ".join(paragraph.split()) not in seen]
+        seen.update(" ".join(paragraph.split()) for paragraph in paragraphs)
+        if text := "\n\n".join(paragraphs).strip("\n"):
             yield text
 
 
