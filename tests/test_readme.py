@@ -127,7 +127,18 @@ def folder(world, tmp_path):
     return Path(shutil.copytree(world, tmp_path / "here"))
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if [*steps(page)]])
+MINUTES = {"hfgpt/studio/README.md"}
+"""Pages whose commands are benchmarks."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in MINUTES else ())
+        for name, page in PAGES.items()
+        if [*steps(page)]
+    ],
+)
 def test_every_command_and_snippet_of_the_manual_runs(folder, name):
     with TestHub({"hf_token": ["user"]}) as hub:
         for step in steps(PAGES[name]):

@@ -36,6 +36,7 @@ def assert_measured(report, sides):
     assert 0 <= report["cpu_share_of_others"]
 
 
+@pytest.mark.slow
 def test_training_is_measured_beside_every_peer_that_trains():
     peers = f"transformers,nanogpt={NANOGPT},hfgpt-train,trainer"
 
@@ -67,7 +68,7 @@ def test_training_is_measured_beside_every_peer_that_trains():
             marks=pytest.mark.slow,
         ),
         ("load", "transformers", {"allocator": "keep"}),
-        ("data", "transformers", {"megabytes": 0.05}),
+        pytest.param("data", "transformers", {"megabytes": 0.05}, marks=pytest.mark.slow),
     ],
 )
 def test_every_other_command_is_measured_beside_its_peers(command, peers, changes):

@@ -146,8 +146,15 @@ def test_a_run_that_trains_its_last_steps_again_scores_them_anew(recipe, cache, 
     assert sum(scored) == 2 * rows
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("loop", "engine"),
+    [
+        ("accelerate", "ddp"),
+        pytest.param("trainer", "ddp", marks=pytest.mark.slow),
+        pytest.param("accelerate", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("trainer", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_of_several_processes_too(recipe, launch, monkeypatch, engine, loop):
     overrides = [f"loop={loop}", "train.eval_rows=8", "train.batch_size=2"]
 
