@@ -45,6 +45,9 @@ from .positions import check_positions_exist, count_positions, find_documents, i
 class HFGPTBlock(GradientCheckpointingLayer, Block):
     """A `Block` whose activations can be dropped and computed again in the backward pass."""
 
+    # Or transformers 5.23 takes the cache away without gradients too; with them `HFGPTModel` withholds it.
+    _can_checkpoint_with_cache = True
+
 
 class HFGPTPreTrainedModel(PreTrainedModel):
     """What every hfgpt model can do, in the words in which transformers asks for it."""
