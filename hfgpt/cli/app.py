@@ -26,7 +26,7 @@ ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in
 
 PATHS = ("model", "source", "data", "tokenizer", "recipe", "resume", "runs")
 """Parameters that hold a path as text, if they hold one; a `Path` always does."""
-MAY_BE_EMPTY = ("prompt", "text", "stop", "resume", "license", "language", "repo_id")
+MAY_BE_EMPTY = ("prompt", "text", "stop", "resume", "license", "language")
 """Parameters whose empty value means something, or is refused where it is read."""
 
 
