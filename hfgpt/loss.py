@@ -89,8 +89,11 @@ def sum_and_gradients(
     dtype, vocab_size = hidden_NC.dtype, len(weight_VC)
     wants_gradient = needs_hidden or needs_weight
     has_kernel = dtype != torch.float64 and is_available(hidden_NC.device)
-    # On a GPU a product is twice as fast where rows begin at a multiple of 128 bytes. The added rows count for nothing.
-    weight_WC = F.pad(weight_VC.to(dtype), (0, 0, 0, -vocab_size % 64 if has_kernel else 0))
+    weight_WC = weight_VC.to(dtype)
+    if has_kernel and vocab_size % 64:
+        # There a product is faster where rows of logits begin at a multiple of 128 bytes. What is added counts for
+        # nothing. Not elsewhere, since even padding by nothing copies the weight.
+        weight_WC = F.pad(weight_WC, (0, 0, 0, -vocab_size % 64))
     total = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
     grad_hidden_NC = torch.empty_like(hidden_NC if needs_hidden else hidden_NC[:0])
     grad_weight_WC = torch.zeros_like(weight_WC if needs_weight else weight_WC[:0], dtype=torch.float32)

@@ -198,6 +198,24 @@ def test_compiled_what_is_frozen_gets_no_gradient(problem, frozen):
     torch.testing.assert_close(moving.grad, *expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_weight_is_not_copied(problem):
+    hidden, weight, targets = problem
+    weight.requires_grad_(False)
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[:1] == weight.shape[:1]:
+                copies.extend([func] * (result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()))
+            return result
+
+    with Copies():
+        linear_cross_entropy(hidden, weight, targets).backward()
+
+    assert not copies
+
+
 def test_compiled_it_never_makes_all_logits_either(problem):
     torch._dynamo.reset()
     graphs = []

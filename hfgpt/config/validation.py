@@ -146,7 +146,9 @@ def shorten_warmup(config: RunConfig, layers: Sequence[Mapping[str, Any]]) -> Ru
         places = [min(index, 1) for index, layer in enumerate(layers) if name in layer.get(section, {})]
         return max(places, default=-1)
 
-    if max_steps is None or place("optim", "warmup_steps") >= place("train", "max_steps"):
+    if max_steps is None or max_steps < 1:  # which is refused as it is
+        return config
+    if place("optim", "warmup_steps") >= place("train", "max_steps"):
         return config
     shortened = fit_warmup(warmup_steps, max_steps, "`train.max_steps`")
     return replace(config, optim=replace(config.optim, warmup_steps=shortened))

@@ -221,6 +221,9 @@ MISUSE = [
     ("generate small The --temp=5", "Did you mean `--temperature`?"),
     ("evaluate small --file a.txt", "Did you mean `--data`?"),
     ("-V", "Did you mean `--version`?"),
+    # Refused as it is, without a word on the warm-up that it would shorten.
+    ("config demo train.max_steps=0", "`train.max_steps` must be at least 1, got 0."),
+    ("config demo train.max_steps=-5", "`train.max_steps` must be at least 1, got -5."),
     # Values of options.
     ("evaluate small --data a.txt --batch-size many", "`--batch-size` must be a whole number, got 'many'"),
     ("evaluate small --data a.txt --batch-size 1e3", "`--batch-size` must be a whole number, got '1e3'"),
