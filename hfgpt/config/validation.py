@@ -17,18 +17,14 @@ from hfgpt.config.schema import (
 from hfgpt.system.console import print_status
 
 
-def check(config: RunConfig) -> RunConfig:
-    """Refuse options out of their range, options that contradict one another, and options without effect.
+def check_options(config: RunConfig) -> None:
+    """Refuse options out of their range, that contradict one another, or without effect; all but the `model` section.
+
+    It imports no torch, so that most mistakes are answered at once.
 
     Raises:
         ValueError: naming the option, its value, and what would be right.
     """
-    check_options(config)
-    return check_model(config)
-
-
-def check_options(config: RunConfig) -> None:
-    """Check all but the `model` section, without importing torch."""
     if not config.output_dir:
         raise ValueError("`output_dir` is empty. Name the folder to write the run to.")
     check_ranges(config)

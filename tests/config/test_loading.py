@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hfgpt.config.loading import config_yaml, load_config, value_origins
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import RunConfig
-from hfgpt.config.validation import check
+from hfgpt.config.validation import check_model
 
 BASE = """\
 data: {source: pydoc}
@@ -171,7 +171,7 @@ def test_any_text_survives_override_saving_and_loading(folder, prompt, column, n
 )
 def test_any_value_survives_saving_and_loading(folder, files, rate, activation):
     defaults = RunConfig()
-    config = check(
+    config = check_model(
         dataclasses.replace(
             defaults,
             data=dataclasses.replace(defaults.data, files=files),
