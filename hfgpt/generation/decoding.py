@@ -163,12 +163,28 @@ def generate_stream(
     stop_ids = stop_ids_of(eos_token_id)
     if pad_token_id is None:
         pad_token_id = stop_ids[0] if stop_ids else 0
+    prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if input_ids.is_cuda:
+        from hfgpt.generation import cuda_graph  # where there is a GPU: Triton is slow to import
+
+        if cuda_graph.can_capture(model, input_ids, params):
+            return cuda_graph.generate_with_graph(
+                model,
+                input_ids,
+                params,
+                prompt_mask,
+                stop_ids=stop_ids,
+                generator=generator,
+                pad_token_id=pad_token_id,
+                suppress_mask=suppress_mask,
+                is_stopped=is_stopped,
+            )
     num_known = model.config.vocab_size if suppress_mask is None else int((~suppress_mask).sum())
 
     def steps() -> Iterator[Tensor]:
         ids_BT, ids_BS = input_ids, input_ids
         cache: dict[str, Any] = {}
-        mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask_BS = prompt_mask
         stop_ids_E = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
         is_finished_B = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         for _ in range(params.max_new_tokens):
