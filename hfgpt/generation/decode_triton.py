@@ -16,6 +16,10 @@ try:
 except ImportError:  # torch brings Triton where it has a GPU to run it on
     triton = None
 
+MANY_OUTPUTS = 16384
+ATTENTION_PLACES = 128
+ATTENTION_WARPS = 4
+
 if triton is not None:
 
     @triton.jit
@@ -24,9 +28,10 @@ if triton is not None:
         NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """One row through up to three layers side by side: norm, product, bias, activation, sum, each rounded as in torch.
+        """One row through up to three layers side by side: norm, product, bias, activation, sum, each rounded as in
+        torch.
 
-        Programs: (blocks of N, layers). Each normalises the whole row for itself, which stays in the cache.
+        Programs: (blocks of N, layers). Each normalises the whole row for itself; BLOCK_K is at least K.
         """
         dtype = out.dtype.element_ty
         layer = tl.program_id(1)
@@ -36,36 +41,20 @@ if triton is not None:
         if layer == 2:
             weight, bias = weight2, bias2
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        columns = tl.arange(0, BLOCK_K)
-        mean = 0.0
-        scale = 1.0
+        k = tl.arange(0, BLOCK_K)
+        inside = k < K
+        # First, so that the weights are on their way while the row is normalised.
+        weights = tl.load(
+            weight + n[:, None].to(tl.int64) * K + k[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0
+        )
+        row = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            total = tl.zeros([BLOCK_K], tl.float32)
-            for start in range(0, K, BLOCK_K):
-                k = start + columns
-                total += tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            mean = tl.sum(total, 0) / K
-            square = tl.zeros([BLOCK_K], tl.float32)
-            for start in range(0, K, BLOCK_K):
-                k = start + columns
-                centred = tl.where(k < K, tl.load(x + k, mask=k < K, other=0.0).to(tl.float32) - mean, 0.0)
-                square += centred * centred
-            scale = 1.0 / tl.sqrt(tl.sum(square, 0) / K + eps)
-        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + columns
-            inside = k < K
-            value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
-                value = (value - mean) * scale
-                value = value * tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-                value = value + tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
-                value = value.to(dtype).to(tl.float32)
-            rows = tl.load(
-                weight + n[:, None].to(tl.int64) * K + k[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0
-            )
-            sums += rows.to(tl.float32) * value[None, :]
-        result = tl.sum(sums, 1)
+            factor = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+            term = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+            centred = tl.where(inside, row - tl.sum(row, 0) / K, 0.0)
+            row = centred / tl.sqrt(tl.sum(centred * centred, 0) / K + eps) * factor + term
+            row = row.to(dtype).to(tl.float32)
+        result = tl.sum(weights.to(tl.float32) * row[None, :], 1)
         if BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         result = result.to(dtype).to(tl.float32)
@@ -101,16 +90,16 @@ if triton is not None:
         attended = new_value.to(tl.float32)
         for start in range(0, new_place, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            is_seen = p < new_place
-            is_seen = is_seen & (tl.load(mask + p, mask=is_seen, other=0) != 0)
-            inside = is_seen[:, None] & is_d[None, :]
-            block = tl.load(keys + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            scores = tl.where(is_seen, tl.sum(block * q[None, :], 1), -float("inf"))
+            is_before = p < new_place
+            inside = is_before[:, None] & is_d[None, :]
+            key_block = tl.load(keys + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            value_block = tl.load(values + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            is_seen = tl.load(mask + p, mask=is_before, other=0) != 0
+            scores = tl.where(is_seen, tl.sum(key_block * q[None, :], 1), -float("inf"))
             larger = tl.maximum(top, tl.max(scores, 0))
             weights = tl.exp(scores - larger)
             shrink = tl.exp(top - larger)
-            block = tl.load(values + p[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            attended = attended * shrink + tl.sum(block * weights[:, None], 0)
+            attended = attended * shrink + tl.sum(value_block * weights[:, None], 0)
             total = total * shrink + tl.sum(weights, 0)
             top = larger
         tl.store(out + head * D + d, (attended / total).to(out.dtype.element_ty), mask=is_d)
@@ -166,8 +155,7 @@ def linear_(
     weights = [each.weight for each in layers] + [layers[0].weight] * (3 - len(layers))
     biases = [each.bias for each in layers] + [layers[0].bias] * (3 - len(layers))
     has_bias = biases[0] is not None
-    block_k = min(1024, triton.next_power_of_2(k))
-    block_n = 16 if n > 16384 else 4
+    block_n = 8 if n > MANY_OUTPUTS else 2
     linear_kernel[(triton.cdiv(n, block_n), len(layers))](
         x_1K,
         x_1K if norm is None else norm.weight,
@@ -183,8 +171,8 @@ def linear_(
         GELU=gelu,
         ADD=add,
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
+        BLOCK_K=triton.next_power_of_2(k),
+        num_warps=4 if k <= 1024 else 8,
     )
     return out
 
@@ -230,8 +218,8 @@ def attend(
         scaling,
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
-        BLOCK_P=64,
-        num_warps=4,
+        BLOCK_P=ATTENTION_PLACES,
+        num_warps=ATTENTION_WARPS,
     )
     return out_BC
 
