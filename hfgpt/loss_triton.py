@@ -43,9 +43,9 @@ if triton is not None:
         for start in range(BLOCK, vocab_size, BLOCK):
             inside = start + columns < vocab_size
             value = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            larger = tl.maximum(lane_max, value)
-            lane_sum = lane_sum * tl.exp(lane_max - larger) + tl.exp(value - larger)
-            lane_max = larger
+            ratio = tl.exp(-tl.abs(value - lane_max))  # of the smaller exponential to the larger: one is enough
+            lane_sum = tl.where(value > lane_max, lane_sum * ratio + 1, lane_sum + ratio)
+            lane_max = tl.maximum(lane_max, value)
         row_max = tl.max(lane_max, 0)
         log_sum = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), 0))
         loss = log_sum - tl.load(logits + tl.where(is_id, target, 0)).to(tl.float32)

@@ -16,10 +16,6 @@ try:
 except ImportError:  # torch brings Triton where it has a GPU to run it on
     triton = None
 
-MANY_OUTPUTS = 16384
-ATTENTION_PLACES = 128
-ATTENTION_WARPS = 4
-
 if triton is not None:
 
     @triton.jit
@@ -28,8 +24,7 @@ if triton is not None:
         NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """One row through up to three layers side by side: norm, product, bias, activation, sum, each rounded as in
-        torch.
+        """One row through up to three layers side by side: norm, product, bias, activation, sum, rounded as in torch.
 
         Programs: (blocks of N, layers). Each normalises the whole row for itself; BLOCK_K is at least K.
         """
@@ -155,7 +150,7 @@ def linear_(
     weights = [each.weight for each in layers] + [layers[0].weight] * (3 - len(layers))
     biases = [each.bias for each in layers] + [layers[0].bias] * (3 - len(layers))
     has_bias = biases[0] is not None
-    block_n = 8 if n > MANY_OUTPUTS else 2
+    block_n, warps = (8, 4) if n > 16384 else (2, 4) if k <= 1024 else (4, 16)  # the fastest of 13 on an H200
     linear_kernel[(triton.cdiv(n, block_n), len(layers))](
         x_1K,
         x_1K if norm is None else norm.weight,
@@ -172,7 +167,7 @@ def linear_(
         ADD=add,
         BLOCK_N=block_n,
         BLOCK_K=triton.next_power_of_2(k),
-        num_warps=4 if k <= 1024 else 8,
+        num_warps=warps,
     )
     return out
 
@@ -218,8 +213,8 @@ def attend(
         scaling,
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
-        BLOCK_P=ATTENTION_PLACES,
-        num_warps=ATTENTION_WARPS,
+        BLOCK_P=256,
+        num_warps=8,
     )
     return out_BC
 
