@@ -1,10 +1,10 @@
 #!/bin/sh
-# What needs a GPU: every test with the marker `gpu`, then the benchmark of GPT-2's size; ten minutes at most.
+# What needs a GPU: every test with the marker `gpu`, then the benchmarks of GPT-2's size; ten minutes at most.
 #
 #   tests/gpu.sh PYTHON PEERS [--rehearse]
 #
 # PYTHON has the dependencies; no network is used. With --rehearse the same runs on a CPU at a tiny size: the tests are
-# collected only. What is printed stays in out/gpu/, the benchmark's figures in out/gpu/bench.json.
+# collected only. What is printed stays in out/gpu/, beside the figures of each benchmark as JSON.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=$1 peers=$2 rehearse=${3:-}
@@ -27,21 +27,32 @@ if ! "$python" -c 'from importlib.metadata import version; version("hfgpt")' 2> 
 fi
 
 if [ -n "$rehearse" ]; then
-    how="--collect-only" work="--size tiny --rounds 2 --steps 2"
+    how="--collect-only" train="--size tiny --rounds 2 --steps 2" write="--size tiny --rounds 2 --steps 1"
 else
-    how="--durations=5" work="--size 124M --precision bf16 --compile --steps 10"
+    how="--durations=5" train="--size 124M --precision bf16 --compile --steps 10" write="--size 124M --precision bf16 --new-tokens 128"
 fi
 
 failed=0
 # shellcheck disable=SC2046,SC2086 # several words
-timeout 270 "$python" -m pytest -q -rs $how -m gpu -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) \
+timeout 200 "$python" -m pytest -q -rs $how -m gpu -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) \
     > "$out/tests.txt" 2>&1 || failed=1
 tail -n 40 "$out/tests.txt"
+
+# bench NAME SECONDS OPTION...: a benchmark, whose figures go to NAME.json and NAME.txt
+bench() {
+    name=$1 seconds=$2
+    shift 2
+    if timeout "$seconds" "$python" -m hfgpt bench "$@" --json > "$out/$name.json"; then
+        "$python" -c 'import json, sys; from hfgpt.studio.report import render; print(render(json.load(sys.stdin)))' \
+            < "$out/$name.json" | tee "$out/$name.txt"
+    else
+        failed=1
+    fi
+}
 # shellcheck disable=SC2086
-if timeout 320 "$python" -m hfgpt bench train $work --against "$peers" --json > "$out/bench.json"; then
-    "$python" -c 'import json, sys; from hfgpt.studio.report import render; print(render(json.load(sys.stdin)))' \
-        < "$out/bench.json" | tee "$out/bench.txt"
-else
-    failed=1
-fi
+bench train 260 train $train --against "$peers"
+for rows in 1 64; do
+    # shellcheck disable=SC2086
+    bench "generate-$rows" 70 generate $write --batch-size $rows --against transformers,transformers-static
+done
 exit $failed
