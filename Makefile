@@ -42,8 +42,8 @@ faults: .venv/tested
 # What needs a GPU, tests and benchmark; ten minutes, no network. `NANOGPT` is a checkout to measure beside. Takes the
 # environment of `make test`, or, where there is none, whatever PYTHON has.
 NANOGPT ?=
-AGAINST ?= transformers$(if $(NANOGPT),$(comma)nanogpt=$(NANOGPT))
-comma := ,
+# Not all at once: each process keeps its memory while the others work.
+AGAINST ?= $(if $(NANOGPT),nanogpt=$(NANOGPT),transformers),hfgpt-train,trainer
 
 gpu:
 	tests/gpu.sh $(firstword $(wildcard $(BIN)/python) $(PYTHON)) $(AGAINST) $(REHEARSE)

@@ -27,9 +27,10 @@ if ! "$python" -c 'from importlib.metadata import version; version("hfgpt")' 2> 
 fi
 
 if [ -n "$rehearse" ]; then
-    how="--collect-only" train="--size tiny --rounds 2 --steps 2" write="--size tiny --rounds 2 --steps 1"
+    how="--collect-only" train="--size tiny --steps 2" compile="" write="--size tiny --rounds 2 --steps 1"
 else
-    how="--durations=5" train="--size 124M --precision bf16 --compile --steps 10" write="--size 124M --precision bf16 --new-tokens 128"
+    how="--durations=5" train="--size 124M --precision bf16 --steps 10" compile="--compile"
+    write="--size 124M --precision bf16 --new-tokens 128"
 fi
 
 failed=0
@@ -50,9 +51,11 @@ bench() {
     fi
 }
 # shellcheck disable=SC2086
-bench train 260 train $train --against "$peers"
+bench train 240 train $train $compile --rounds 4 --against "$peers"
+# shellcheck disable=SC2086
+bench eager 70 train $train --rounds 3 --against transformers
 for rows in 1 64; do
     # shellcheck disable=SC2086
-    bench "generate-$rows" 70 generate $write --batch-size $rows --against transformers,transformers-static
+    bench "generate-$rows" 60 generate $write --batch-size $rows --against transformers,transformers-static
 done
 exit $failed
