@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfgpt.generation.cpu_step import OneTokenStep, is_plain
 from hfgpt.generation.decoding import (
     apply_history,
     check_finite_logits,
@@ -102,8 +103,10 @@ def beam_search(
     mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     logits_BV, cache = next_logits(model, input_ids, mask_BS, {})
     check_finite_logits(logits_BV)
-    for each in cache.values():
-        each.batch_repeat_interleave(num_beams)
+    (read,) = cache.values()
+    step = OneTokenStep(model, read, mask_BS, prompt_length + max_new_tokens) if is_plain(model, "cpu") else None
+    # At the start all beams of a row go on from its prompt.
+    select_rows(cache, step, torch.arange(B, device=input_ids.device).repeat_interleave(num_beams))
     logits_NV = logits_BV.repeat_interleave(num_beams, dim=0)
     ids_NS = input_ids.repeat_interleave(num_beams, dim=0)
     mask_NS = mask_BS.repeat_interleave(num_beams, dim=0)
@@ -149,9 +152,20 @@ def beam_search(
         next_N1 = next_BK.gather(1, order_BN).view(-1, 1)
         ids_NS = torch.cat([ids_NS[beams_N], next_N1], dim=1)
         mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
-        for each in cache.values():
-            each.reorder_cache(beams_N)
-        logits_NV, cache = next_logits(model, next_N1, mask_NS, cache)
+        select_rows(cache, step, beams_N)
+        if step:
+            logits_NV = step(next_N1[:, 0])
+        else:
+            logits_NV, cache = next_logits(model, next_N1, mask_NS, cache)
     if not all(finished):
         raise ValueError(no_token_left(params))
     return finished
+
+
+def select_rows(cache: dict[str, Any], step: OneTokenStep | None, rows_N: Tensor) -> None:
+    """Let keys and values be those of these rows, (N,), some of them perhaps more than once."""
+    if step is not None:
+        step.select_rows(rows_N)
+        return
+    for each in cache.values():
+        each.reorder_cache(rows_N)

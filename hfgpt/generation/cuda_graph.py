@@ -16,43 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from hfgpt.generation import decode_triton
+from hfgpt.generation.cpu_step import is_plain
 from hfgpt.generation.decoding import Generators, apply_history, check_finite_logits, next_logits, process_logits
 from hfgpt.generation.params import SamplingParams
-from hfgpt.gpt import MLP, CausalSelfAttention, tanh_gelu
+from hfgpt.gpt import tanh_gelu
 from hfgpt.loss_triton import is_available
-from hfgpt.modeling_hfgpt import HFGPTBlock, HFGPTForCausalLM, HFGPTModel
+from hfgpt.modeling_hfgpt import HFGPTBlock, HFGPTForCausalLM
 
 LOOK_EVERY = 16
 """Tokens written before anybody looks whether the texts have ended; what was written after an end is dropped."""
 PLACES = 256
 """A cache has a multiple of so many places, so that prompts of other lengths find the graph made."""
 MIN_NEW_TOKENS = 16
-"""Below that, making a graph takes longer than it saves."""
-PLAIN = (HFGPTForCausalLM, HFGPTModel, HFGPTBlock, CausalSelfAttention, MLP, nn.ModuleList)
-PLAIN_LAYERS = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
-def can_capture(model: Any, input_ids: Tensor, params: SamplingParams) -> bool:
-    """Whether the graph does all that a call of the model would do.
+def can_capture(model: Any, params: SamplingParams) -> bool:
+    """Whether the graph does all that calls of the model would do, and is worth it.
 
-    Not where somebody has changed or split the model (adapters, quantization, hooks, several devices or dtypes), under
-    autocast, for rules that look at the last few tokens, or for a text too short to be worth it.
+    Not where the model is no plain one on a GPU, see `is_plain`; for rules that look at the last few tokens; or for a
+    text so short that making a graph takes longer than it saves.
     """
-    weight = model.get_input_embeddings().weight
     return (
-        input_ids.is_cuda
-        and params.no_repeat_ngram_size == 0
+        params.no_repeat_ngram_size == 0
         and params.max_new_tokens >= MIN_NEW_TOKENS
-        and not torch.is_autocast_enabled("cuda")
-        and all(type(each) in PLAIN + PLAIN_LAYERS and not is_hooked(each) for each in model.modules())
-        and all(each.device == weight.device and each.dtype == weight.dtype for each in model.parameters())
-        and is_available(weight.device)
+        and is_plain(model, "cuda")
+        and is_available(model.device)
     )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its `forward`, or another one."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class DecodingGraph:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfgpt.generation.cpu_step import OneTokenStep, is_plain
 from hfgpt.generation.logits import (
     apply_temperature,
     filter_min_p,
@@ -127,8 +128,9 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """Continue `input_ids`, one token per row and step, each as soon as it is chosen.
 
-    The first step reads the whole prompt; keys and values are cached, so each later step reads one token. The model is
-    in eval mode while it computes, and in the mode it had whenever the caller has control. Padding changes nothing but
+    The first step reads the whole prompt; keys and values are cached, so each later step reads one token, on a CPU by
+    `OneTokenStep` where `is_plain` allows it: its modules then have to stay as they are until the end. The model is in
+    eval mode while it computes, and in the mode it had whenever the caller has control. Padding changes nothing but
     the rounding of sums, and neither do the other rows, if each row has its own generator.
 
     Args:
@@ -167,7 +169,7 @@ def generate_stream(
     if input_ids.is_cuda:
         from hfgpt.generation import cuda_graph  # where there is a GPU: Triton is slow to import
 
-        if cuda_graph.can_capture(model, input_ids, params):
+        if cuda_graph.can_capture(model, params):
             return cuda_graph.generate_with_graph(
                 model,
                 input_ids,
@@ -187,10 +189,17 @@ def generate_stream(
         mask_BS = prompt_mask
         stop_ids_E = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
         is_finished_B = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+        step: OneTokenStep | None = None
         for _ in range(params.max_new_tokens):
-            logits_BV, cache = next_logits(model, ids_BT, mask_BS, cache)
+            if step is None:
+                logits_BV, cache = next_logits(model, ids_BT, mask_BS, cache)
+            else:
+                logits_BV = step(ids_BT[:, 0])
             if ids_BT is input_ids:
                 check_finite_logits(logits_BV)
+                if is_plain(model, "cpu"):
+                    (read,), cache = cache.values(), {}
+                    step = OneTokenStep(model, read, mask_BS, input_ids.size(1) + params.max_new_tokens)
             logits_BV = apply_history(logits_BV.float(), params, ids_BS, mask_BS, suppress_mask)
             # Checked only where it can happen, because the check waits for the device.
             if params.no_repeat_ngram_size and ids_BS.size(1) >= num_known and (logits_BV.amax(-1) == -math.inf).any():
