@@ -127,7 +127,7 @@ def test_a_seed_draws_what_it_drew_through_the_forward_pass(model, rule, own_gen
 
     ours = sample()
 
-    monkeypatch.setattr(decoding, "is_plain", lambda model: False)
+    monkeypatch.setattr(decoding, "is_plain", lambda *_: False)
     assert torch.equal(ours, sample())
 
 
@@ -146,7 +146,7 @@ def test_beams_are_those_found_through_the_forward_pass(model, mask, every_produ
     params = SamplingParams(num_beams=3, max_new_tokens=20)
     found = beam_search(model, PROMPTS[:4], params, attention_mask=mask[:4], eos_token_id=5)
 
-    monkeypatch.setattr(beam_search_module, "is_plain", lambda model: False)
+    monkeypatch.setattr(beam_search_module, "is_plain", lambda *_: False)
     expected = beam_search(model, PROMPTS[:4], params, attention_mask=mask[:4], eos_token_id=5)
 
     assert [[beam.ids for beam in row] for row in found] == [[beam.ids for beam in row] for row in expected]
@@ -304,7 +304,7 @@ def test_what_holds_for_all_modules_of_a_process_is_not_passed_by(model, monkeyp
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_models_of_mixed_types_and_other_libraries_are_not_plain(model):
-    assert not is_plain(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])))
-    assert not is_plain(make_model().to("meta"))
+    assert not is_plain(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]), "cpu"))
+    assert not is_plain(make_model().to("meta"), "cpu")
     mix_types(model)
     assert not is_plain(model, "cpu")
