@@ -304,7 +304,7 @@ def test_what_holds_for_all_modules_of_a_process_is_not_passed_by(model, monkeyp
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_models_of_mixed_types_and_other_libraries_are_not_plain(model):
-    assert not is_plain(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]), "cpu"))
+    assert not is_plain(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])), "cpu")
     assert not is_plain(make_model().to("meta"), "cpu")
     mix_types(model)
     assert not is_plain(model, "cpu")
