@@ -11,6 +11,7 @@ What is in it:
     HFGPTConfig                     its shape, under transformers' names and under GPT-2's
     HFGPTModel, HFGPTForCausalLM    the same GPT as a transformers model, and with a language model's head
     HFGPTForSequenceClassification, HFGPTForTokenClassification, HFGPTForQuestionAnswering    other heads
+    NanoChat, NanoChatForCausalLM   a second architecture, nanochat's: plain, and as transformers' own `nanochat`
     hfgpt.weights                   models of other formats, in and out: `load`, `save`, `to_gpt2`
     train, evaluate, compare        a run by its recipe, a model on texts, runs side by side; shown by a notebook
     hfgpt.config                    a recipe read: `load_config`
@@ -37,6 +38,8 @@ PUBLIC_NAMES = {
     "HFGPTForTokenClassification": "hfgpt.modeling_hfgpt:HFGPTForTokenClassification",
     "HFGPTForQuestionAnswering": "hfgpt.modeling_hfgpt:HFGPTForQuestionAnswering",
     "GPT": "hfgpt.gpt:GPT",
+    "NanoChat": "hfgpt.nanochat:NanoChat",
+    "NanoChatForCausalLM": "hfgpt.modeling_nanochat:NanoChatForCausalLM",
     "train": "hfgpt.training.train:train",
     "evaluate": "hfgpt.evaluation.report:measure",
     "compare": "hfgpt.results.compare:compare_runs",
@@ -51,6 +54,8 @@ __all__ = [
     "HFGPTForSequenceClassification",
     "HFGPTForTokenClassification",
     "HFGPTModel",
+    "NanoChat",
+    "NanoChatForCausalLM",
     "__version__",
     "compare",
     "evaluate",

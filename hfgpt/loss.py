@@ -30,7 +30,11 @@ def shift_left(labels: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden_states @ weight.T` against `targets`, a chunk of tokens at a time.
 
@@ -42,6 +46,7 @@ def linear_cross_entropy(
         targets: (...) ids of the tokens to predict; `IGNORE_INDEX` counts for nothing.
         num_items_in_batch: what the sum is divided by; None divides by the number of targets. A training loop gives
             the targets of the whole optimizer step, so that accumulation over unequal micro-batches stays a mean.
+        softcap: the logits are `softcap * tanh(logits / softcap)`, above 0; None takes them as they are.
 
     Returns:
         Scalar in fp32, nats per token. NaN if there is no target and no `num_items_in_batch`.
@@ -60,16 +65,21 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling():
         # torch 2.11 compiles an autograd.Function that writes into what it saves to gradients of exactly 0.
         needs = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_NC, weight))
-        loss, _, _ = linear_cross_entropy_op(hidden_NC, weight, targets_N, *needs)
+        loss, _, _ = linear_cross_entropy_op(hidden_NC, weight, targets_N, *needs, softcap)
     else:
-        loss = LinearCrossEntropy.apply(hidden_NC, weight, targets_N)
+        loss = LinearCrossEntropy.apply(hidden_NC, weight, targets_N, softcap)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
 
 
 def sum_and_gradients(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy over tokens, and make its gradients on the way.
 
@@ -79,6 +89,7 @@ def sum_and_gradients(
         targets_N: ids, or `IGNORE_INDEX`.
         needs_hidden: whether to make the gradient of the hidden states.
         needs_weight: whether to make that of the weight.
+        softcap: see `linear_cross_entropy`.
 
     Returns:
         The sum, scalar in fp32; the gradients (N, C) in the dtype of the hidden states and (V, C) in fp32, each empty
@@ -101,11 +112,12 @@ def sum_and_gradients(
     for start in range(0, len(hidden_NC), size):
         hidden_KC, targets_K = hidden_NC[start : start + size], targets_N[start : start + size]
         logits_KW = hidden_KC @ weight_WC.t()
+        slope_KW = None if softcap is None else cap_(logits_KW, softcap)
         if has_kernel:
             total += cross_entropy_(logits_KW, targets_K, vocab_size, IGNORE_INDEX, wants_gradient)
         else:
             total += cross_entropy_in_steps_(logits_KW, targets_K, wants_gradient)
-        grad_KW = logits_KW
+        grad_KW = logits_KW if slope_KW is None else logits_KW.mul_(slope_KW)
         if needs_hidden:
             grad_hidden_NC[start : start + size] = grad_KW @ weight_WC
         if needs_weight and dtype == torch.float32:
@@ -115,6 +127,13 @@ def sum_and_gradients(
         elif needs_weight:
             grad_weight_WC += grad_KW.t() @ hidden_KC
     return total, grad_hidden_NC, grad_weight_WC[:vocab_size]
+
+
+def cap_(logits_KW: Tensor, softcap: float) -> Tensor:
+    """Overwrite logits with `softcap * tanh(logits / softcap)`; returns the slope there, 1 - tanh²."""
+    tanh_KW = (logits_KW.float() / softcap).tanh_()
+    logits_KW.copy_(softcap * tanh_KW)
+    return tanh_KW.square_().neg_().add_(1)
 
 
 def cross_entropy_in_steps_(logits_KV: Tensor, targets_K: Tensor, wants_gradient: bool) -> Tensor:
@@ -141,8 +160,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of the cross-entropy of a linear layer; its gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-        total, *gradients = sum_and_gradients(hidden_NC, weight_VC, targets_N, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, softcap: float | None = None
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        total, *gradients = sum_and_gradients(hidden_NC, weight_VC, targets_N, needs_hidden, needs_weight, softcap)
         ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight_VC.dtype
         return total
@@ -173,7 +195,12 @@ linear_cross_entropy_op = torch.library.custom_op(
 
 @linear_cross_entropy_op.register_fake
 def describe_outputs(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of what `sum_and_gradients` returns."""
     return (

@@ -48,9 +48,11 @@ def verify(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id.", metavar="SOURCE")],
-    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, openai) or file (the others).", metavar="NEW")],
-    to: Annotated[str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, gguf or onnx.")],
-    source_format: Annotated[str, typer.Option("--from", help="One of the first six, or auto: find out.")] = "auto",
+    dest: Annotated[Path, typer.Argument(help="New folder (hfgpt, gpt2, nanochat, openai) or file.", metavar="NEW")],
+    to: Annotated[
+        str, typer.Option(help="hfgpt, gpt2, openai, nanogpt, llms-from-scratch, llm.c, nanochat, gguf, onnx.")
+    ],
+    source_format: Annotated[str, typer.Option("--from", help="One of the first seven, or auto: find out.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse whatever loses or changes anything.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run both, each its own way; compare the logits.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, for gguf q8_0; else the source's.")] = None,

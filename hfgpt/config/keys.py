@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from hfgpt.config.schema import DROPOUT_FIELDS, TOKENIZER_FIELDS, RunConfig
+from hfgpt.config.schema import DROPOUT_FIELDS, NANOCHAT_FIELDS, TOKENIZER_FIELDS, RunConfig
 
 Spelling = Callable[[str, Any], str]
 """How a key and its value are written: `as_override`, `as_item` or `as_yaml`."""
@@ -41,6 +41,10 @@ ELSEWHERE = {
     **dict.fromkeys("d_ff ffn_dim intermediate_dim".split(), "model.intermediate_size"),
     **dict.fromkeys("tie_weights tie_embeddings weight_tying".split(), "model.tie_word_embeddings"),
     **dict.fromkeys("max_position positions".split(), "model.n_positions"),
+    **dict.fromkeys("model_type arch model_architecture".split(), "model.architecture"),
+    **dict.fromkeys("n_kv_head n_kv_heads n_kv_groups n_query_groups".split(), "model.num_key_value_heads"),
+    **dict.fromkeys("softcap logit_softcap softcapping".split(), "model.final_logit_softcapping"),
+    **dict.fromkeys("rope_base rotary_base theta".split(), "model.rope_theta"),
     **dict.fromkeys("activation hidden_act act".split(), "model.activation_function"),
     **dict.fromkeys("wd decay".split(), "optim.weight_decay"),
     **dict.fromkeys("grad_clip clip clip_grad grad_norm max_norm gradient_clip_val".split(), "optim.max_grad_norm"),
@@ -89,7 +93,7 @@ MAIN_KEYS = {
 ANSWERS = {
     **dict.fromkeys(
         ("dropout", "drop_rate", "dropout_rate"),
-        "There are three: " + ", ".join(f"`model.{name}`" for name in DROPOUT_FIELDS) + ".",
+        "There are several: " + ", ".join(f"`model.{name}`" for name in DROPOUT_FIELDS) + " (of nanochat).",
     ),
     **dict.fromkeys(
         ("beta1", "beta2", "adam_beta1", "adam_beta2", "beta"), "Give both, such as `'optim.betas=[0.9,0.95]'`."
@@ -170,13 +174,13 @@ def sections() -> dict[str, list[str]]:
     found = {name: kind for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind)}
     inner = {name: [each.name for each in fields(kind)] for name, kind in found.items()}
     return {each.name: inner.get(each.name, []) for each in fields(RunConfig)} | {
-        "model": [*model_fields(), *model_aliases()]
+        "model": [*dict.fromkeys(["architecture", *model_fields(), *NANOCHAT_FIELDS, *model_aliases()])]
     }
 
 
 def recipe_keys(with_aliases: bool = False) -> list[str]:
     """The key path of every option of a recipe, in its order."""
-    hidden = () if with_aliases else {f"model.{name}" for name in model_aliases()}
+    hidden = () if with_aliases else {f"model.{name}" for name in {*model_aliases()} - {*NANOCHAT_FIELDS}}
     return [
         path
         for section, names in sections().items()

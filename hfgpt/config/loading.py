@@ -6,7 +6,7 @@ What is misspelt, impossible or without effect is refused before anything is loa
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]
     config = shorten_warmup(expand_paths(config), layers)
     check_options(config)
     # Last, because its classes import torch: all else is answered before.
-    model = {name: value for layer in layers for name, value in read_model(layer).items()}
+    model = {name: value for section in read_models(layers) for name, value in section.items()}
     return check_model(replace(config, model=unescape(model)))
 
 
@@ -82,10 +82,10 @@ def spell_override(typed: str, key: str, value: Any) -> str:
 
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
-    recipe_layer, *override_layers = read_layers(recipe, overrides)
+    layers = read_layers(recipe, overrides)
+    layers = [{**layer, "model": model} for layer, model in zip(layers, read_models(layers), strict=True)]
+    recipe_layer, *override_layers = layers
     origins = dict.fromkeys(flatten(asdict(config)), "default")
-    for layer in (recipe_layer, *override_layers):
-        layer["model"] = read_model(layer)
     warmup_steps = OptimConfig.warmup_steps
     for origin, layer in [("recipe", recipe_layer), *(("override", layer) for layer in override_layers)]:
         origins |= {key: origin for key in flatten(layer) if key in origins}
@@ -236,28 +236,37 @@ def read_section(values: Mapping[str, Any], section: type = RunConfig) -> dict[s
     }
 
 
-def read_model(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's part of a layer, under the names of `HFGPTConfig`.
+def read_models(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The model's part of each layer, under the names of the config's fields; of the architectures only nanochat.
 
     Raises:
-        ValueError: a field and its alias have different values.
+        ValueError: there is no such architecture, a field and its alias have different values, or a value is of the
+            wrong type.
     """
-    if not layer.get("model"):
-        return {}
-    from hfgpt.configuration_hfgpt import HFGPTConfig, canonical_fields
+    sections = [layer.get("model") or {} for layer in layers]
+    if not any(sections):
+        return [{} for _ in sections]
+    from hfgpt.config.architectures import FIELD_TYPES, architecture_of, own_fields
 
-    result: dict[str, Any] = {}
-    for name, value in canonical_fields(layer["model"]).items():
-        kind = HFGPTConfig.__annotations__[name]
-        result[name] = whole_number(value, kind)
-        if name not in TOKENIZER_FIELDS and not is_kind(result[name], kind):
-            raise ValueError(f"`model.{name}` must be {kind_words(kind)}, got {unescape(value)!r}.")
+    architecture = architecture_of(unescape(sections))
+    types = {name: kind for fields in FIELD_TYPES.values() for name, kind in fields.items()} | FIELD_TYPES[architecture]
+    result = []
+    for section in sections:
+        values = own_fields(section, architecture)
+        for name, value in values.items():
+            kind = types[name]
+            values[name] = whole_number(value, kind)
+            if name not in TOKENIZER_FIELDS and not is_kind(values[name], kind):
+                raise ValueError(f"`model.{name}` must be {kind_words(kind)}, got {unescape(value)!r}.")
+        # Named where it is chosen, and never as GPT-2, which a recipe that names none means as well.
+        is_named = "architecture" in section and architecture != "gpt2"
+        result.append({"architecture": architecture, **values} if is_named else values)
     return result
 
 
 def whole_number(value: Any, kind: Any) -> Any:
     """Read 1e3 as a whole number where one is meant, and 1 as a number with a fraction where that is."""
-    if type(value) is int and kind is float:
+    if type(value) is int and kind in (float, float | None):
         return float(value)
     is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
     return int(value) if is_meant else value

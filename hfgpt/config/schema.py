@@ -9,7 +9,14 @@ from typing import Any
 
 from hfgpt.config.ranges import at_least, one_of, steps_or_epoch
 
-DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+ARCHITECTURES = ("gpt2", "nanochat")
+"""What `model.architecture` may be: hfgpt/gpt.py or hfgpt/nanochat.py."""
+NANOCHAT_FIELDS = (
+    *("num_key_value_heads", "final_logit_softcapping", "rope_theta", "rms_norm_eps", "attention_dropout"),
+)
+"""Fields of `model` that nanochat has, and GPT-2 has not, or means otherwise."""
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
+"""Of all architectures."""
 TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 LARGEST_SEED = 2**32 - 2**16
@@ -165,9 +172,11 @@ class RunConfig:
     seed: int = field(default=0, metadata=at_least(0, LARGEST_SEED))
     """Fixes weights, dropout, the order of the data and the samples."""
     init_from: str | None = None
-    """Hub id or folder of a model to go on from (hfgpt or GPT-2); `model` may then set only dropouts."""
+    """Hub id or folder of a model to go on from (hfgpt, GPT-2 or nanochat); `model` may then set only dropouts."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of `HFGPTConfig`, GPT-2's names included. `vocab_size` comes from the tokenizer."""
+    """`architecture`, `gpt2` (the default) or `nanochat`, and its fields, those of `HFGPTConfig` or `NanoChatConfig`,
+    under GPT-2's names too. `vocab_size` comes from the tokenizer.
+    """
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -191,10 +191,11 @@ def check_model(config: RunConfig) -> RunConfig:
         return config
     from huggingface_hub.errors import StrictDataclassError
 
-    from hfgpt.configuration_hfgpt import HFGPTConfig  # imports torch
+    from hfgpt.config.architectures import architecture_of, check_fields, make_config  # imports torch
 
+    check_fields((name for name in config.model if name != "architecture"), architecture_of([config.model]))
     try:
-        built = HFGPTConfig(**config.model)
+        built = make_config(config.model)
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
     if config.data.block_size > built.max_position_embeddings:

@@ -43,7 +43,7 @@ def shard_model(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
     Every process holds the whole once, while it is split.
     """
     parts = DistributedConfig(fsdp_size=PartialState().num_processes)
-    split = HFGPTForCausalLM.from_pretrained(
+    split = type(model).from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), distributed_config=parts
     )
     return split.train(model.training)

@@ -69,6 +69,9 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
             **{**(dict.fromkeys(STREAMED) if run["data"]["streaming"] else {}), **results},
             metadata=metadata(results).to_yaml().strip(),
             marker=MARKER,
+            architecture=architecture_in(results),
+            # Without code beside the weights there is nothing to trust.
+            trust="" if architecture_in(results) == "nanochat" else ", trust_remote_code=True",
             picture=picture,
             place=results["card"]["repo_id"] or ".",
             prompt=sample["prompt"] or "The",
@@ -90,6 +93,11 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
         ) from error
 
 
+def architecture_in(results: Mapping[str, Any]) -> str:
+    """What was trained, `gpt2` or `nanochat`; results from before there were two do not say it."""
+    return results["run"]["model"].get("architecture", "gpt2")
+
+
 def metadata(results: Mapping[str, Any]) -> ModelCardData:
     """What the Hub reads of a card."""
     run, words = results["run"], results["card"]
@@ -106,7 +114,7 @@ def metadata(results: Mapping[str, Any]) -> ModelCardData:
         language=words["language"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfgpt", "gpt2"],
+        tags=["hfgpt", architecture_in(results)],
         datasets=[dataset] if dataset else None,
         base_model=run["base_model"],
         model_name=name.partition("/")[2] if name else "hfgpt",

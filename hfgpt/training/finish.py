@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import NanoChatConfig
 
-from hfgpt.config.schema import DROPOUT_FIELDS
+from hfgpt.config.schema import DROPOUT_FIELDS, NANOCHAT_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
@@ -37,6 +38,7 @@ from hfgpt.training.run import Run, origin
 from hfgpt.training.saving import save_model
 from hfgpt.training.signals import Stopped
 from hfgpt.weights import load
+from hfgpt.weights.model_parts import Config
 
 SCORES_FILE = "final_scores.jsonl"
 NGRAMS = ("unigram", "bigram")
@@ -209,7 +211,7 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         **describe_origin(run.origins["model"], config.init_from, "base_model"),
         "seed": config.seed,
-        "model": {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DROPOUT_FIELDS)},
+        "model": describe_model(model),
         "tokenizer": {
             **describe_origin(run.origins["tokenizer"], config.tokenizer.name or config.init_from, "name"),
             "vocab_size": len(run.tokenizer),
@@ -231,6 +233,16 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
             "precision": config.train.precision,
         },
         "sample": asdict(config.sample),
+    }
+
+
+def describe_model(config: Config) -> dict[str, Any]:
+    """The architecture, the shape and the dropouts of a model."""
+    is_nanochat = isinstance(config, NanoChatConfig)
+    names = dict.fromkeys((*SHAPE_FIELDS, *DROPOUT_FIELDS, *(NANOCHAT_FIELDS if is_nanochat else ())))
+    return {
+        "architecture": "nanochat" if is_nanochat else "gpt2",
+        **{name: getattr(config, name) for name in names if hasattr(config, name)},
     }
 
 

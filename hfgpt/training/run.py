@@ -13,10 +13,10 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.config.architectures import make_config
 from hfgpt.config.loading import config_yaml, flatten, load_config
 from hfgpt.config.schema import DROPOUT_FIELDS, OptimConfig, RunConfig
 from hfgpt.config.validation import fit_warmup
-from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.loaders import stream_loader, train_loader
 from hfgpt.data.prepare import Rows, load_text
 from hfgpt.data.rows import TokenRows
@@ -24,7 +24,6 @@ from hfgpt.data.tokenizer import count_rows, encode_prompt, tokenizer_hash
 from hfgpt.data.vocabulary import check_rows, ids_of_text
 from hfgpt.distributed.launch import join_launch
 from hfgpt.distributed.sharding import shard_model
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.results.records import RESULTS_FILE
 from hfgpt.system.console import print_status
 from hfgpt.system.quoting import quote
@@ -33,6 +32,7 @@ from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
+from hfgpt.weights.model_parts import LanguageModel, model_class_of
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
@@ -61,7 +61,7 @@ class Run:
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
-    model: HFGPTForCausalLM
+    model: LanguageModel
     start: TrainState
     resume_from: Path | None
     identity: dict[str, Any]
@@ -308,7 +308,7 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     return path
 
 
-def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_from: Path | None) -> HFGPTForCausalLM:
+def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_from: Path | None) -> LanguageModel:
     """The model of the checkpoint, a new one of the recipe's shape, or the one to start from, in fp32.
 
     Raises:
@@ -318,7 +318,8 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_fro
         return load(resume_from, dtype=torch.float32)
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if config.init_from is None:
-        return HFGPTForCausalLM(HFGPTConfig(vocab_size=count_rows(tokenizer), **token_ids, **config.model))
+        shape = make_config(config.model, vocab_size=count_rows(tokenizer), **token_ids)
+        return model_class_of(shape)(shape)
     dropouts = {name: value for name, value in config.model.items() if name in DROPOUT_FIELDS}
     try:
         model = load(config.init_from, dtype=torch.float32, **dropouts)
@@ -346,7 +347,7 @@ def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.T
         raise ValueError(f"`sample.prompt` ({quote(config.sample.prompt)}): {error} {remedy}") from error
 
 
-def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: HFGPTForCausalLM) -> None:
+def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: LanguageModel) -> None:
     """Refuse ids that the model has no row for, and a sample that does not fit its positions.
 
     Raises:

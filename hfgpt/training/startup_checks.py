@@ -23,9 +23,9 @@ from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
+from hfgpt.weights.model_parts import LanguageModel
 
 MOST_TOKENS = 1024
 """About so many tokens go through the model: their logits must fit into memory."""
@@ -107,7 +107,7 @@ def check_shift(rows: TokenRows) -> Check:
 
 
 @torch.no_grad()
-def check_next_token(model: HFGPTForCausalLM, rows: TokenRows) -> Check:
+def check_next_token(model: LanguageModel, rows: TokenRows) -> Check:
     """The loss that is trained is that of the next token, made here by hand from the logits.
 
     The value is their difference, in nats per token.
@@ -216,8 +216,9 @@ def check_compiled(
     device = accelerator.device
     batch = send_to_device(batch, device)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    dropouts = {name: getattr(run.model.config, name) for name in DROPOUT_FIELDS}
-    run.model.config.update(dict.fromkeys(DROPOUT_FIELDS, 0.0))
+    config = run.model.config
+    dropouts = {name: getattr(config, name) for name in DROPOUT_FIELDS if hasattr(config, name)}
+    config.update(dict.fromkeys(dropouts, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
     model, context = for_own_gradients(accelerator, model, run.model, run.config.train.precision)
@@ -233,7 +234,7 @@ def check_compiled(
                     eager_loss += row_loss
                     torch._foreach_add_(eager_gradients, row_gradients)
     finally:
-        run.model.config.update(dropouts)
+        config.update(dropouts)
     if any(dropouts.values()):
         torch.compiler.reset()  # or the changed numbers would be compiled as if they were to change again and again
     scale = 1 / max(1, int(targets))  # of the mean, as in the lines of training

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import onnx
-from hfgpt.weights.model_parts import Unsaid
+from hfgpt.weights.model_parts import Config, Unsaid
 
 WHO_RUNS = {
     "hfgpt": "hfgpt",
     "gpt2": "transformers' GPT-2",
+    "nanochat": "transformers' NanoChat",
     "openai": "OpenAI's mathematics",
     "nanogpt": "nanoGPT's mathematics",
     "llms-from-scratch": "LLMs-from-scratch's mathematics",
@@ -65,7 +65,7 @@ def compare(
     source_format: str,
     dest: Path,
     to: str,
-    config: HFGPTConfig,
+    config: Config,
     is_exact: bool = True,
     is_guess: bool = False,
 ) -> Comparison:

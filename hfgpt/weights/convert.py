@@ -20,7 +20,15 @@ from hfgpt.system.storage import new_path
 from hfgpt.weights import WRITERS, check_conversion
 from hfgpt.weights.detect import read_any
 from hfgpt.weights.formats import gguf, llmc, onnx
-from hfgpt.weights.model_parts import SourceModel, Unsaid, build_from, check_single_dtype, split_model
+from hfgpt.weights.model_parts import (
+    LanguageModel,
+    SourceModel,
+    Unsaid,
+    build_from,
+    check_architecture,
+    check_single_dtype,
+    split_model,
+)
 from hfgpt.weights.table import SAME_AS, Change
 from hfgpt.weights.tokenizer import WITH_TOKENIZER, tokenizer_for, write_tokenizer
 
@@ -83,7 +91,7 @@ def convert(
 
     Args:
         source: file, folder or Hub id.
-        dest: folder for "hfgpt", "gpt2" and "openai", file for the others; it must not exist.
+        dest: folder for "hfgpt", "gpt2", "nanochat" and "openai", file for the others; it must not exist.
         to: one of `FORMATS`, "gguf" or "onnx".
         source_format: one of `FORMATS`, or "auto" to find out.
         strict: whether to refuse a conversion that guesses, fills, cuts, drops, rounds or exchanges anything.
@@ -105,6 +113,7 @@ def convert(
     check_options(to, verify, dtype, tokenizer)
     with new_path(dest) as staged:  # first, so that a destination that exists is refused at once
         found, checkpoint = open_source(source, source_format, heads, activation, lora_alpha)
+        check_architecture(checkpoint.config, to)
         model, steps_in = build_from(source, checkpoint)
         notes = [*checkpoint.notes]
         if verify and found == "llm.c":
@@ -199,8 +208,11 @@ def exchange_activation(config: HFGPTConfig, to: str) -> list[Change]:
 
     They differ by at most 4.7e-4 per unit, which the layers above make more of or less.
     """
-    has, needed = config.activation_function, ONLY_ACTIVATION.get(to)
-    if needed is None or {SAME_AS.get(has, has), needed} != {"gelu", "gelu_new"}:
+    needed = ONLY_ACTIVATION.get(to)
+    if needed is None:
+        return []
+    has = config.activation_function
+    if {SAME_AS.get(has, has), needed} != {"gelu", "gelu_new"}:
         return []
     config.activation_function = needed
     return [Change("activation_function", (), f"exchanged: {has} for {needed}", is_exact=False)]
@@ -225,7 +237,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast | None, rows: int, source
     return [f"{note} The pad token is {tokenizer.eos_token} instead." if tokenizer.pad_token in beyond else note]
 
 
-def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Change]:
+def cut_vocabulary(model: LanguageModel, vocab_size: int | None) -> list[Change]:
     """Keep the first `vocab_size` tokens, in place.
 
     Raises:
@@ -249,7 +261,7 @@ def cut_vocabulary(model: HFGPTForCausalLM, vocab_size: int | None) -> list[Chan
     return changes
 
 
-def change_dtype(model: HFGPTForCausalLM, dtype: str | None) -> list[Change]:
+def change_dtype(model: LanguageModel, dtype: str | None) -> list[Change]:
     """Store every parameter as `dtype`, one at a time; only those whose numbers change are listed.
 
     Raises:

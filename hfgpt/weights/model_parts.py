@@ -3,16 +3,21 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, NanoChatConfig
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+from hfgpt.modeling_nanochat import NanoChatForCausalLM
 from hfgpt.weights.lazy_tensors import LazyTensor
 from hfgpt.weights.table import NONE, Change, TensorMapping, import_tensors
+
+Config: TypeAlias = HFGPTConfig | NanoChatConfig
+LanguageModel: TypeAlias = HFGPTForCausalLM | NanoChatForCausalLM
+"""A model of either architecture that hfgpt builds."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class SourceModel:
 
     Attributes:
         tensors: by their names in the format; most are read from the file when they are wanted.
-        config: the shape, activation and tying that give the same logits in hfgpt.
+        config: the architecture, shape, activation and tying that give the same logits in hfgpt.
         table: what each tensor is in hfgpt.
         logits: the format's own forward pass, on its own tensors and by its own rules, from ids (B, T) to (B, T, V) in
             the dtype it is given; the oracle of `hfgpt convert --verify`.
@@ -50,7 +55,7 @@ class SourceModel:
     """
 
     tensors: dict[str, LazyTensor | Tensor]
-    config: HFGPTConfig
+    config: Config
     table: list[TensorMapping]
     logits: Callable[[Tensor, torch.dtype], Tensor]
     dropped: str = NONE
@@ -71,7 +76,7 @@ class ModelParts:
         tensors: by hfgpt's names; without the output layer, if that is the token embedding.
     """
 
-    config: HFGPTConfig
+    config: Config
     generation: GenerationConfig | None
     tensors: dict[str, Tensor]
 
@@ -86,8 +91,8 @@ class ModelParts:
         return next(iter(self.tensors.values())).dtype
 
 
-def build(checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
-    """Make the hfgpt model of a checkpoint, in eval mode, and say what was done.
+def build(checkpoint: SourceModel) -> tuple[LanguageModel, list[Change]]:
+    """Make the model of a checkpoint, in eval mode, and say what was done.
 
     Raises:
         ValueError: the tensors do not fit.
@@ -97,7 +102,7 @@ def build(checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
     return join_model(ModelParts(checkpoint.config, checkpoint.generation, tensors)), [*checkpoint.changes, *changes]
 
 
-def build_from(source: Any, checkpoint: SourceModel) -> tuple[HFGPTForCausalLM, list[Change]]:
+def build_from(source: Any, checkpoint: SourceModel) -> tuple[LanguageModel, list[Change]]:
     """`build`, with the source named in what it refuses."""
     try:
         return build(checkpoint)
@@ -111,7 +116,12 @@ def named(source: Any, error: Exception) -> ValueError:
     return ValueError(reason if str(source) in reason else f"{source}: {reason}")
 
 
-def empty_model(config: HFGPTConfig) -> HFGPTForCausalLM:
+def model_class_of(config: Config) -> type[LanguageModel]:
+    """The class that trains, resumes and writes models of a config's architecture."""
+    return NanoChatForCausalLM if isinstance(config, NanoChatConfig) else HFGPTForCausalLM
+
+
+def empty_model(config: Config) -> LanguageModel:
     """A model of shapes alone, on the meta device.
 
     Raises:
@@ -119,12 +129,12 @@ def empty_model(config: HFGPTConfig) -> HFGPTForCausalLM:
     """
     try:
         with torch.device("meta"):
-            return HFGPTForCausalLM(config)
+            return model_class_of(config)(config)
     except RuntimeError as error:
         raise ValueError(f"impossible sizes: {str(error).partition(chr(10))[0]}.") from error
 
 
-def join_model(parts: ModelParts) -> HFGPTForCausalLM:
+def join_model(parts: ModelParts) -> LanguageModel:
     """The model of these parts, in eval mode; the tensors are not copied, and belong to it from now on."""
     parts.config.tie_word_embeddings = parts.is_tied
     model = empty_model(parts.config)
@@ -138,14 +148,26 @@ def join_model(parts: ModelParts) -> HFGPTForCausalLM:
     return model.eval()
 
 
-def split_model(model: HFGPTForCausalLM) -> ModelParts:
+def split_model(model: LanguageModel) -> ModelParts:
     """The parts of a model; the tensors are its own, the settings copies."""
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
     tensors = {name: each.detach() for name, each in model.state_dict().items() if not (is_tied and "lm_head" in name)}
     return ModelParts(copy.deepcopy(model.config), copy.deepcopy(model.generation_config), tensors)
 
 
-def check_single_dtype(model: HFGPTForCausalLM) -> None:
+def check_architecture(config: Config, to: str) -> None:
+    """Refuse a format that holds another network than a model's: all but "nanochat" hold GPT-2's.
+
+    Raises:
+        ValueError: naming both.
+    """
+    is_nanochat = isinstance(config, NanoChatConfig)
+    if is_nanochat != (to == "nanochat"):
+        has, can = ("nanochat", "only 'nanochat'") if is_nanochat else ("GPT-2", "any but 'nanochat'")
+        raise ValueError(f"the model has the network of {has}, which the format {to!r} cannot hold; {can} can.")
+
+
+def check_single_dtype(model: LanguageModel) -> None:
     """Refuse a model whose tensors have not all the same type, in which no format and no forward pass is at home.
 
     Raises:

@@ -8,7 +8,7 @@ from hfgpt.data.tokenizer import load_tokenizer, save_tokenizer
 from hfgpt.weights.formats import gpt2, nanogpt, openai
 from hfgpt.weights.model_parts import SourceModel
 
-FOLDERS = ("hfgpt", "gpt2")
+FOLDERS = ("hfgpt", "gpt2", "nanochat")
 """Formats whose tokenizer lies beside the weights."""
 
 WITH_TOKENIZER = (*FOLDERS, "openai", "gguf")

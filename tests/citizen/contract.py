@@ -7,8 +7,11 @@ from torch import Tensor, nn
 import hfgpt
 from hfgpt.arguments import CACHE
 from hfgpt.modeling_hfgpt import AUTO_CLASSES
+from hfgpt.modeling_nanochat import NanoChatForCausalLM, NanoChatModel
 
-ALL_CLASSES = list(AUTO_CLASSES.values())
+NANOCHAT_CLASSES = {NanoChatModel: "NanoChatModel", NanoChatForCausalLM: "NanoChatForCausalLM"}
+"""Each with the name of transformers' own."""
+ALL_CLASSES = [*AUTO_CLASSES.values(), *NANOCHAT_CLASSES]
 TOKEN_CLASSES = [each for each in ALL_CLASSES if each is not hfgpt.HFGPTForSequenceClassification]
 """Those that score every token, and not only a row's last."""
 
@@ -19,6 +22,8 @@ GPT2_CLASSES = {
     hfgpt.HFGPTForTokenClassification: "GPT2ForTokenClassification",
     hfgpt.HFGPTForQuestionAnswering: "GPT2ForQuestionAnswering",
 }
+REFERENCE_CLASSES = {**GPT2_CLASSES, **NANOCHAT_CLASSES}
+"""Each class with the one of transformers that computes the same."""
 
 # transformers passes the flag, which torch 2.11 has deprecated, when it makes flex_attention's mask.
 flex_mask_warning = pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
@@ -67,7 +72,7 @@ def pad(ids: Tensor, lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
 def make_labels(model_class: type, ids: Tensor) -> dict[str, Tensor]:
     """Labels for `ids` that give `model_class` a loss; none for the one that has no loss."""
     rows, length = ids.shape
-    if model_class is hfgpt.HFGPTForCausalLM:
+    if model_class in (hfgpt.HFGPTForCausalLM, NanoChatForCausalLM):
         return {"labels": ids}
     if model_class is hfgpt.HFGPTForSequenceClassification:
         return {"labels": torch.arange(rows) % 3}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import ALL_CLASSES, SUM_ORDER, random_ids, scores
+from contract import ALL_CLASSES, GPT2_CLASSES, SUM_ORDER, random_ids, scores
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -82,7 +82,7 @@ def test_an_argument_that_the_attention_function_names_reaches_it(make, ids):
         make(hfgpt.HFGPTForCausalLM, "eager")(ids, position_bias=away_from_itself)
 
 
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize("model_class", GPT2_CLASSES)
 def test_token_type_ids_are_embedded_and_added_as_in_gpt2(make_pair, ids, model_class):
     gpt2, model = make_pair(model_class)
     types = random_ids(3, 20, seed=1)

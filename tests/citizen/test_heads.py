@@ -33,7 +33,7 @@ def test_auto_classes_make_and_load_each_class(make, tmp_path, auto_class):
 @pytest.mark.parametrize("model_class", ALL_CLASSES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_head_says_what_gpt2s_says(make_pair, ids, model_class, attention, side):
+def test_each_head_says_what_that_of_transformers_says(make_pair, ids, model_class, attention, side):
     gpt2, model = make_pair(model_class, attention)
     padded, mask = pad(ids, [20, 13, 5], side)
     labels = make_labels(model_class, padded)

@@ -38,7 +38,7 @@ def one_by_one(ids, model):
 
 
 def without_dropout(model):
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout"):
         setattr(model.config, name, 0.0)
     return model
 

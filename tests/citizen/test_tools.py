@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import disk_offload, init_empty_weights, load_checkpoint_and_dispatch
-from contract import ALL_CLASSES, SUM_ORDER, pad, random_ids
+from contract import ALL_CLASSES, GPT2_CLASSES, SUM_ORDER, pad, random_ids
 from transformers import AutoModelForCausalLM
 
 import hfgpt
@@ -32,8 +32,9 @@ def test_a_trace_of_torch_jit_is_the_model_at_any_length(make, ids, model_class,
     for other in (random_ids(2, 17, seed=1), random_ids(3, 5, seed=2), random_ids(1, 64, seed=3), random_ids(1, 1)):
         expected = model(other, return_dict=False)[0]
         torch.testing.assert_close(next(iter(traced(other).values())), expected, **SUM_ORDER)
-    with pytest.raises(RuntimeError, match="index out of range"):
-        traced(random_ids(1, 65))
+    if model_class in GPT2_CLASSES:  # nanochat has an angle for every position
+        with pytest.raises(RuntimeError, match="index out of range"):
+            traced(random_ids(1, 65))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -5,9 +5,10 @@ from dataclasses import asdict
 import pytest
 
 from hfgpt import HFGPTConfig
+from hfgpt.config.architectures import FIELD_TYPES
 from hfgpt.config.keys import ANSWERS, ELSEWHERE, MAIN_KEYS, model_aliases, model_fields, recipe_keys
 from hfgpt.config.loading import flatten, load_config
-from hfgpt.config.schema import RunConfig
+from hfgpt.config.schema import NANOCHAT_FIELDS, RunConfig
 
 
 def refusal(*overrides):
@@ -20,7 +21,9 @@ def test_the_keys_are_those_of_a_recipe_and_of_a_model():
     keys = recipe_keys()
 
     assert {key for key in keys if not key.startswith("model.")} == {*flatten(asdict(RunConfig()))} - {"model"}
-    assert [key.removeprefix("model.") for key in keys if key.startswith("model.")] == [*HFGPTConfig.__annotations__]
+    fields = ["architecture", *HFGPTConfig.__annotations__, *NANOCHAT_FIELDS]
+    assert [key.removeprefix("model.") for key in keys if key.startswith("model.")] == fields
+    assert {*fields} - {"architecture"} == {name for types in FIELD_TYPES.values() for name in types}
     assert model_fields() == [*HFGPTConfig.__annotations__]
     assert model_aliases() == [*HFGPTConfig.attribute_map]
 

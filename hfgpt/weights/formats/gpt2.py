@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, HFGPTConfig
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.weights.formats import bpe
-from hfgpt.weights.model_parts import ModelParts, split_model
+from hfgpt.weights.model_parts import ModelParts, check_architecture, split_model
 from hfgpt.weights.table import QKV, Change, TensorMapping, expand, export_tensors, with_prefixes
 
 WHOLE_MODEL = (
@@ -83,7 +83,12 @@ def register() -> None:
 
 
 def to_gpt2_config(config: HFGPTConfig) -> GPT2Config:
-    """The same shape in transformers' GPT-2 config."""
+    """The same shape in transformers' GPT-2 config.
+
+    Raises:
+        ValueError: it is of another architecture.
+    """
+    check_architecture(config, "gpt2")
     return GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.max_position_embeddings,

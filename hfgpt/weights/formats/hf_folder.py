@@ -1,4 +1,4 @@
-"""Folders and Hub repositories of transformers: hfgpt's own and GPT-2's; in shards or not, .safetensors or .bin."""
+"""Folders of transformers, here or on the Hub: hfgpt's, GPT-2's, nanochat's; .safetensors or .bin, in shards or not."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -22,11 +30,12 @@ from transformers.utils import (
 
 from hfgpt.configuration_hfgpt import GPT2_SOURCE, TRANSFORMERS_KEYS, HFGPTConfig
 from hfgpt.modeling_hfgpt import HEADS, HFGPTForCausalLM
+from hfgpt.modeling_nanochat import check_config
 from hfgpt.system.network import limit_waiting
 from hfgpt.system.storage import MANIFEST, check_files
 from hfgpt.weights.formats import gpt2
 from hfgpt.weights.lazy_tensors import LazyTensor, in_pickle, in_safetensors, read
-from hfgpt.weights.model_parts import ModelParts, SourceModel, empty_model, join_model
+from hfgpt.weights.model_parts import Config, ModelParts, SourceModel, empty_model, join_model
 from hfgpt.weights.remote_code import warn_of_other_code
 from hfgpt.weights.state_dict import check_tensors, state_dict_in, unwrap
 from hfgpt.weights.table import Change, TensorMapping, check_num_blocks, drop_tied_head
@@ -39,7 +48,7 @@ DROPPED = r"\.attn\.(masked_)?bias$|" + rf"^({'|'.join(sorted(OTHER_HEADS))})\."
 
 
 def read_folder(source: str | Path) -> tuple[str, SourceModel]:
-    """Read a folder or Hub repository: "hfgpt" or "gpt2", and its tensors, which stay on the disk until they are used.
+    """Read a folder or Hub repository: "hfgpt", "gpt2" or "nanochat", and its tensors; each is read when it is used.
 
     Raises:
         ValueError: there is none, it is of another architecture, or a file is missing or damaged.
@@ -58,7 +67,9 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
         warn_of_other_code(Path(source))
     tensors, wrappers = unwrap(read_files(files))
     check_num_blocks(config, tensors)
-    is_gpt2 = config.__dict__.pop("model_type", None) == GPT2_SOURCE
+    is_gpt2 = config.model_type == GPT2_SOURCE
+    if is_gpt2:
+        del config.__dict__["model_type"]
     prefix = "transformer." if is_gpt2 else "model."
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""  # saved without a head, as GPT-2's own files on the Hub are
@@ -74,7 +85,7 @@ def read_folder(source: str | Path) -> tuple[str, SourceModel]:
     if is_gpt2:
         found, table = "gpt2", gpt2.entries(config.num_hidden_layers, config.tie_word_embeddings, prefix)
     else:
-        found, table = "hfgpt", own_names(config, prefix)
+        found, table = config.model_type, own_names(config, prefix)
     return found, SourceModel(
         tensors,
         config,
@@ -96,13 +107,17 @@ def holds(content: Mapping[Any, Any]) -> bool:
     return is_gpt2 or any(str(name).endswith("embed_tokens.weight") for name in content)
 
 
-def read_config(source: str | Path) -> tuple[HFGPTConfig, list[str]]:
+def read_config(source: str | Path) -> tuple[Config, list[str]]:
     """The config of config.json, with a note on the keys that neither hfgpt nor transformers' GPT-2 knows.
 
     Raises:
         ValueError: it is of another architecture, or has impossible values.
         OSError: there is none.
     """
+    if PreTrainedConfig.get_config_dict(source)[0].get("model_type") == NanoChatConfig.model_type:
+        nanochat = NanoChatConfig.from_pretrained(source)
+        check_config(nanochat)
+        return nanochat, []
     fields, _ = HFGPTConfig.get_config_dict(source)
     known = {*HFGPTConfig.__dataclass_fields__, *HFGPTConfig.attribute_map, *GPT2Config().to_dict(), *TRANSFORMERS_KEYS}
     unknown = sorted(set(fields) - known - {"hfgpt_source"})
@@ -205,15 +220,19 @@ def shards_of(index: Path) -> list[str]:
     return names
 
 
-def own_names(config: HFGPTConfig, prefix: str) -> list[TensorMapping]:
-    """The table of hfgpt's own files, which changes nothing."""
+def own_names(config: Config, prefix: str) -> list[TensorMapping]:
+    """The table of hfgpt's own files, and of nanochat's, which changes nothing."""
     names = empty_model(config).state_dict()
     table = [TensorMapping(prefix + name.removeprefix("model."), (name,)) for name in names if name != "lm_head.weight"]
     return table if config.tie_word_embeddings else [*table, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
-FORWARD_PASSES: dict[str, type[PreTrainedModel]] = {"gpt2": GPT2LMHeadModel, "hfgpt": HFGPTForCausalLM}
-"""Format -> the class that runs its folder, read as users read it: transformers' own GPT-2, or hfgpt's model."""
+FORWARD_PASSES: dict[str, type[PreTrainedModel]] = {
+    "gpt2": GPT2LMHeadModel,
+    "hfgpt": HFGPTForCausalLM,
+    "nanochat": NanoChatForCausalLM,
+}
+"""Format -> the class that runs its folder, read as users read it: transformers' own two, or hfgpt's model."""
 
 
 @torch.no_grad()
@@ -236,7 +255,7 @@ def logits(
 
 
 def write(parts: ModelParts, folder: Path) -> list[Change]:
-    """Save in hfgpt's own layout, with the code that runs it."""
+    """Save in the model's own layout; hfgpt's with the code that runs it."""
     changes = [Change(name, tuple(tensor.shape), "copied") for name, tensor in parts.tensors.items()]
     join_model(parts).save_pretrained(folder)
     return changes
