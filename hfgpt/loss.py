@@ -3,7 +3,7 @@
 From hidden states rather than from logits, so that the (tokens x vocabulary) matrix, by far the largest of a training
 step, never exists as a whole.
 
-Shape letters: N tokens, C model width, V vocabulary, K tokens in one chunk.
+Shape letters: N tokens, C model width, V vocabulary, W a multiple of 64 above it, K tokens in one chunk, L lost ones.
 """
 
 import re
@@ -97,31 +97,37 @@ def sum_and_gradients(
     """
     from .loss_triton import cross_entropy_, is_available  # when there is a loss to make: Triton is slow to import
 
-    dtype, vocab_size = hidden_NC.dtype, len(weight_VC)
+    dtype, vocab_size, size = hidden_NC.dtype, len(weight_VC), CHUNK_TOKENS
     wants_gradient = needs_hidden or needs_weight
     has_kernel = dtype != torch.float64 and is_available(hidden_NC.device)
     weight_WC = weight_VC.to(dtype)
-    if has_kernel and vocab_size % 64:
-        # There a product is faster where rows of logits begin at a multiple of 128 bytes. What is added counts for
-        # nothing. Not elsewhere, since even padding by nothing copies the weight.
-        weight_WC = F.pad(weight_WC, (0, 0, 0, -vocab_size % 64))
+    # A product is faster where rows of logits begin at a multiple of 64 elements. What is added counts for nothing.
+    padded_size = vocab_size + -vocab_size % 64
+    if has_kernel:
+        size = CHUNK_TOKENS_ON_GPU
+        weight_WC = F.pad(weight_WC, (0, 0, 0, padded_size - vocab_size)) if vocab_size % 64 else weight_WC
+    else:  # the memory of all chunks, with room at the end of each row: even padding by nothing would copy the weight
+        room_KW = hidden_NC.new_empty(min(size, len(hidden_NC)), padded_size)
     total = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
     grad_hidden_NC = torch.empty_like(hidden_NC if needs_hidden else hidden_NC[:0])
-    grad_weight_WC = torch.zeros_like(weight_WC if needs_weight else weight_WC[:0], dtype=torch.float32)
-    size = CHUNK_TOKENS_ON_GPU if has_kernel else CHUNK_TOKENS
+    is_overwritten = dtype == torch.float32 and not has_kernel and len(hidden_NC) > 0  # by the first product
+    begin = torch.empty_like if is_overwritten else torch.zeros_like
+    grad_weight_WC = begin(weight_WC if needs_weight else weight_WC[:0], dtype=torch.float32)
     for start in range(0, len(hidden_NC), size):
         hidden_KC, targets_K = hidden_NC[start : start + size], targets_N[start : start + size]
-        logits_KW = hidden_KC @ weight_WC.t()
-        slope_KW = None if softcap is None else cap_(logits_KW, softcap)
         if has_kernel:
-            total += cross_entropy_(logits_KW, targets_K, vocab_size, IGNORE_INDEX, wants_gradient)
+            grad_KW = hidden_KC @ weight_WC.t()
+            slope_KW = None if softcap is None else cap_(grad_KW, softcap)
+            total += cross_entropy_(grad_KW, targets_K, vocab_size, IGNORE_INDEX, wants_gradient)
+            grad_KW = grad_KW if slope_KW is None else grad_KW.mul_(slope_KW)
         else:
-            total += cross_entropy_in_steps_(logits_KW, targets_K, wants_gradient)
-        grad_KW = logits_KW if slope_KW is None else logits_KW.mul_(slope_KW)
+            room = room_KW[: len(hidden_KC)]
+            total += cross_entropy_in_steps_(hidden_KC, weight_WC, targets_K, room, softcap, wants_gradient)
+            grad_KW = room[:, :vocab_size]
         if needs_hidden:
-            grad_hidden_NC[start : start + size] = grad_KW @ weight_WC
+            torch.mm(grad_KW, weight_WC, out=grad_hidden_NC[start : start + size])
         if needs_weight and dtype == torch.float32:
-            grad_weight_WC.addmm_(grad_KW.t(), hidden_KC)
+            grad_weight_WC.addmm_(grad_KW.t(), hidden_KC, beta=0 if is_overwritten and start == 0 else 1)
         elif needs_weight and has_kernel:  # products of halves, added up in fp32
             torch.addmm(grad_weight_WC, grad_KW.t(), hidden_KC, out_dtype=torch.float32, out=grad_weight_WC)
         elif needs_weight:
@@ -136,24 +142,44 @@ def cap_(logits_KW: Tensor, softcap: float) -> Tensor:
     return tanh_KW.square_().neg_().add_(1)
 
 
-def cross_entropy_in_steps_(logits_KV: Tensor, targets_K: Tensor, wants_gradient: bool) -> Tensor:
-    """Sum the cross-entropy over a chunk and, if wanted, overwrite its logits with their gradient.
+def cross_entropy_in_steps_(
+    hidden_KC: Tensor,
+    weight_VC: Tensor,
+    targets_K: Tensor,
+    room_KW: Tensor,
+    softcap: float | None,
+    wants_gradient: bool,
+) -> Tensor:
+    """Sum the cross-entropy over a chunk and, if wanted, leave the gradient of its logits in the memory given.
 
-    One matrix serves as logits, then as their exponentials, then as their gradient; half precision works on a copy.
+    One matrix serves as logits, then as their probabilities, then as their gradient; half precision works on a copy.
     """
-    kept_K1 = (targets_K != IGNORE_INDEX).unsqueeze(1).float()
-    index_K1 = targets_K.masked_fill(targets_K == IGNORE_INDEX, 0).unsqueeze(1)
-    work_KV = logits_KV.float()
-    target_K1 = work_KV.gather(1, index_K1)
-    max_K1 = work_KV.amax(dim=1, keepdim=True)
-    exp_KV = work_KV.sub_(max_K1).exp_()
-    sum_K1 = exp_KV.sum(dim=1, keepdim=True)
+    vocab_size = len(weight_VC)
+    logits_KV = torch.mm(hidden_KC, weight_VC.t(), out=room_KW[:, :vocab_size])
+    slope_KV = None if softcap is None else cap_(logits_KV, softcap)
+    room_KW[:, vocab_size:] = -torch.inf
+    is_ignored_K = targets_K == IGNORE_INDEX
+    index_K1 = targets_K.masked_fill(is_ignored_K, 0).unsqueeze(1)
+    work_KW = room_KW.float()
+    # On CPUs in place, and row by row: what one pass over a row leaves is still in the cache when the next begins.
+    probabilities_KW = torch.softmax(work_KW, dim=1, out=work_KW if work_KW.device.type == "cpu" else None)
+    target_K = probabilities_KW.gather(1, index_K1).squeeze(1)
+    losses_K = -target_K.log()
+    is_lost_K = (target_K < torch.finfo(torch.float32).tiny) & ~is_ignored_K
+    if is_lost_K.any():  # more than 87 nats, which no probability in fp32 tells: rare, so made anew from their logits
+        logits_LV = (hidden_KC[is_lost_K] @ weight_VC.t()).float()
+        if softcap is not None:
+            cap_(logits_LV, softcap)
+        losses_K[is_lost_K] = F.cross_entropy(logits_LV, targets_K[is_lost_K], reduction="none")
     if wants_gradient:
         # d loss / d logits is softmax(logits) - one_hot(target).
-        grad_KV = exp_KV.mul_(kept_K1 / sum_K1).scatter_add_(1, index_K1, -kept_K1)
-        if grad_KV is not logits_KV:
-            logits_KV.copy_(grad_KV)
-    return ((sum_K1.log() + max_K1 - target_K1) * kept_K1).sum()
+        grad_KW = probabilities_KW.scatter_add_(1, index_K1, probabilities_KW.new_full(index_K1.shape, -1.0))
+        grad_KW.index_fill_(0, is_ignored_K.nonzero().squeeze(1), 0)
+        if grad_KW is not room_KW:
+            room_KW.copy_(grad_KW)
+        if slope_KV is not None:
+            logits_KV.mul_(slope_KV)
+    return losses_K.masked_fill(is_ignored_K, 0).sum()
 
 
 class LinearCrossEntropy(torch.autograd.Function):

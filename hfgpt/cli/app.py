@@ -111,6 +111,9 @@ def complete_override(incomplete: str) -> list[str]:
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
 
 
+Allocator = Annotated[
+    str, typer.Option(help="keep: freed memory is kept for what comes next, faster on CPUs; or default.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-2 model.", metavar="MODEL")]
 Overrides = Annotated[

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hfgpt.cli.app import Json, Model, app, print_json, print_result
+from hfgpt.cli.app import Allocator, Json, Model, app, print_json, print_result
+from hfgpt.config.ranges import check_choice
 from hfgpt.generation.params import (
     DEFAULTS,
     EXPLORED,
@@ -22,6 +23,7 @@ from hfgpt.generation.params import (
     parse_params,
     parse_value,
 )
+from hfgpt.system.allocator import ALLOCATORS, use_allocator
 
 
 @app.command()
@@ -52,9 +54,12 @@ def evaluate(
         str | None, typer.Option(help="Tasks of lm-eval, with commas between: names, YAML files, folders of them.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default="all")] = None,
+    allocator: Allocator = "keep",
     as_json: Json = False,
 ) -> None:
     """Measure a model on texts (loss, perplexities, bits per byte) and on tasks of lm-eval."""
+    check_choice("--allocator", allocator, ALLOCATORS)
+    use_allocator(allocator)
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
+from hfgpt.cli.app import Allocator, Commands, Json, Overrides, Recipe, app, print_json, print_result, writes_unicode
+from hfgpt.config.ranges import check_choice
 from hfgpt.config.recipes import bundled_recipes
+from hfgpt.system.allocator import ALLOCATORS, use_allocator
 from hfgpt.system.console import print_status, result_stream
 from hfgpt.system.suggest import did_you_mean
 
@@ -143,12 +145,15 @@ def train(
             help="Go on from a checkpoint folder; without one from the newest, or from the start if there is none.",
         ),
     ] = None,
+    allocator: Allocator = "keep",
     as_json: Json = False,
 ) -> None:
     """Train a model by a recipe, through the loop that it names."""
     from hfgpt.config.loading import load_config
 
+    check_choice("--allocator", allocator, ALLOCATORS)
     loaded = load_config(recipe, overrides or [])  # before the slow imports, so that a typo is answered at once
+    use_allocator(allocator)
     from accelerate import PartialState
 
     from hfgpt.distributed.launch import leave_processes

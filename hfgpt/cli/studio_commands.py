@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hfgpt.cli.app import Json, app, print_json, print_result
-from hfgpt.studio.job import ALLOCATORS, COMMANDS, GROWTH, SIZES, make_growth, make_job
+from hfgpt.studio.job import COMMANDS, GROWTH, SIZES, make_growth, make_job
+from hfgpt.system.allocator import ALLOCATORS
 from hfgpt.system.console import print_status
 
 

@@ -24,7 +24,8 @@ def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         (B, T), if the rows have any. What fills up has -100 as its labels.
     """
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    batch = {"input_ids": ids[:, :-1].clamp(min=0), "labels": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    labels, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # for a view a GPU's copy would be waited for
+    batch = {"input_ids": labels.clamp(min=0), "labels": labels, "shift_labels": targets}
     if "position_ids" in rows[0]:
         batch["position_ids"] = torch.from_numpy(np.stack([row["position_ids"] for row in rows]))
     return batch
@@ -85,15 +86,24 @@ class EpochBatches(Sampler[list[int]]):
         return rank_batches(order, self.batch_size, self.rank, self.world_size, self.start)
 
 
-def stream_loader(rows: StreamedRows, batch_size: int) -> DataLoader[dict[str, np.ndarray]]:
+def stream_loader(rows: StreamedRows, batch_size: int, pin_memory: bool = False) -> DataLoader[dict[str, np.ndarray]]:
     """Micro-batches of a stream, without end; they go on where `rows` is."""
-    return DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator(), pin_memory=pin_memory)
 
 
 def train_loader(
-    rows: TokenRows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    rows: TokenRows,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[dict[str, np.ndarray]]:
-    """Micro-batches of shuffled rows; `loader.batch_sampler` is the `EpochBatches` that says of which epoch."""
+    """Micro-batches of shuffled rows; `loader.batch_sampler` is the `EpochBatches` that says of which epoch.
+
+    With `pin_memory` they lie where a GPU can fetch them by itself, while the program goes on.
+    """
     return DataLoader(
         rows,
         batch_sampler=EpochBatches(len(rows), batch_size, seed, rank, world_size),
@@ -101,6 +111,7 @@ def train_loader(
         num_workers=num_workers,
         worker_init_fn=outlive_one_sigterm,
         generator=torch.Generator(),  # Its own, so that starting an epoch draws nothing from the RNG dropout uses.
+        pin_memory=pin_memory,
     )
 
 

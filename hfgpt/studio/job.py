@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfgpt.config.ranges import at_least, check_choice, check_ranges, one_of
+from hfgpt.system.allocator import ALLOCATORS
 from hfgpt.system.storage import check_new_file
 
 COMMANDS = ("train", "generate", "evaluate", "data", "load")
@@ -62,11 +63,6 @@ SIZES = {
         gpu=(32, 1024),
     ),
 }
-
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "268435456"}
-"""The environment in which glibc gives no freed memory back, so that the next step does not fault it in again."""
-
-ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "keep": KEEP_FREED}
 
 GROWTH = {
     "block": ("128", "256", "512", "1024"),

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from hfgpt.studio.job import ALLOCATORS, Job
+from hfgpt.studio.job import Job
+from hfgpt.system.allocator import ALLOCATORS
 
 
 class Worker:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -107,51 +107,59 @@ class TrainingControl:
         if self.run.resume_from is not None:
             checkpoint.restore_random_states(self.run.resume_from, self.run.config.seed)
 
-    def begin_step(self, micro_batches: MicroBatches) -> Tensor:
-        """Count the targets of a step over all processes, and ask all whether to stop; one exchange does both.
+    def begin_step(self, micro_batches: MicroBatches) -> tuple[MicroBatches, Tensor]:
+        """Send a step's micro-batches to the device, and count their targets.
 
-        The first step of a compiled run is compared with eager code here.
+        Several processes count in one exchange, in which all learn whether to stop. A process alone counts before it
+        sends, and does not wait for its GPU. The first step of a compiled run is compared with eager code here.
 
         Returns:
-            The number of targets, int64, on this process's device.
+            The micro-batches and the number of targets over all processes, int64, on this process's device.
         """
-        targets = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
-        own = torch.tensor([targets, int(self.stop.signal is not None)], device=self.accelerator.device)
-        self.targets, is_asked = self.accelerator.reduce(own, "sum")
-        self.micro_batches, self.is_asked_to_stop = micro_batches, bool(is_asked)
+        device, is_asked = self.accelerator.device, self.stop.signal is not None
+        count = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
+        self.targets = torch.full((), count, device=device)
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([count, int(is_asked)], device=device)
+            self.targets, asked = self.accelerator.reduce(own, "sum")
+            count, is_asked = int(self.targets), bool(asked)
+        self.micro_batches = [send_to_device(batch, device, non_blocking=True) for batch in micro_batches]
+        self.is_asked_to_stop = is_asked
         if self.run.config.train.compile and self.state == self.run.start:
-            check_compiled(self.run, self.recorder, self.accelerator, self.model, micro_batches[0], self.targets)
-        self.state = self.run.next_state(self.state, len(micro_batches), int(self.targets))
-        return self.targets
+            check_compiled(self.run, self.recorder, self.accelerator, self.model, self.micro_batches[0], self.targets)
+        self.state = self.run.next_state(self.state, len(micro_batches), count)
+        return self.micro_batches, self.targets
 
-    def should_step(self, grad_norm: Tensor | float) -> bool:
+    def should_step(self, grad_norm: Tensor | float, loss: Tensor) -> bool:
         """Whether the optimizer may use the gradients; if not, the loop drops them before it takes its step.
+
+        A GPU is waited for here only, before it has the optimizer's step to do: while it does that, the next step is
+        made ready.
 
         Args:
             grad_norm: of the step, before clipping. Under fp16 it may be infinite: the scaler then skips the step.
+            loss: of the step, nats per token; this process's share, whose mean over the processes is the step's loss.
 
         Raises:
             FloatingPointError: training has diverged or learns nothing, see `NonFiniteGuard.should_step`.
         """
-        self.grad_norm, self.learning_rate = grad_norm, float(self.schedule.get_last_lr()[0])
-        self.is_used = self.guard.should_step(self.state, grad_norm, self.micro_batches, self.targets)
+        self.grad_norm, self.learning_rate = float(grad_norm), float(self.schedule.get_last_lr()[0])
+        self.is_used = self.guard.should_step(self.state, self.grad_norm, self.micro_batches, self.targets)
         if not self.is_used:
             clear_overflow(self.optimizer)
+        elif self.is_due(self.run.config.train.log_every):
+            self.loss = float(self.accelerator.reduce(loss, "mean"))
         return self.is_used
 
-    def end_step(self, loss: Tensor) -> None:
+    def end_step(self) -> None:
         """Log the step, then evaluate, save and stop where the recipe, early stopping or a signal asks for it.
-
-        Args:
-            loss: of the step, nats per token; this process's share, whose mean over the processes is the step's loss.
 
         Raises:
             Stopped: a stop was asked for; there is a checkpoint of this step.
         """
         run, state, train = self.run, self.state, self.run.config.train
         if self.is_used and self.is_due(train.log_every):
-            mean_loss = float(self.accelerator.reduce(loss, "mean"))
-            self.recorder.log_step(state.step, mean_loss, float(self.grad_norm), self.learning_rate, state.tokens)
+            self.recorder.log_step(state.step, self.loss, self.grad_norm, self.learning_rate, state.tokens)
         self.on_step(state.step)
         line, is_asked = None, self.is_asked_to_stop
         if self.is_evaluation_due() and not is_asked:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hfgpt.distributed.launch import make_accelerator
@@ -33,16 +32,16 @@ def run_loop(run: Run, control: TrainingControl) -> None:
 
     model.train()
     for micro_batches in control.steps(loader):  # those of one optimizer step, epoch after epoch
-        targets = control.begin_step(micro_batches)  # counted over all processes
+        micro_batches, targets = control.begin_step(micro_batches)  # on the device; counted over all processes
         loss = backward(accelerator, model, micro_batches, targets)
         grad_norm = clip(accelerator, model, config.optim.max_grad_norm)
-        if not control.should_step(grad_norm):  # the gradients are not finite, and the recipe says to skip
+        if not control.should_step(grad_norm, loss):  # the gradients are not finite, and the recipe says to skip
             optimizer.zero_grad()  # without gradients a step leaves the weights and the optimizer as they are
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
             schedule.step()
         optimizer.zero_grad()
-        control.end_step(loss)  # log, evaluate, save and stop, where that is due
+        control.end_step()  # log, evaluate, save and stop, where that is due
 
 
 def backward(accelerator: Accelerator, model: nn.Module, micro_batches: MicroBatches, targets: Any) -> Tensor:
@@ -51,7 +50,7 @@ def backward(accelerator: Accelerator, model: nn.Module, micro_batches: MicroBat
     Args:
         accelerator: of this process.
         model: prepared by it.
-        micro_batches: of this process, from `hfgpt.data.loaders.collate`.
+        micro_batches: of this process, from `hfgpt.data.loaders.collate`, on its device.
         targets: in the whole step, over all processes.
 
     Returns:
@@ -62,8 +61,7 @@ def backward(accelerator: Accelerator, model: nn.Module, micro_batches: MicroBat
         with exchange_gradients(accelerator, model, is_last=number == len(micro_batches)):
             # Each loss is a sum divided by `num_items_in_batch`, all targets of the step, so that the losses add up to
             # the mean however unequal the micro-batches are. DDP and FSDP average over processes: the factor undoes it.
-            inputs = send_to_device(batch, accelerator.device)
-            loss = model(**inputs, num_items_in_batch=targets, skip_logits=True).loss * accelerator.num_processes
+            loss = model(**batch, num_items_in_batch=targets, skip_logits=True).loss * accelerator.num_processes
             accelerator.backward(loss)
         step_loss += loss.detach()
     return step_loss

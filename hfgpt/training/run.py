@@ -91,8 +91,9 @@ class Run:
     def train_loader(self) -> DataLoader:
         """This process's micro-batches."""
         train, process = self.config.train, PartialState()
+        pin_memory = process.device.type == "cuda"
         if self.rows.streamed is not None:
-            return stream_loader(self.rows.streamed, train.batch_size)
+            return stream_loader(self.rows.streamed, train.batch_size, pin_memory)
         return train_loader(
             self.rows.train,
             train.batch_size,
@@ -100,6 +101,7 @@ class Run:
             process.process_index,
             process.num_processes,
             self.config.data.num_workers,
+            pin_memory,
         )
 
     def next_state(self, state: TrainState, micro_batches: int, targets: int) -> TrainState:

@@ -75,7 +75,7 @@ class ControlCallback(TrainerCallback):
         start_at(kwargs["train_dataloader"], int(state.epoch or 0), 0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.training_control.end_step(self.trainer.step_loss)
+        self.trainer.training_control.end_step()
         control.should_training_stop |= self.trainer.training_control.is_over
 
 
@@ -124,7 +124,7 @@ class HFGPTTrainer(Trainer):
     ) -> tuple[MicroBatches, Tensor]:
         micro_batches = list(islice(epoch_iterator, num_batches))
         self.step_loss = torch.zeros((), device=device)
-        return micro_batches, self.training_control.begin_step(micro_batches)
+        return self.training_control.begin_step(micro_batches)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
@@ -137,6 +137,6 @@ class HFGPTTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Measure the norm, and drop gradients that must not be used: the step that follows then changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.training_control.should_step(norm):
+        if not self.training_control.should_step(norm, self.step_loss):
             model.zero_grad()
         return norm

@@ -383,3 +383,11 @@ BAD_INPUT = [
 @pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: ascii(case[0]))
 def test_bad_input_gets_one_clear_line_and_leaves_everything_as_it_was(refuse, case):
     refuse(*case)
+
+
+@pytest.mark.parametrize("command", [["train", "tiny.yaml"], ["evaluate", "out/accelerate", "--data", "text.txt"]])
+def test_an_allocator_that_there_is_not_is_refused(finished, command):
+    refused = hfgpt(*command, "--allocator", "kepp")
+
+    assert (refused.code, refused.out) == (2, "")
+    assert "`--allocator` must be one of ['default', 'keep'], got 'kepp'." in refused.err

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 from runs import LOOPS, metrics, run, run_to_step, training_lines
 from test_signals import WITH_DROPOUT
+
+from hfgpt.training.control import TrainingControl
 
 FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
 
@@ -48,3 +51,27 @@ def test_a_model_that_accelerate_splits_takes_the_same_steps(recipe, cache, loop
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(training_lines(split), training_lines(one), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)  # TF32 and other kernels' orders of sums
+
+
+def without_waiting(method):
+    """A method in which torch raises an error where the program would wait for the GPU."""
+
+    @wraps(method)
+    def wrapper(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return method(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return wrapper
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_around_a_step_nothing_waits_for_the_gpu_but_the_look_at_its_gradients(recipe, monkeypatch, loop):
+    for name in ("begin_step", "end_step"):
+        monkeypatch.setattr(TrainingControl, name, without_waiting(getattr(TrainingControl, name)))
+
+    folder = run(recipe, "out", f"loop={loop}", "train.eval_every=1000", "train.save_every=0")
+
+    assert len(training_lines(folder)) > 10
