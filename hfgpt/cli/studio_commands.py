@@ -28,6 +28,9 @@ def bench(
         int | None, typer.Option(help="Tokens of a row; of generate, of the prompt.", show_default="by size")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Of generate.", show_default="64")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Of generate: sample among so many.", show_default="the likeliest")
+    ] = None,
     megabytes: Annotated[float | None, typer.Option(help="Of text, of data.", show_default="2")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each side.", show_default="5")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a turn.", show_default="3")] = None,
@@ -53,6 +56,7 @@ def bench(
         batch_size=batch_size,
         block_size=block_size,
         new_tokens=new_tokens,
+        top_k=top_k,
         megabytes=megabytes,
         rounds=rounds,
         steps=steps,

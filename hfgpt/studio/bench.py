@@ -34,6 +34,8 @@ CHECKS = {
     "load": "every bit of every tensor",
 }
 """What the sides have to have in common before they are timed."""
+CHECKED_IF_SAMPLED = "every token of greedy decoding, and the first distribution sampled from, in fp32"
+"""The same of `generate` with `--top-k`: two libraries need not draw the same tokens."""
 BUSY = 0.1
 """Share of the machine's CPUs that others may use during the turns before the figures are doubtful."""
 
@@ -82,6 +84,11 @@ def bench(job: Job) -> dict[str, Any]:
     return report(job, checked, machine, load, turns, costs)
 
 
+def what_is_checked(job: Job) -> str:
+    """What the sides of a job have to have in common."""
+    return CHECKED_IF_SAMPLED if job.top_k else CHECKS[job.command]
+
+
 def padded_vocabulary(job: Job, name: str) -> int:
     """The vocabulary that a peer trains with: nanoGPT's train.py rounds it up to a multiple of 64 for a GPU."""
     vocab_size: int = job.shape["vocab_size"]
@@ -122,7 +129,7 @@ def check_peer(job: Job, name: str) -> float:
     Raises:
         ValueError: too far.
     """
-    print_status(f"comparing with {name}: {CHECKS[job.command]}")
+    print_status(f"comparing with {name}: {what_is_checked(job)}")
     vocab_size, results = padded_vocabulary(job, name), []
     with Worker(OURS, job) as mine, Worker(name, job) as other:  # both import while the weights are written
         for side, worker in ((OURS, mine), (name, other)):
@@ -133,7 +140,8 @@ def check_peer(job: Job, name: str) -> float:
             worker.ask(do="check", name=side, place=place, vocab_size=vocab_size, result=str(result))
             results.append(load_file(result))
     ours, theirs = results
-    return check_same(ours, theirs, (OURS, name), TIGHT if job.command in ("train", "evaluate") else 0.0)
+    has_numbers = job.command in ("train", "evaluate") or job.top_k is not None
+    return check_same(ours, theirs, (OURS, name), TIGHT if has_numbers else 0.0)
 
 
 def take_turns(job: Job, entrants: list[Entrant]) -> tuple[dict[str, list[dict[str, float]]], dict[str, Any]]:
@@ -183,7 +191,8 @@ def report(
         **{name: getattr(job, name) for name in ("device", "precision", "compile", "rows", "row_tokens")},
         **{name: getattr(job, name) for name in ("rounds", "steps", "allocator")},
         "unit": costs["unit"],
-        "checked": CHECKS[job.command],
+        "top_k": job.top_k,
+        "checked": what_is_checked(job),
         "difference": checked,
         "sides": sides,
         "ratios": {name: ratios(sides[OURS], sides[name]) for name in job.against},

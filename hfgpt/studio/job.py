@@ -29,6 +29,9 @@ our own, through `hfgpt.train` with either loop, so that one sees what a loop co
 FROM_CHECKOUT = {"nanogpt": "model.py"}
 """Peers whose code is imported from a checkout, given as NAME=PATH -> a file that is there."""
 
+SHOWS_PROBABILITIES = ("transformers", "transformers-static")
+"""Peers whose `generate` returns what it samples from, so that it can be compared."""
+
 WHOLE_RUNS = {"hfgpt-train": "accelerate", "trainer": "trainer"}
 """Peers that are whole runs of our own -> their loop."""
 
@@ -93,6 +96,8 @@ class Job:
     """Tokens of a row; of `generate` those of the prompt."""
     new_tokens: int | None = field(default=None, metadata=at_least(1))
     """Of `generate`."""
+    top_k: int | None = field(default=None, metadata=at_least(1))
+    """Of `generate`: sample at temperature 1 among so many tokens; None takes the likeliest."""
     megabytes: float | None = field(default=None, metadata=at_least(0.001))
     """Of text, of `data`."""
     rounds: int = field(default=5, metadata=at_least(2))
@@ -141,6 +146,7 @@ ONLY_OF = {
     "batch_size": ("train", "evaluate", "generate"),
     "block_size": ("train", "evaluate", "generate"),
     "new_tokens": ("generate",),
+    "top_k": ("generate",),
     "megabytes": ("data",),
 }
 """Options that mean something to some commands only."""
@@ -164,7 +170,11 @@ def make_job(command: str, against: str, **options: Any) -> Job:
         if command not in ONLY_OF.get(name, COMMANDS) and given[name] != getattr(Job, name):
             raise ValueError(f"`--{name.replace('_', '-')}` has no effect on `bench {command}`.")
     check_ranges(job)
-    return replace(job, against=parse_peers(command, against), device=choose_device(command, given.get("device")))
+    peers = parse_peers(command, against)
+    hidden = [name for name in peers if name not in SHOWS_PROBABILITIES]
+    if job.top_k and hidden:
+        raise ValueError(f"`--top-k`: {hidden[0]} does not show what it samples from. Leave it out of `--against`.")
+    return replace(job, against=peers, device=choose_device(command, given.get("device")))
 
 
 def choose_device(command: str, asked: str | None) -> str:

@@ -36,6 +36,8 @@ def describe_work(report: dict[str, Any]) -> str:
     work = f"{report['command']}, {report['size']}, {report['device']}"
     if report["command"] in ("train", "evaluate", "generate"):
         work += f", {report['rows']} x {report['row_tokens']} tokens, {report['precision']}"
+    if report["top_k"]:
+        work += f", top-k {report['top_k']}"
     if report["compile"]:
         work += ", compiled"
     differences = ", ".join(f"{name} {found:.0e}" for name, found in report["difference"].items())

@@ -24,7 +24,7 @@ from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.prepare import tokenize
 from hfgpt.data.rows import TokenArray
 from hfgpt.evaluation.loss import score_batches
-from hfgpt.generation.decoding import generate
+from hfgpt.generation.decoding import generate, next_logits, process_logits
 from hfgpt.generation.params import SamplingParams
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.studio.job import Job
@@ -66,9 +66,15 @@ class HFGPT:
         batch = {"input_ids": inputs_BT, "shift_labels": targets_BT}
         return torch.tensor(score_batches(model, [batch], each_token=True).loss)
 
-    def generate(self, model: HFGPTForCausalLM, prompt_BT: Tensor, new_tokens: int) -> Tensor:
-        """Continue prompts by the likeliest tokens; the ids of both."""
-        return generate(model, prompt_BT, SamplingParams(temperature=0, max_new_tokens=new_tokens))
+    def generate(self, model: HFGPTForCausalLM, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None) -> Tensor:
+        """Continue prompts by the likeliest tokens, or by samples among the `top_k` likeliest; the ids of both."""
+        rules: dict[str, Any] = {"temperature": 0} if top_k is None else {"temperature": 1, "top_k": top_k}
+        return generate(model, prompt_BT, SamplingParams(max_new_tokens=new_tokens, **rules))
+
+    def next_probabilities(self, model: HFGPTForCausalLM, prompt_BT: Tensor, top_k: int) -> Tensor:
+        """What `generate` samples the first token from, (B, V)."""
+        logits_BV, _ = next_logits(model, prompt_BT, torch.ones_like(prompt_BT), {})
+        return process_logits(logits_BV, SamplingParams(temperature=1, top_k=top_k)).softmax(-1)
 
     def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> TokenArray:
         """Documents as ids, stored as this library stores them."""
@@ -107,11 +113,18 @@ class Transformers:
     def score(self, model: GPT2LMHeadModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return model(input_ids=inputs_BT, labels=inputs_BT, shift_labels=targets_BT, use_cache=False).loss
 
-    def generate(self, model: GPT2LMHeadModel, prompt_BT: Tensor, new_tokens: int) -> Tensor:
+    def generate(
+        self, model: GPT2LMHeadModel, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None, **options: Any
+    ) -> Any:
+        rules = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
+        cache = {} if self.cache is None else {"cache_implementation": self.cache}
+        sizes = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
         mask = torch.ones_like(prompt_BT)
-        options = {} if self.cache is None else {"cache_implementation": self.cache}
-        sizes = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        return model.generate(prompt_BT, attention_mask=mask, do_sample=False, pad_token_id=0, **sizes, **options)
+        return model.generate(prompt_BT, attention_mask=mask, **sizes, **rules, **cache, **options)
+
+    def next_probabilities(self, model: GPT2LMHeadModel, prompt_BT: Tensor, top_k: int) -> Tensor:
+        output = self.generate(model, prompt_BT, 1, top_k, output_scores=True, return_dict_in_generate=True)
+        return output.scores[0].softmax(-1)
 
     def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
         documents.cleanup_cache_files()
@@ -169,8 +182,8 @@ class NanoGPT:
 
     score = loss
 
-    def generate(self, model: Any, prompt_BT: Tensor, new_tokens: int) -> Tensor:
-        return model.generate(prompt_BT, new_tokens, top_k=1)  # it samples; of one token that is the likeliest
+    def generate(self, model: Any, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None) -> Tensor:
+        return model.generate(prompt_BT, new_tokens, top_k=top_k or 1)  # a sample of one token is the likeliest
 
     def as_hfgpt(self, model: Any, tensors: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
         tensors = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}

@@ -45,7 +45,11 @@ def run_once(name: str, job: Job, place: str, vocab_size: int) -> dict[str, Tens
         return side.as_hfgpt(model.cpu(), parameters_of(model), job.place(f"{name}-loaded"))
     inputs_BT, targets_BT = (each[:CHECKED_ROWS] for each in next(make_batches(job)))
     if job.command == "generate":
-        return {"tokens": side.generate(model, inputs_BT, job.written_tokens)}
+        tokens = {"tokens": side.generate(model, inputs_BT, job.written_tokens)}
+        if job.top_k is None:
+            return tokens
+        assert not isinstance(side, NanoGPT)  # SHOWS_PROBABILITIES
+        return {**tokens, "probabilities": side.next_probabilities(model, inputs_BT, job.top_k)}
     if job.command == "evaluate":
         with torch.no_grad():
             return {"loss": side.score(model, inputs_BT, targets_BT).float()}
@@ -99,12 +103,12 @@ def repeat_scoring(side: Side, job: Job, model: Any, pace: Pacer) -> None:
 
 
 def repeat_generating(side: Side, job: Job, model: Any, pace: Pacer) -> None:
-    """Continue the same prompts greedily."""
+    """Continue the same prompts, greedily or with samples."""
     model.eval().to(DTYPES[job.precision])
     prompt_BT, _ = next(make_batches(job))
     while True:
         pace()
-        side.generate(model, prompt_BT, job.written_tokens)
+        side.generate(model, prompt_BT, job.written_tokens, job.top_k)
 
 
 STEPS: dict[str, Callable[[Side, Job, Any, Pacer], None]] = {

@@ -23,6 +23,8 @@ from commands import assert_refused, hfgpt
         ("train --new-tokens 3", ["`--new-tokens` has no effect on `bench train`"]),
         ("data --compile", ["`--compile` has no effect on `bench data`"]),
         ("generate --compile", ["`--compile` has no effect on `bench generate`"]),
+        ("train --top-k 5", ["`--top-k` has no effect on `bench train`"]),
+        ("generate --top-k 0", ["`top_k` must be at least 1, got 0"]),
         ("load --precision bf16", ["`--precision` has no effect on `bench load`"]),
         ("data --megabytes 0", ["`megabytes`", "0.001"]),
         ("train --allocator mine", ["`allocator`", "'mine'", "keep"]),
