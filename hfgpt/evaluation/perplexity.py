@@ -27,8 +27,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.data.vocabulary import Coverage, check_rows, cover
+from hfgpt.data.words import encode_by_words
 from hfgpt.evaluation.loss import Score, e_to, score_batches
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.system.console import route_lines
@@ -151,7 +151,7 @@ def encode_texts(
             "`--first-token skip` to leave it out."
         )
     is_lm_eval = first_token == "lm-eval"
-    encoded = encode_arrays(tokenizer, list(texts), split_special_tokens=not is_lm_eval)
+    encoded = encode_by_words(tokenizer, list(texts), split_special_tokens=not is_lm_eval)
     coverage = cover(tokenizer, texts, encoded)
     if is_lm_eval:
         encoded = add_as_lm_eval(tokenizer, texts, encoded, tokenizer.decode(prefix_id))
