@@ -44,7 +44,10 @@ def evaluate(
     first_token: Annotated[
         str, typer.Option(help="lm-eval: as it does; text: without what the tokenizer adds; skip: do not score it.")
     ] = "lm-eval",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows in one forward pass.", show_default="8; on a CPU, of 1,024 tokens"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, or auto: the file's.")] = "auto",
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="the first accelerator")

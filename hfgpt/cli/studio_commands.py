@@ -31,7 +31,14 @@ def bench(
     top_k: Annotated[
         int | None, typer.Option(help="Of generate: sample among so many.", show_default="the likeliest")
     ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Of evaluate: score the last so many tokens of a row.", show_default="all")
+    ] = None,
     megabytes: Annotated[float | None, typer.Option(help="Of text, of data.", show_default="2")] = None,
+    processes: Annotated[int | None, typer.Option(help="Of data, on both sides.", show_default="1")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of data: a folder or Hub id.", show_default="trained on the text")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each side.", show_default="5")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a turn.", show_default="3")] = None,
     allocator: Annotated[
@@ -57,7 +64,10 @@ def bench(
         block_size=block_size,
         new_tokens=new_tokens,
         top_k=top_k,
+        stride=stride,
         megabytes=megabytes,
+        processes=processes,
+        tokenizer=tokenizer,
         rounds=rounds,
         steps=steps,
         allocator=allocator,

@@ -25,12 +25,13 @@ from hfgpt.data.text import Documents, load_documents
 from hfgpt.data.tokenizer import (
     check_end_of_text,
     encode_arrays,
-    encode_documents,
     load_tokenizer,
     tokenizer_hash,
     train_tokenizer,
 )
 from hfgpt.data.vocabulary import Coverage, cover, describe_unknown, unknown_ids
+from hfgpt.data.words import DifferentIdsError, WordEncoder
+from hfgpt.system.console import print_status
 
 ROWS_VERSION = 2  # Part of the cache's key: raise it when the same text is to give other ids than before.
 SAMPLE = 100_000
@@ -135,22 +136,32 @@ def tokenize(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, data: DataConfig, split: str
 ) -> TokenArray:
     """The ids of one split, memory-mapped."""
-    token_ids = documents.map(
-        encode_batch,
-        batched=True,
-        batch_size=256,
-        input_columns=["text"],
-        remove_columns=["text"],
-        fn_kwargs={"tokenizer": tokenizer, "separator": data.separator},
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        num_proc=None if data.num_proc == 1 else min(data.num_proc, len(documents)),
-        new_fingerprint=cache_key(
-            documents._fingerprint,
-            tokenizer_hash(tokenizer),
-            str(None if data.separator is None else tokenizer.eos_token_id),
-        ),
-        desc=f"Tokenizing the {split} text",
-    )
+    encoder = WordEncoder(tokenizer)
+
+    def encode_all() -> datasets.Dataset:
+        return documents.map(
+            encode_batch,
+            batched=True,
+            batch_size=256,
+            input_columns=["text"],
+            remove_columns=["text"],
+            fn_kwargs={"encoder": encoder, "separator": data.separator},
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            num_proc=None if data.num_proc == 1 else min(data.num_proc, len(documents)),
+            new_fingerprint=cache_key(
+                documents._fingerprint,
+                tokenizer_hash(tokenizer),
+                str(None if data.separator is None else tokenizer.eos_token_id),
+            ),
+            desc=f"Tokenizing the {split} text",
+        )
+
+    try:
+        token_ids = encode_all()
+    except DifferentIdsError as error:
+        print_status(f"{error} Tokenizing again, each text in one piece.")
+        encoder.is_cut_by_words = False
+        token_ids = encode_all()
     return TokenArray(token_ids)
 
 
@@ -195,10 +206,8 @@ def cache_key(*parts: str) -> str:
     return hashlib.sha256(" ".join([f"hfgpt-rows-{ROWS_VERSION}", *parts]).encode()).hexdigest()[:32]
 
 
-def encode_batch(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, separator: str | None
-) -> dict[str, list[np.ndarray]]:
-    return {"input_ids": encode_documents(tokenizer, texts, separator)}
+def encode_batch(texts: list[str], encoder: WordEncoder, separator: str | None) -> dict[str, list[np.ndarray]]:
+    return {"input_ids": encoder.encode_documents(texts, separator)}
 
 
 def load_text(config: RunConfig, resume_from: Path | None) -> tuple[PreTrainedTokenizerFast, Rows]:

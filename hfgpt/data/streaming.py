@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from hfgpt.config.schema import DataConfig
 from hfgpt.data.rows import fill_row, restarting_positions
 from hfgpt.data.text import Documents, check_stream, named_validation, stream_texts
-from hfgpt.data.tokenizer import encode_documents
+from hfgpt.data.words import WordEncoder
 
 READ_AT_ONCE = 64  # documents that are tokenized together
 
@@ -86,6 +86,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
         world_size: int = 1,
     ) -> None:
         self.data, self.held_out, self.tokenizer = data, held_out, tokenizer
+        self.encoder = WordEncoder(tokenizer)
         documents = stream_texts(data, shuffle_seed=seed if data.shuffle_documents else None)
         # `split_dataset_by_node` (datasets 5.2) gives all to one process where shards do not divide evenly.
         has_own_shards = documents.num_shards % world_size == 0
@@ -169,7 +170,7 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
             own = batch["text"][(self.first - self.read) % self.every :: self.every]
             self.read += len(batch["text"])
             texts = [text for text in own if text_hash(text) not in self.held_out]
-            self.arrived = encode_documents(self.tokenizer, texts, self.data.separator)[::-1]
+            self.arrived = self.encoder.encode_documents(texts, self.data.separator)[::-1]
             self.has_given = self.has_given or bool(texts)
         return True
 

@@ -169,14 +169,6 @@ def bytes_of_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     return lengths
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], separator: str | None = "eos"
-) -> list[np.ndarray]:
-    """The ids of each document, int32, behind an end-of-text unless `separator` is None: what rows are cut from."""
-    end = np.array([] if separator is None else [tokenizer.eos_token_id], dtype=np.int32)
-    return [np.concatenate([end, ids]) for ids in encode_arrays(tokenizer, texts)]
-
-
 def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Turn each text into ids, with no special token: a literal `<|endoftext|>` is text like any other."""
     return [ids.tolist() for ids in encode_arrays(tokenizer, texts)]

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from hfgpt.distributed.sharding import is_sharded
-from hfgpt.loss import CHUNK_TOKENS, IGNORE_INDEX
+from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
+
+SCORED_AT_ONCE = 512
+"""Targets whose logits exist at a time: with fewer the matrix product loses speed, with more memory grows."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,19 @@ def token_losses(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -
         states = model(**inputs, **{name: value for name, value in options.items() if name in known}).logits
     states, targets = states[:, -kept:].flatten(0, 1), targets.flatten()
     losses = []
-    for start in range(0, len(targets), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(targets), SCORED_AT_ONCE):
+        chunk = slice(start, start + SCORED_AT_ONCE)
         is_target = targets[chunk] != IGNORE_INDEX
-        logits_NV = head(states[chunk][is_target]).float()
-        losses.append(F.cross_entropy(logits_NV, targets[chunk][is_target], reduction="none"))
+        losses.append(cross_entropies_(head(states[chunk][is_target]).float(), targets[chunk][is_target]))
     return torch.cat(losses)
+
+
+def cross_entropies_(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropy of each target (N,), in nats; the logits are overwritten, so that no other matrix is needed."""
+    target_N1 = logits_NV.gather(1, targets_N[:, None])
+    max_N1 = logits_NV.amax(dim=1, keepdim=True)
+    sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
+    return (sum_N1.log() + max_N1 - target_N1)[:, 0]
 
 
 def e_to(nats: float) -> float:

@@ -27,8 +27,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfgpt.data.tokenizer import encode_arrays
 from hfgpt.data.vocabulary import Coverage, check_rows, cover
+from hfgpt.data.words import encode_by_words
 from hfgpt.evaluation.loss import Score, e_to, score_batches
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.system.console import route_lines
@@ -40,6 +40,10 @@ FIRST_TOKEN = ("lm-eval", "text", "skip")
 `text`: the text's own tokens only; a literal `<|endoftext|>` in it is text like any other.
 `skip`: these without the first, which nothing precedes.
 """
+
+
+TOKENS_AT_ONCE = 1024
+"""Tokens of a forward pass on a CPU, which more of them make no faster, but larger."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def encode_texts(
             "`--first-token skip` to leave it out."
         )
     is_lm_eval = first_token == "lm-eval"
-    encoded = encode_arrays(tokenizer, list(texts), split_special_tokens=not is_lm_eval)
+    encoded = encode_by_words(tokenizer, list(texts), split_special_tokens=not is_lm_eval)
     coverage = cover(tokenizer, texts, encoded)
     if is_lm_eval:
         encoded = add_as_lm_eval(tokenizer, texts, encoded, tokenizer.decode(prefix_id))
@@ -260,7 +264,7 @@ def score_windows(model: PreTrainedModel, texts: EncodedTexts, windows: Sequence
 
 
 def measure_texts(
-    model: PreTrainedModel, texts: EncodedTexts, context: int, stride: int, batch_size: int = 8
+    model: PreTrainedModel, texts: EncodedTexts, context: int, stride: int, batch_size: int | None = None
 ) -> Measurement:
     """Score every target of some texts once.
 
@@ -269,7 +273,7 @@ def measure_texts(
         texts: from `encode_texts`, for this model.
         context: longest window, in tokens.
         stride: see `make_windows`.
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; None takes 8, on a CPU fewer, if these have more than `TOKENS_AT_ONCE`.
 
     Raises:
         ValueError: there is nothing to score, or a stride out of range.
@@ -278,6 +282,8 @@ def measure_texts(
     windows = list(make_windows(texts.lengths, context, stride))
     if not windows:
         raise ValueError("there is nothing to score: no text holds a token after its first.")
+    if batch_size is None:
+        batch_size = min(8, max(1, TOKENS_AT_ONCE // context)) if model.device.type == "cpu" else 8
     started_at = time.perf_counter()
     score = score_windows(model, texts, windows, batch_size)
     elapsed_seconds = time.perf_counter() - started_at

@@ -87,7 +87,7 @@ def of_texts(
     context: int | None = None,
     stride: int | None = None,
     first_token: str = "lm-eval",
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of texts under a model."""
     from hfgpt.evaluation.load_model import choose_context, load_causal_lm

@@ -93,7 +93,7 @@ def measure(
     strides: Sequence[int] | None = None,
     context: int | None = None,
     first_token: str = "lm-eval",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
     tasks: Sequence[str] = (),
@@ -109,7 +109,7 @@ def measure(
         strides: of passes beside the one whose stride is the context; None takes half the context.
         context: longest window, in tokens; None takes the model's.
         first_token: see `hfgpt.evaluation.perplexity.FIRST_TOKEN`.
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; see `hfgpt.evaluation.perplexity.measure_texts`; of tasks, 8 if None.
         dtype: see `hfgpt.evaluation.load_model.load_causal_lm`.
         device: such as "cpu" or "cuda:1"; None leaves it to accelerate.
         tasks: see `hfgpt.evaluation.lm_eval_tasks.find_tasks`.
@@ -145,7 +145,7 @@ def measure(
         passes = list(dict.fromkeys([length, *others]))
         measurements = [measure_texts(model, encoded, length, stride, batch_size) for stride in passes]
         text = report_text(encoded, length, model, measurements)
-    figures = {} if found is None else run_tasks(model, tokenizer, found, length, batch_size, limit)
+    figures = {} if found is None else run_tasks(model, tokenizer, found, length, batch_size or 8, limit)
     return Report(source, text, figures)
 
 

@@ -7,10 +7,12 @@ besides falls on all alike. Before that the sides show that they compute the sam
 
 import json
 import os
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -101,8 +103,10 @@ def prepare(job: Job) -> None:
     print_status(f"preparing `bench {job.command}`, {job.size}")
     if job.command == "data":
         texts = list(documents())
-        tokenizer = train_tokenizer(texts, job.shape["vocab_size"], job.shape["n_positions"])
-        tokenizer.save_pretrained(job.place("tokenizer"))
+        if job.tokenizer is None:
+            tokenizer = train_tokenizer(texts, job.shape["vocab_size"], job.shape["n_positions"])
+            tokenizer.save_pretrained(job.place("tokenizer"))
+        texts += python_sources()
         wanted, number = (job.megabytes or 2) * 1_000_000, 0
         with job.place("text.jsonl").open("w", encoding="utf-8") as file:
             while wanted > 0:
@@ -115,6 +119,13 @@ def prepare(job: Job) -> None:
             write_weights(job, job.place(side.format), side.format, side.activation, job.shape["vocab_size"])
     if WHOLE_RUNS.keys() & job.against.keys():
         write_random_text(job)
+
+
+def python_sources() -> list[str]:
+    """Python's own library as texts, about 10 MB, in order."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    inner = (path for path in sorted(folder.rglob("*.py")) if not {"site-packages", "test"} & set(path.parts))
+    return [path.read_text(encoding="utf-8", errors="replace") for path in inner if path.stat().st_size]
 
 
 def check_peer(job: Job, name: str) -> float:
@@ -189,7 +200,7 @@ def report(
         "size": job.size,
         "model": job.shape,
         **{name: getattr(job, name) for name in ("device", "precision", "compile", "rows", "row_tokens")},
-        **{name: getattr(job, name) for name in ("rounds", "steps", "allocator")},
+        **{name: getattr(job, name) for name in ("rounds", "steps", "allocator", "stride", "processes", "tokenizer")},
         "unit": costs["unit"],
         "top_k": job.top_k,
         "checked": what_is_checked(job),

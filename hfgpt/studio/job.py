@@ -17,6 +17,7 @@ PEERS = {
     "transformers": COMMANDS,
     "transformers-static": ("generate",),
     "nanogpt": ("train", "evaluate", "generate", "load"),
+    "llms-from-scratch": ("train", "evaluate", "generate", "load"),
     "hfgpt-train": ("train",),
     "trainer": ("train",),
 }
@@ -26,7 +27,7 @@ PEERS = {
 our own, through `hfgpt.train` with either loop, so that one sees what a loop costs beside its step.
 """
 
-FROM_CHECKOUT = {"nanogpt": "model.py"}
+FROM_CHECKOUT = {"nanogpt": "model.py", "llms-from-scratch": "pkg/llms_from_scratch/ch04.py"}
 """Peers whose code is imported from a checkout, given as NAME=PATH -> a file that is there."""
 
 SHOWS_PROBABILITIES = ("transformers", "transformers-static")
@@ -98,8 +99,14 @@ class Job:
     """Of `generate`."""
     top_k: int | None = field(default=None, metadata=at_least(1))
     """Of `generate`: sample at temperature 1 among so many tokens; None takes the likeliest."""
+    stride: int | None = field(default=None, metadata=at_least(1))
+    """Of `evaluate`: only the last so many tokens of a row are scored, as in a window that slides by so many."""
     megabytes: float | None = field(default=None, metadata=at_least(0.001))
     """Of text, of `data`."""
+    processes: int = field(default=1, metadata=at_least(1))
+    """Of `data`: that tokenize, on both sides."""
+    tokenizer: str | None = None
+    """Of `data`: a folder or Hub id; None trains one on the text."""
     rounds: int = field(default=5, metadata=at_least(2))
     """How often each side has its turn."""
     steps: int = field(default=3, metadata=at_least(1))
@@ -147,7 +154,10 @@ ONLY_OF = {
     "block_size": ("train", "evaluate", "generate"),
     "new_tokens": ("generate",),
     "top_k": ("generate",),
+    "stride": ("evaluate",),
     "megabytes": ("data",),
+    "processes": ("data",),
+    "tokenizer": ("data",),
 }
 """Options that mean something to some commands only."""
 
@@ -174,7 +184,10 @@ def make_job(command: str, against: str, **options: Any) -> Job:
     hidden = [name for name in peers if name not in SHOWS_PROBABILITIES]
     if job.top_k and hidden:
         raise ValueError(f"`--top-k`: {hidden[0]} does not show what it samples from. Leave it out of `--against`.")
-    return replace(job, against=peers, device=choose_device(command, given.get("device")))
+    job = replace(job, against=peers, device=choose_device(command, given.get("device")))
+    if job.stride is not None and job.stride > job.row_tokens:
+        raise ValueError(f"`--stride` ({job.stride}) is longer than a row (`--block-size`, {job.row_tokens}).")
+    return job
 
 
 def choose_device(command: str, asked: str | None) -> str:

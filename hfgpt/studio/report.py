@@ -38,6 +38,11 @@ def describe_work(report: dict[str, Any]) -> str:
         work += f", {report['rows']} x {report['row_tokens']} tokens, {report['precision']}"
     if report["top_k"]:
         work += f", top-k {report['top_k']}"
+    if report["stride"]:
+        work += f", the last {report['stride']} of each row scored"
+    if report["command"] == "data":
+        work += f", {report['tokenizer'] or 'a tokenizer trained on it'}"
+        work += ", 1 process" if report["processes"] == 1 else f", {report['processes']} processes"
     if report["compile"]:
         work += ", compiled"
     differences = ", ".join(f"{name} {found:.0e}" for name, found in report["difference"].items())

@@ -6,6 +6,7 @@ gradients, through the weight maps of `hfgpt.weights` to our names, so that two 
 Shape letters: B rows, T tokens in each.
 """
 
+import importlib
 import importlib.util
 import sys
 from itertools import chain
@@ -26,8 +27,9 @@ from hfgpt.data.rows import TokenArray
 from hfgpt.evaluation.loss import score_batches
 from hfgpt.generation.decoding import generate, next_logits, process_logits
 from hfgpt.generation.params import SamplingParams
+from hfgpt.loss import IGNORE_INDEX
 from hfgpt.modeling_hfgpt import HFGPTForCausalLM
-from hfgpt.studio.job import Job
+from hfgpt.studio.job import FROM_CHECKOUT, Job
 from hfgpt.training.optim import make_optimizer
 from hfgpt.weights import load, save
 
@@ -63,7 +65,9 @@ class HFGPT:
 
     def score(self, model: HFGPTForCausalLM, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean over the targets in evaluation, nats per token."""
-        batch = {"input_ids": inputs_BT, "shift_labels": targets_BT}
+        # As `hfgpt evaluate` gives windows: without the targets in front that another one scores.
+        first = int((targets_BT[0] == IGNORE_INDEX).sum())
+        batch = {"input_ids": inputs_BT, "shift_labels": targets_BT[:, first:]}
         return torch.tensor(score_batches(model, [batch], each_token=True).loss)
 
     def generate(self, model: HFGPTForCausalLM, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None) -> Tensor:
@@ -76,10 +80,10 @@ class HFGPT:
         logits_BV, _ = next_logits(model, prompt_BT, torch.ones_like(prompt_BT), {})
         return process_logits(logits_BV, SamplingParams(temperature=1, top_k=top_k)).softmax(-1)
 
-    def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> TokenArray:
+    def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast, processes: int) -> TokenArray:
         """Documents as ids, stored as this library stores them."""
         documents.cleanup_cache_files()
-        return tokenize(documents, tokenizer, DataConfig(), "training")
+        return tokenize(documents, tokenizer, DataConfig(num_proc=processes), "training")
 
     def ids_of(self, encoded: TokenArray) -> Tensor:
         """All ids of what `encode` made, (N,), without what stands between documents."""
@@ -126,12 +130,13 @@ class Transformers:
         output = self.generate(model, prompt_BT, 1, top_k, output_scores=True, return_dict_in_generate=True)
         return output.scores[0].softmax(-1)
 
-    def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    def encode(self, documents: Dataset, tokenizer: PreTrainedTokenizerFast, processes: int) -> Dataset:
         documents.cleanup_cache_files()
         return documents.map(
             lambda batch: tokenizer(batch["text"], add_special_tokens=False, verbose=False),
             batched=True,
             remove_columns=["text"],
+            num_proc=None if processes == 1 else processes,
         )
 
     def ids_of(self, encoded: Dataset) -> Tensor:
@@ -175,12 +180,13 @@ class NanoGPT:
     def loss(self, model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return model(inputs_BT, targets_BT)[1]
 
+    def score(self, model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.loss(model, inputs_BT, targets_BT.masked_fill(targets_BT == IGNORE_INDEX, -1))
+
     def optimizer(self, model: Any) -> Optimizer:
         kind = next(model.parameters()).device.type
         first, second = OPTIM.betas
         return model.configure_optimizers(OPTIM.weight_decay, OPTIM.learning_rate, (first, second), kind)
-
-    score = loss
 
     def generate(self, model: Any, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None) -> Tensor:
         return model.generate(prompt_BT, new_tokens, top_k=top_k or 1)  # a sample of one token is the likeliest
@@ -193,20 +199,83 @@ class NanoGPT:
         return parameters_of(load(place))
 
 
-Side = HFGPT | Transformers | NanoGPT
+class LLMsFromScratch:
+    """The `GPTModelFast` of "Build a Large Language Model (From Scratch)", from a checkout.
 
-SIDES: dict[str, type[HFGPT] | type[Transformers] | type[NanoGPT]] = {
+    It has an output layer of its own; here that is the embedding, as in GPT-2 and in all other sides.
+    """
+
+    format, activation = "llms-from-scratch", "gelu_new"
+
+    def __init__(self, checkout: str) -> None:
+        sys.path.insert(0, str(Path(checkout) / "pkg"))
+        self.code = importlib.import_module("llms_from_scratch.ch04")
+        for name in ("GPTModelFast", "generate_text_simple"):
+            if not hasattr(self.code, name):
+                raise ValueError(f"{checkout}/pkg/llms_from_scratch/ch04.py has no `{name}`: this is another version.")
+
+    def load(self, place: Path, vocab_size: int) -> nn.Module:
+        config = HFGPTConfig.from_pretrained(place.with_suffix(".config"))
+        sizes = {
+            "vocab_size": vocab_size,
+            "context_length": config.max_position_embeddings,
+            "emb_dim": config.hidden_size,
+            "n_heads": config.num_attention_heads,
+            "n_layers": config.num_hidden_layers,
+        }
+        model = self.code.GPTModelFast({**sizes, "drop_rate": 0.0, "qkv_bias": True})
+        model.load_state_dict(as_fast(torch.load(place, weights_only=True)))
+        model.out_head.weight = model.tok_emb.weight
+        return model
+
+    def loss(self, model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten())
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=OPTIM.learning_rate, weight_decay=OPTIM.weight_decay)
+
+    score = loss
+
+    def generate(self, model: Any, prompt_BT: Tensor, new_tokens: int, top_k: int | None = None) -> Tensor:
+        assert top_k is None  # SHOWS_PROBABILITIES: it takes the likeliest token
+        length = len(model.pos_emb.weight)
+        return self.code.generate_text_simple(model, prompt_BT, new_tokens, length)
+
+    def as_hfgpt(self, model: Any, tensors: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
+        tensors = {**tensors, "out_head.weight": tensors["tok_emb.weight"]}
+        torch.save(tensors, place)
+        return parameters_of(load(place, heads=model.trf_blocks[0].att.num_heads))
+
+
+def as_fast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `GPTModel` as a `GPTModelFast`'s: q, k and v in one, torch's names in norms, no mask."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        front, query, kind = name.partition("att.W_query.")
+        if query:
+            parts = [tensors[f"{front}att.W_{part}.{kind}"] for part in ("query", "key", "value")]
+            result[f"{front}att.qkv.{kind}"] = torch.cat(parts)
+        elif not name.endswith("att.mask") and "att.W_" not in name:
+            for theirs, fast in ((".scale", ".weight"), (".shift", ".bias"), ("att.out_proj.", "att.proj.")):
+                name = name.replace(theirs, fast)
+            result[name] = tensor
+    return result
+
+
+Side = HFGPT | Transformers | NanoGPT | LLMsFromScratch
+
+SIDES: dict[str, type[HFGPT] | type[Transformers] | type[NanoGPT] | type[LLMsFromScratch]] = {
     "hfgpt": HFGPT,
     "transformers": Transformers,
     "transformers-static": TransformersStatic,
     "nanogpt": NanoGPT,
+    "llms-from-scratch": LLMsFromScratch,
 }
 
 
 def make_side(name: str, job: Job) -> Side:
     """The side of a name in `--against`, or hfgpt's own; call it in a worker only: it may import a checkout."""
-    kind = SIDES[name]
-    return NanoGPT(job.against[name]) if kind is NanoGPT else kind()  # type: ignore[call-arg]
+    return SIDES[name](job.against[name]) if name in FROM_CHECKOUT else SIDES[name]()  # type: ignore[call-arg]
 
 
 def eager_loss(side: Side, model: Any, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -253,3 +322,5 @@ def write_weights(job: Job, place: Path, format: str, activation: str, vocab_siz
             if parameter.ndim == 1:
                 parameter += 0.02 * torch.randn(parameter.shape)
     save(model, place, format)
+    if format == LLMsFromScratch.format:  # a file of tensors alone
+        model.config.save_pretrained(place.with_suffix(".config"))

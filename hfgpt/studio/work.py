@@ -14,10 +14,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hfgpt.data.tokenizer import load_tokenizer
+from hfgpt.loss import IGNORE_INDEX
 from hfgpt.studio.agreement import LOOSE, check_same
 from hfgpt.studio.job import WHOLE_RUNS, Job
 from hfgpt.studio.pacer import Pacer
-from hfgpt.studio.sides import HFGPT, NanoGPT, Side, eager_loss, make_side, parameters_of
+from hfgpt.studio.sides import HFGPT, Side, Transformers, eager_loss, make_side, parameters_of
 from hfgpt.studio.whole_run import run_training
 from hfgpt.system.machine import DTYPES, training_flops_per_token
 
@@ -27,19 +28,22 @@ BATCHES = 4
 
 
 def make_batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of random ids and the next ids, both (B, T), the same in every process."""
+    """Yield rows of random ids and the next ids, or -100 where none is scored, both (B, T), the same everywhere."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(BATCHES):
         ids = torch.randint(job.shape["vocab_size"], (job.rows, job.row_tokens + 1), generator=generator)
-        yield ids[:, :-1].contiguous().to(job.device), ids[:, 1:].contiguous().to(job.device)
+        inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if job.stride is not None:
+            targets_BT[:, : -job.stride] = IGNORE_INDEX
+        yield inputs_BT.to(job.device), targets_BT.to(job.device)
 
 
 def run_once(name: str, job: Job, place: str, vocab_size: int) -> dict[str, Tensor]:
     """What a side computes, eagerly and in fp32, from the weights or the text of the job, in hfgpt's names."""
     side = make_side(name, job)
     if job.command == "data":
-        assert not isinstance(side, NanoGPT)  # PEERS
-        return {"ids": side.ids_of(side.encode(*load_documents(job)))}
+        assert isinstance(side, HFGPT | Transformers)  # PEERS
+        return {"ids": side.ids_of(side.encode(*load_documents(job), job.processes))}
     model: Any = side.load(job.place(place), vocab_size).to(job.device).eval()
     if job.command == "load":
         return side.as_hfgpt(model.cpu(), parameters_of(model), job.place(f"{name}-loaded"))
@@ -48,7 +52,7 @@ def run_once(name: str, job: Job, place: str, vocab_size: int) -> dict[str, Tens
         tokens = {"tokens": side.generate(model, inputs_BT, job.written_tokens)}
         if job.top_k is None:
             return tokens
-        assert not isinstance(side, NanoGPT)  # SHOWS_PROBABILITIES
+        assert isinstance(side, HFGPT | Transformers)  # SHOWS_PROBABILITIES
         return {**tokens, "probabilities": side.next_probabilities(model, inputs_BT, job.top_k)}
     if job.command == "evaluate":
         with torch.no_grad():
@@ -131,18 +135,18 @@ def repeat_loading(side: Side, job: Job, place: str, vocab_size: int, pace: Pace
 
 def repeat_encoding(side: Side, job: Job, pace: Pacer) -> None:
     """From documents to stored ids."""
-    assert not isinstance(side, NanoGPT)
+    assert isinstance(side, HFGPT | Transformers)
     documents, tokenizer = load_documents(job)
-    pace.costs |= {"unit": "tokens", "units": len(side.ids_of(side.encode(documents, tokenizer)))}
+    pace.costs |= {"unit": "tokens", "units": len(side.ids_of(side.encode(documents, tokenizer, job.processes)))}
     while True:
         pace()
-        side.encode(documents, tokenizer)
+        side.encode(documents, tokenizer, job.processes)
 
 
 def load_documents(job: Job) -> tuple[Dataset, Any]:
     """The text of the job, one document a row, and its tokenizer."""
     documents = datasets.load_dataset("json", data_files=str(job.place("text.jsonl")), split="train")
-    return documents, load_tokenizer(str(job.place("tokenizer")))
+    return documents, load_tokenizer(job.tokenizer or str(job.place("tokenizer")))
 
 
 def check_as_timed(side: Side, job: Job, model: Any, runner: Any, inputs_BT: Tensor, targets_BT: Tensor) -> None:

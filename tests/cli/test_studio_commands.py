@@ -7,7 +7,7 @@ from commands import assert_refused, hfgpt
     [
         ("sleep", ["`bench`", "'sleep'", "train"]),
         ("train --size huge", ["`size`", "'huge'", "124M"]),
-        ("train --against keras", ["'keras'", "transformers, nanogpt, hfgpt-train, trainer"]),
+        ("train --against keras", ["'keras'", "transformers, nanogpt, llms-from-scratch, hfgpt-train, trainer"]),
         ("train --against litgpt=.", ["'litgpt'", "There are transformers"]),
         ("train --against transformers,transformers", ["names transformers twice"]),
         ("train --against transformers=.", ["takes no path", "'.'"]),

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from hfgpt.studio.bench import bench
 from hfgpt.studio.job import make_job
 from hfgpt.studio.report import render
+from hfgpt.studio.sides import LLMsFromScratch, as_fast, parameters_of, write_weights
+from hfgpt.weights import load
 
 NANOGPT = Path(__file__).with_name("nanogpt")
 SHORT = {"size": "tiny", "device": "cpu", "rounds": 2, "steps": 1}
@@ -69,7 +72,8 @@ def test_training_is_measured_beside_every_peer_that_trains():
         ),
         pytest.param("generate", "transformers", {"new_tokens": 4, "top_k": 5}, marks=pytest.mark.slow),
         ("load", "transformers", {"allocator": "keep"}),
-        pytest.param("data", "transformers", {"megabytes": 0.05}, marks=pytest.mark.slow),
+        pytest.param("evaluate", f"transformers,nanogpt={NANOGPT}", {"stride": 5}, marks=pytest.mark.slow),
+        pytest.param("data", "transformers", {"megabytes": 0.05, "processes": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_other_command_is_measured_beside_its_peers(command, peers, changes):
@@ -123,6 +127,24 @@ def test_a_checkout_that_is_something_else_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="has no `GPTConfig`: this is not nanoGPT"):
         bench(make_job("train", peer, **SHORT))
+
+
+def test_a_stride_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match=r"`--stride` \(33\) is longer than a row \(`--block-size`, 32\)"):
+        make_job("evaluate", "transformers", **SHORT, stride=33)
+
+
+def test_weights_of_llms_from_scratch_are_the_same_in_its_faster_model(tmp_path):
+    job, file = make_job("load", "transformers", **SHORT), tmp_path / "model.pth"
+    write_weights(job, file, LLMsFromScratch.format, "gelu_new", 320)
+    tensors = torch.load(file, weights_only=True)
+    torch.save(as_fast(tensors), tmp_path / "fast.pth")
+
+    slow, fast = (parameters_of(load(path, heads=4)) for path in (file, tmp_path / "fast.pth"))
+
+    assert "trf_blocks.0.att.qkv.bias" in as_fast(tensors)
+    assert slow.keys() == fast.keys()
+    assert all(torch.equal(slow[name], fast[name]) for name in slow)
 
 
 def test_a_worker_that_is_killed_is_reported_in_one_line_and_takes_the_others_along(tmp_path):
