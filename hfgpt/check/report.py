@@ -5,7 +5,7 @@ from rich.table import Table
 
 from hfgpt.check.run import Report, Result
 
-MARKS = {"pass": "✔", "fail": "✘", "n/a": "–"}
+MARKS = {"pass": "✔", "fail": "✘", "n/a": "-"}
 
 
 def describe_number(value: float | str | None) -> str:
