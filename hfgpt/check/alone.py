@@ -52,7 +52,7 @@ class Blocked:
 def main(folder: str, package: str) -> None:
     """Load, after it was refused without trust, and write the logits."""
     if package not in ("transformers", "transformers_modules"):
-        sys.meta_path.insert(0, Blocked(package))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, Blocked(package))
     from transformers import AutoModelForCausalLM
 
     try:

@@ -18,6 +18,8 @@ NEW_TOKENS = 8
 def write(model: Any, ids: Tensor | None, **settings: Any) -> Any:
     """What `generate` writes: `NEW_TOKENS` tokens, greedily unless `settings` say otherwise."""
     model.generation_config = GenerationConfig(pad_token_id=0)  # none of the settings that came with the weights
+    if ids is not None:
+        settings.setdefault("attention_mask", torch.ones_like(ids))  # or id 0 in a text would be taken for padding
     return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings})
 
 
