@@ -14,11 +14,7 @@ from hfgpt.check.subject import Subject
 BROKEN: dict[type, list[str]] = {}
 """Classes with the promises that they break: first the one meant for the trap, then those that follow of necessity."""
 
-PADDED = [
-    "left-padding-changes-nothing",
-    "left-padding-with-positions-changes-nothing",
-    "batched-generation-equals-one-by-one",
-]
+PADDED = ["left-padding-with-positions-changes-nothing", "left-padding-changes-nothing"]
 PACKED = ["packed-documents-do-not-leak", "packed-documents-do-not-leak-by-default"]
 CACHED = [
     "cached-logits-equal-uncached",
@@ -71,7 +67,13 @@ def causal(mask_BT, ahead=0):
     return torch.zeros(is_seen.shape).masked_fill(~is_seen, torch.finfo(torch.float32).min)
 
 
-@breaks("changing-a-token-leaves-earlier-logits", "greedy-text-is-the-likeliest")
+@breaks(
+    "changing-a-token-leaves-earlier-logits",
+    "left-padding-changes-nothing",
+    *PACKED,
+    *CACHED,
+    *(name for name in GENERATED if name != "batched-generation-equals-one-by-one"),
+)
 class SeesTheNextToken(HFGPTForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, **arguments):
         if input_ids is not None and arguments.get(CACHE) is None:
@@ -197,7 +199,14 @@ class ScalesEagerOtherwise(HFGPTForCausalLM):
                 block.self_attn.q_proj.register_forward_hook(lambda module, _, q: q * 1.1)
 
 
-@breaks("a-row-does-not-depend-on-its-neighbours", "left-padding-changes-nothing")
+@breaks(
+    "a-row-does-not-depend-on-its-neighbours",
+    *PADDED,
+    "right-padding-changes-nothing",
+    "batched-generation-equals-one-by-one",
+    "sdpa-gives-the-same-logits-as-eager",
+    "flex-attention-gives-the-same-logits-as-eager",
+)
 class MixesRows(HFGPTForCausalLM):
     def __init__(self, config):
         super().__init__(config)
