@@ -18,7 +18,16 @@ class KnownFault:
     link: str
 
 
-KNOWN_FAULTS: dict[tuple[str, str], KnownFault] = {}
+NO_LOSS_TYPE = KnownFault(
+    "GPT2LMHeadModel has no `loss_type`, which transformers reads from `ForCausalLM` in a class's name: Trainer counts "
+    "each row's first token as a target, and the warning about it breaks the compiled graph. Set "
+    '`model.loss_type = "ForCausalLM"`.',
+    "https://github.com/huggingface/transformers/pull/46204",
+)
+KNOWN_FAULTS: dict[tuple[str, str], KnownFault] = {
+    ("gpt2", "trainer-is-a-plain-loop"): NO_LOSS_TYPE,
+    ("gpt2", "compiled-step-is-one-graph"): NO_LOSS_TYPE,
+}
 """By `model_type` and the promise's name."""
 
 
