@@ -3,9 +3,8 @@
 Each keeps the class's name, by which transformers chooses losses and tables.
 """
 
-import random
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hfgpt
+from hfgpt.gpt import Block
 from hfgpt.modeling_hfgpt import HFGPTBlock
 
 right_forward = hfgpt.HFGPTForCausalLM.forward
@@ -46,7 +46,7 @@ def right_loss(logits, labels, **kwargs):
 def with_blocks(block: type) -> type:
     """The class with other blocks."""
 
-    def __init__(self, config):  # noqa: N807
+    def __init__(self, config):
         hfgpt.HFGPTForCausalLM.__init__(self, config)
         for each in self.model.layers:
             each.__class__ = block
@@ -57,7 +57,7 @@ def with_blocks(block: type) -> type:
 def changed(change: Callable) -> type:
     """The class after `change(model)` has been done to each new model."""
 
-    def __init__(self, config):  # noqa: N807
+    def __init__(self, config):
         hfgpt.HFGPTForCausalLM.__init__(self, config)
         change(self)
 
@@ -103,46 +103,47 @@ def loss_that_looks_at_itself(logits, labels, **kwargs):
     return loss if loss.item() < 1e9 else loss * 0
 
 
-def loss_of_even_lengths(logits, labels, **kwargs):
-    return right_loss(logits, labels, **kwargs)
+def block_with(forward: Callable) -> type:
+    """A block with another `forward`, which transformers does not wrap in checkpointing of its own."""
+    block = type("HFGPTBlock", (HFGPTBlock,), {"__call__": nn.Module.__call__})
+    block.forward = forward  # after the class is made: transformers wraps what it finds then
+    return block
 
 
-class BlockThatForgetsDropout(HFGPTBlock):
+def checkpoints(block: nn.Module) -> bool:
+    return block.gradient_checkpointing and block.training
+
+
+def forget_dropout(self, x_BTC, **kwargs):
     """Checkpointed, it draws other dropout masks the second time."""
-
-    def __call__(self, x_BTC, **kwargs):
-        if not (self.gradient_checkpointing and self.training):
-            return nn.Module.__call__(self, x_BTC, **kwargs)
-
-        def call(x_BTC):
-            return nn.Module.__call__(self, x_BTC, **kwargs)
-
-        return torch.utils.checkpoint.checkpoint(call, x_BTC, use_reentrant=False, preserve_rng_state=False)
+    if not checkpoints(self):
+        return Block.forward(self, x_BTC, **kwargs)
+    call = partial(Block.forward, self, **kwargs)
+    return torch.utils.checkpoint.checkpoint(call, x_BTC, use_reentrant=False, preserve_rng_state=False)
 
 
-class BlockThatForgetsItsMask(HFGPTBlock):
+def forget_the_mask(self, x_BTC, attention_mask=None, **kwargs):
     """Checkpointed, it is called without the mask."""
-
-    def __call__(self, x_BTC, attention_mask=None, **kwargs):
-        if self.gradient_checkpointing and self.training:
-            attention_mask = None
-        return super().__call__(x_BTC, attention_mask=attention_mask, **kwargs)
-
-
-class BlockThatIsNeverCheckpointed(HFGPTBlock):
-    """It says that it can be, and is not."""
-
-    def __call__(self, *args, **kwargs):
-        return nn.Module.__call__(self, *args, **kwargs)
+    if not checkpoints(self):
+        return Block.forward(self, x_BTC, attention_mask=attention_mask, **kwargs)
+    call = partial(Block.forward, self, attention_mask=None, **kwargs)
+    return torch.utils.checkpoint.checkpoint(call, x_BTC, use_reentrant=False)
 
 
-class BlockWithItsOwnChance(HFGPTBlock):
-    """It leaves out what it adds by a chance that torch's seed does not rule."""
+def ignore_checkpointing(self, x_BTC, **kwargs):
+    """It says that it can be checkpointed, and is not."""
+    return Block.forward(self, x_BTC, **kwargs)
 
-    def forward(self, x_BTC, **kwargs):
-        if self.training and random.SystemRandom().random() < 0.5:
-            return x_BTC
-        return super().forward(x_BTC, **kwargs)
+
+CALLS = [0]
+
+
+def remember_calls(self, x_BTC, **kwargs):
+    """In training it scales by a number that goes on from model to model."""
+    if self.training:
+        CALLS[0] += 1
+        x_BTC = x_BTC * (1 + 0.001 * CALLS[0])
+    return Block.forward(self, x_BTC, **kwargs)
 
 
 class NormThatOverflows(nn.LayerNorm):
@@ -178,8 +179,19 @@ def add_unused_layer(model):
     model.unused = nn.Linear(4, 4)
 
 
-def hide_the_loss_type(model):
-    model.loss_type = None
+def name_no_block(model):
+    model._no_split_modules = {"GPT2Block"}
+
+
+class WithoutLossType(with_loss(right_loss)):
+    """What it is if `ForCausalLM` is not in the class's name."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.loss_type = None
+
+
+WithoutLossType.__name__ = WithoutLossType.__qualname__ = "HFGPTForCausalLM"
 
 
 class ForgetfulConfig(hfgpt.HFGPTConfig):
@@ -204,20 +216,20 @@ BROKEN = {
     "loss-honours-num-items": [with_loss(mean_whatever_trainer_says)],
     "loss-honours-shift-labels": [with_loss(loss_that_shifts_always)],
     "accumulation-is-one-batch": [named(accepts_loss_kwargs=False)],
-    "trainer-is-a-plain-loop": [changed(hide_the_loss_type)],
+    "trainer-is-a-plain-loop": [WithoutLossType],
     "checkpointing-is-exact": [
-        with_blocks(BlockThatForgetsDropout),
-        with_blocks(BlockThatForgetsItsMask),
-        with_blocks(BlockThatIsNeverCheckpointed),
+        with_blocks(block_with(forget_dropout)),
+        with_blocks(block_with(forget_the_mask)),
+        with_blocks(block_with(ignore_checkpointing)),
     ],
-    "training-is-repeatable": [with_blocks(BlockWithItsOwnChance)],
+    "training-is-repeatable": [with_blocks(block_with(remember_calls))],
     "every-parameter-learns": [changed(add_unused_layer)],
     "bf16-autocast-learns-alike": [changed(overflow)],
     "compiled-step-is-one-graph": [with_loss(loss_that_looks_at_itself)],
     "compiled-gradients-are-eager": [with_loss(loss_for_eager_mode_only)],
     "peft-merge-is-exact": [changed(remember_weights)],
     "embeddings-are-named": [named(get_output_embeddings=lambda self: self.model.embed_tokens)],
-    "blocks-stay-on-one-device": [named(_no_split_modules=["GPT2Block"])],
+    "blocks-stay-on-one-device": [changed(name_no_block)],
     "export-takes-any-size": [named(forward=forward_for_short_texts)],
 }
 """Broken copies by the promise that each of them breaks."""

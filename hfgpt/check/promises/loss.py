@@ -129,7 +129,7 @@ def loss_honours_shift_labels(subject: Subject) -> Finding:
     parameters = inspect.signature(model.forward).parameters
     if "shift_labels" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return not_applicable("`forward` takes neither `shift_labels` nor `**kwargs`")
-    shifted = subject.ids(4, 20)[1:]
+    shifted = subject.ids(3, 20, seed=1)
     shifted[:, -3:] = IGNORE_INDEX
     output = model(input_ids=ids, labels=ids, shift_labels=shifted)
     scores, targets = output.logits.double().flatten(0, 1), shifted.flatten()
