@@ -20,7 +20,11 @@ SECONDS_LONG = {
     "compiled-gradients-are-eager",
 }
 QUICK = [name for name in ALL if name not in SECONDS_LONG]
-COPIES = [(name, copy) for name, copies in BROKEN.items() for copy in copies]
+COPIES = [
+    pytest.param(name, copy, marks=[pytest.mark.slow] if name in SECONDS_LONG else [])
+    for name, copies in BROKEN.items()
+    for copy in copies
+]
 TRANSFORMERS_OWN = ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "NanoChatForCausalLM"]
 
 pytestmark = [
