@@ -1,0 +1,1 @@
+"""Other people's GPTs, made citizens of Hugging Face."""
