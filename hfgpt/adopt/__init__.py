@@ -1,1 +1,1 @@
-"""Other people's GPTs, made citizens of Hugging Face."""
+"""A GPT of your own: a project that starts where hfgpt is, and what makes a stranger's module a transformers model."""

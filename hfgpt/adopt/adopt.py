@@ -15,12 +15,11 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_imports
 from yaml import YAMLError
 
-from hfgpt.adopt.adopted_gpt import decode
 from hfgpt.adopt.checkpoint import fit, read_checkpoint, tied_names
 from hfgpt.adopt.compare import compare
 from hfgpt.adopt.constructor import Constructor, describe, find_constructor, parameters_of
 from hfgpt.adopt.folder import (
-    WRAPPER,
+    TRAVELLING,
     Names,
     encode,
     load_file,
@@ -30,14 +29,13 @@ from hfgpt.adopt.folder import (
     write_code,
     write_readme,
 )
+from hfgpt.adopt.gpt_call import decode
 from hfgpt.adopt.probe import Findings, constant_buffers, draw_ids, drop_changing, probe
 from hfgpt.adopt.source import Program, is_installed
 from hfgpt.data.tokenizer import count_rows, load_tokenizer, save_tokenizer
 from hfgpt.system.storage import new_path
 
-LEVEL = (
-    "level 1: the GPT has no cache that transformers knows, so `generate` computes the whole prefix again for every token"
-)
+LEVEL = "level 1: without a cache that transformers knows, `generate` computes the whole prefix again for every token"
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class Adopter:
     def __init__(self, path: Path, class_name: str, names: Names, code: Path, staged: Path, out: Path) -> None:
         self.path, self.class_name, self.names = path, class_name, names
         self.code, self.staged, self.out = code, staged, out
-        self.reserved = {WRAPPER, f"configuration_{names.slug}", f"modeling_{names.slug}"}
+        self.reserved = {*TRAVELLING, f"configuration_{names.slug}", f"modeling_{names.slug}"}
         self.notes: list[str] = []
 
     def run(self, values: dict[str, Any], has_config: bool, checkpoint: Path | None, tokenizer: str | None) -> Adoption:
@@ -242,9 +240,7 @@ class Adopter:
         )  # fmt: skip
         generated = load_file(package, f"modeling_{self.names.slug}")
         model = getattr(generated, self.names.model)(getattr(generated, self.names.config)())
-        model.gpt.load_state_dict(
-            {name: each for name, each in state.items() if name not in constants}, strict=True
-        )
+        model.gpt.load_state_dict({name: each for name, each in state.items() if name not in constants}, strict=True)
         model.generation_config = GenerationConfig(use_cache=False)
         model.save_pretrained(self.staged)
 
@@ -306,10 +302,17 @@ class Adopter:
                 "class_name": self.class_name,
                 "source": self.path.name,
                 "weights": f"those of `{checkpoint.name}`" if checkpoint else "drawn at random; nothing was trained",
-                "length": f"up to {findings.limit} tokens; more are refused" if findings.limit else "no limit was found",
+                "length": f"up to {findings.limit} tokens; more are refused"
+                if findings.limit
+                else "no limit was found",
                 "compared": compared,
                 "requirements": requirements,
-                "files": [*files, f"configuration_{self.names.slug}.py", f"modeling_{self.names.slug}.py", f"{WRAPPER}.py"],
+                "files": [
+                    *files,
+                    f"configuration_{self.names.slug}.py",
+                    f"modeling_{self.names.slug}.py",
+                    *(f"{each}.py" for each in TRAVELLING),
+                ],
                 "notes": self.notes,
             },
         )
@@ -333,7 +336,5 @@ def render(adoption: Adoption) -> str:
     if adoption.requirements:
         lines.append(f"needs beside torch and transformers: {', '.join(adoption.requirements)}")
     lines += [f"note: {each}" for each in adoption.notes]
-    lines.append(
-        f'AutoModelForCausalLM.from_pretrained("{adoption.folder}", trust_remote_code=True) loads it'
-    )
+    lines.append(f'AutoModelForCausalLM.from_pretrained("{adoption.folder}", trust_remote_code=True) loads it')
     return "\n".join(lines)

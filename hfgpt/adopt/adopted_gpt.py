@@ -7,11 +7,8 @@ again for every token.
 Shape letters: B batch, T positions, V vocabulary.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, is_dataclass
-from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,94 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 from transformers.utils import can_return_tuple
 
+from .gpt_call import Call, decode
+
 LOSS_ARGUMENTS = frozenset({"shift_labels", "num_items_in_batch", "ignore_index"})
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the GPT is called and where its logits are; `hfgpt adopt` measured it.
-
-    Attributes:
-        time_first: whether it takes ids (T, B) and gives logits (T, B, V).
-        arguments: parameter -> what it gets beside the ids: a key of `GIVEN`, or a value.
-        output: keys, indices or names of attributes that lead to the logits in what it returns.
-    """
-
-    time_first: bool = False
-    arguments: dict[str, Any] = field(default_factory=dict)
-    output: tuple[str | int, ...] = ()
-
-    def logits(self, gpt: nn.Module, ids_BT: Tensor) -> Tensor:
-        """The logits of all positions, (B, T, V)."""
-        rows, length = ids_BT.shape
-        found = self.run(gpt, ids_BT)
-        for step in self.output:
-            found = found[step] if isinstance(step, int) or isinstance(found, Mapping) else getattr(found, step)
-        if found.ndim == 2:  # of all rows one after another
-            found = found.view(*((length, rows) if self.time_first else (rows, length)), -1)
-        return found.transpose(0, 1) if self.time_first else found
-
-    def run(self, gpt: nn.Module, ids_BT: Tensor) -> Any:
-        """What the GPT returns for these ids."""
-        ids = (ids_BT.t() if self.time_first else ids_BT).contiguous()  # some take a view of them
-        given = {name: GIVEN[kind](ids, self.time_first) if isinstance(kind, str) else kind for name, kind in
-                 self.arguments.items()}  # fmt: skip
-        return gpt(ids, **given)
-
-
-def seen_TT(ids: Tensor, time_first: bool) -> Tensor:
-    length = ids.shape[0 if time_first else 1]
-    return torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-
-
-GIVEN = {
-    "ids": lambda ids, time_first: ids,
-    "ones for every token": lambda ids, time_first: torch.ones_like(ids),
-    "true where seen": seen_TT,
-    "true where hidden": lambda ids, time_first: ~seen_TT(ids, time_first),
-    "minus infinity where hidden": lambda ids, time_first: torch.zeros(
-        seen_TT(ids, time_first).shape, device=ids.device
-    ).masked_fill(~seen_TT(ids, time_first), float("-inf")),
-    "true where seen, for all heads": lambda ids, time_first: seen_TT(ids, time_first)[None, None],
-    "one where seen": lambda ids, time_first: seen_TT(ids, time_first).float(),
-}
-"""What a parameter beside the ids is given: name of the kind -> (ids, whether time comes first) -> tensor."""
-
-
-def decode(value: Any) -> Any:
-    """A constructor's argument as it was, from how config.json holds it: tuples are marked, numbers' types named."""
-    if isinstance(value, str) and value.startswith("torch.") and isinstance(getattr(torch, value[6:], None), torch.dtype):
-        return getattr(torch, value[6:])
-    if isinstance(value, Mapping) and set(value) == {"tuple"}:
-        return tuple(decode(each) for each in value["tuple"])
-    if isinstance(value, Mapping):
-        return {name: decode(each) for name, each in value.items()}
-    return [decode(each) for each in value] if isinstance(value, list) else value
-
-
-def as_namespace(value: Any) -> Any:
-    """Nested dictionaries as objects with attributes."""
-    if isinstance(value, Mapping):
-        return SimpleNamespace(**{name: as_namespace(each) for name, each in value.items()})
-    return value
-
-
-def as_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
-    """An object of a dataclass, with those in it that are dataclasses themselves."""
-    hints = get_type_hints(kind)
-    inner = {name for name, hint in hints.items() if is_dataclass(hint) and isinstance(values.get(name), Mapping)}
-    return kind(**{name: as_dataclass(hints[name], each) if name in inner else each for name, each in values.items()})
-
-
-def with_attributes(settings: Any, values: Mapping[str, Any]) -> Any:
-    """The same object, after each of these became an attribute of it."""
-    for name, value in values.items():
-        inner = getattr(settings, name, None)
-        if isinstance(value, Mapping) and inner is not None and not isinstance(inner, Mapping):
-            with_attributes(inner, value)
-        else:
-            setattr(settings, name, value)
-    return settings
 
 
 class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -128,7 +40,9 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.random.fork_rng([], enabled=is_loading), torch.device("cpu") if is_loading else nullcontext():
             torch.set_default_dtype(torch.float32)
             try:
-                self.gpt = self.build({name: decode(getattr(config, field)) for name, field in config.arguments.items()})
+                self.gpt = self.build(
+                    {name: decode(getattr(config, field)) for name, field in config.arguments.items()}
+                )
             finally:
                 torch.set_default_dtype(dtype)
         if dtype != torch.float32:
@@ -152,7 +66,7 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
                 if name in module._non_persistent_buffers_set
             }
             if constants:
-                module._constants = constants
+                module._constants = constants  # type: ignore[assignment] # a plain attribute
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,7 +86,9 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        faults = [f"{name}: not in the file" for name in sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys))]
+        faults = [
+            f"{name}: not in the file" for name in sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys))
+        ]
         faults += [f"{name}: in the file, not in the model" for name in sorted(info["unexpected_keys"])]
         if faults and not wants_info and kwargs.get("state_dict") is None:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -185,8 +101,8 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.gpt.get_submodule(self.embedding)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.get_input_embeddings()
-        self.gpt.set_submodule(self.embedding, value)
+        if self.embedding is not None:
+            self.gpt.set_submodule(self.embedding, value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.head is None else self.gpt.get_submodule(self.head)

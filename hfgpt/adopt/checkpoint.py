@@ -37,7 +37,9 @@ def read_checkpoint(path: Path, config_classes: set[str]) -> tuple[dict[str, Any
     tensors = find_tensors(content)
     if not tensors:
         raise ValueError(f"{path}: there are no named tensors in it.")
-    found = next((plain(content[name]) for name in CONFIGS if name in content), None) if content is not tensors else None
+    found = (
+        next((plain(content[name]) for name in CONFIGS if name in content), None) if content is not tensors else None
+    )
     return tensors, found if isinstance(found, dict) else None
 
 
@@ -110,7 +112,9 @@ def fit(tensors: Mapping[str, Any], module: nn.Module, source: Path) -> tuple[di
     ]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(f"{source}: the weights do not fit the module. {faults[0]}{more}. Is the config the right one?")
+        raise ValueError(
+            f"{source}: the weights do not fit the module. {faults[0]}{more}. Is the config the right one?"
+        )
     result = {name: read(named[name]) for name in named}
     for group in ties:
         given = [name for name in group if name in result]

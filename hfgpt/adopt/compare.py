@@ -17,8 +17,7 @@ spec = json.load(open(sys.argv[1]))
 sys.path[:0] = spec["path"]
 home = importlib.import_module(spec["module"])
 sys.path[:0] = [spec["code"]]
-from adopted_gpt import *
-from adopted_gpt import Call, decode, as_dataclass, as_namespace, with_attributes
+from gpt_call import Call, decode, as_dataclass, as_namespace, with_attributes
 arguments = {name: decode(value) for name, value in spec["arguments"].items()}
 direct = {name: arguments.pop(name) for name in spec["direct"]}
 GPT = getattr(home, spec["class"])
@@ -90,5 +89,7 @@ def compare(folder: Path, original: dict[str, Any], weights: dict[str, Tensor], 
     for a, b in zip(theirs, ours, strict=True):
         if not torch.equal(a, b):
             difference = float((a.double() - b.double()).abs().max())
-            raise ValueError(f"the folder's logits differ from the class's own by up to {difference:.2g}; nothing was written.")
+            raise ValueError(
+                f"the folder's logits differ from the class's own by up to {difference:.2g}; nothing was written."
+            )
     return f"{sum(each.numel() for each in theirs):,} logits are bit-equal to those of"

@@ -8,13 +8,14 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from hfgpt.adopt.adopted_gpt import as_dataclass, as_namespace, with_attributes
+from hfgpt.adopt.gpt_call import as_dataclass, as_namespace, with_attributes
 from hfgpt.system.suggest import did_you_mean
 
 CONFIG_WORDS = ("config", "cfg", "conf", "args", "hparams", "hps", "params", "settings", "opt")
@@ -66,10 +67,10 @@ def find_constructor(module_class: type[nn.Module], home: ModuleType, values: di
     Raises:
         ValueError: it does not take them; said with the reason of the try that fits best.
     """
-    own = inspect.signature(module_class.__init__).parameters
-    if "__init__" not in {name for each in module_class.__mro__[:-1] if each is not nn.Module for name in vars(each)}:
-        own = {}  # type: ignore[assignment] # nn.Module's own takes anything and refuses it
-    parameters = {name: each for name, each in list(own.items())[1:] if each.kind not in (each.VAR_POSITIONAL,)}
+    has_own = "__init__" in {name for each in module_class.__mro__[:-1] if each is not nn.Module for name in vars(each)}
+    # nn.Module's own takes anything, and refuses it.
+    own = inspect.signature(module_class).parameters if has_own else {}
+    parameters = {name: each for name, each in own.items() if each.kind is not each.VAR_POSITIONAL}
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     parameters = {name: each for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
     required = [name for name, each in parameters.items() if each.default is each.empty]
@@ -147,27 +148,36 @@ def kinds(
         found = classes[name]
         if dataclasses.is_dataclass(found) and takes(found, values):
             complete = with_defaults(found, values)
-            yield complete, f"as_dataclass({name}, arguments)", lambda given, it=found: as_dataclass(it, given), (name,)
-    if callable(getattr(module_class, "get_default_config", None)):
+            yield complete, f"as_dataclass({name}, arguments)", partial(as_dataclass, found), (name,)
+    default_config = getattr(module_class, "get_default_config", None)
+    if callable(default_config):
         code = f"with_attributes({module_class.__name__}.get_default_config(), arguments)"
         for each in (values, {"model_type": None, **values}):  # minGPT: sizes, or the type that stands for them
-            yield each, code, lambda given: with_attributes(module_class.get_default_config(), given), ()
+            yield each, code, partial(set_on_new, default_config), ()
     for name in classes:
         is_config = any(word in name.lower() for word in CONFIG_WORDS) or name in likely
         if is_config and not dataclasses.is_dataclass(classes[name]) and classes[name].__module__ == home.__name__:
             found = classes[name]
             if accepts(found, values):
-                yield values, f"{name}(**arguments)", lambda given, it=found: it(**given), (name,)
+                yield values, f"{name}(**arguments)", partial(spread, found), (name,)
             elif all(hasattr(found, each) for each in values):
                 code = f"with_attributes({name}(), arguments)"
                 complete = {each: value for each, value in attributes(found).items()} | values
-                yield complete, code, lambda given, it=found: with_attributes(it(), given), (name,)
+                yield complete, code, partial(set_on_new, found), (name,)
     plain_kinds = [
         (values, "arguments", dict, ()),
         (values, "as_namespace(arguments)", as_namespace, ()),
     ]
     by_attribute = counts_attributes(module_class, parameter.name)
-    yield from reversed(plain_kinds) if by_attribute else plain_kinds  # type: ignore[misc]
+    yield from reversed(plain_kinds) if by_attribute else plain_kinds
+
+
+def spread(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    return kind(**values)
+
+
+def set_on_new(make: Callable[[], Any], values: dict[str, Any]) -> Any:
+    return with_attributes(make(), values)
 
 
 def is_module(each: type) -> bool:
@@ -176,8 +186,8 @@ def is_module(each: type) -> bool:
 
 def annotation_of(module_class: type, parameter: inspect.Parameter) -> Any:
     try:
-        return typing.get_type_hints(module_class.__init__).get(parameter.name)
-    except Exception:  # noqa: BLE001 - an annotation may be any expression, and is not needed
+        return typing.get_type_hints(vars(module_class)["__init__"]).get(parameter.name)
+    except Exception:
         return None
 
 
@@ -195,9 +205,7 @@ def accepts(found: type, values: Mapping[str, Any]) -> bool:
 
 def attributes(found: type) -> dict[str, Any]:
     """The plain class attributes, which are a config's defaults."""
-    return {
-        name: each for name, each in vars(found).items() if not name.startswith("_") and is_plain(each)
-    }
+    return {name: each for name, each in vars(found).items() if not name.startswith("_") and is_plain(each)}
 
 
 def with_defaults(found: Any, values: Mapping[str, Any]) -> dict[str, Any]:

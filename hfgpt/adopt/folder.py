@@ -18,12 +18,12 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedConfig
 
-from hfgpt.adopt import adopted_gpt
 from hfgpt.adopt.constructor import Constructor
 from hfgpt.adopt.probe import Findings
 
 HERE = Path(__file__).parent
-WRAPPER = "adopted_gpt"
+TRAVELLING = ("adopted_gpt", "gpt_call")
+"""Files of this room that go along."""
 
 ALIASES = {
     "vocab_size": ("vocab_size", "n_vocab", "vocab_len", "num_tokens", "n_tokens", "ntoken", "vocabulary_size", "vocab"),
@@ -103,7 +103,7 @@ def encode(value: Any) -> Any:
 
 
 def aliases(constructor: Constructor, fields: Mapping[str, str], sizes: Mapping[str, int | None]) -> dict[str, str]:
-    """transformers' name of a size -> the argument that is it; one that measures another size is none."""
+    """Transformers' name of a size -> the argument that is it; one that measures another size is none."""
     found = {}
     for standard, names in ALIASES.items():
         for name in names:
@@ -155,13 +155,17 @@ def write_code(
         "vocab_argument": attribute_map.get("vocab_size") if is_vocab else None,
     }
     templates = Environment(
-        loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+        loader=FileSystemLoader(HERE / "templates"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
     templates.filters["repr"] = repr
     for kind in ("configuration", "modeling"):
         text = templates.get_template(f"adopted_{kind}.py.jinja").render(shared)
         (folder / f"{kind}_{names.slug}.py").write_text(text, encoding="utf-8")
-    shutil.copyfile(Path(adopted_gpt.__file__), folder / f"{WRAPPER}.py")
+    for each in TRAVELLING:
+        shutil.copyfile(HERE / f"{each}.py", folder / f"{each}.py")
 
 
 def set_token_ids(folder: Path, tokenizer: Any) -> None:
@@ -177,6 +181,11 @@ def set_token_ids(folder: Path, tokenizer: Any) -> None:
 def write_readme(folder: Path, values: dict[str, Any]) -> None:
     """Write what a reader of the folder should know."""
     templates = Environment(
-        loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+        loader=FileSystemLoader(HERE / "templates"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
-    (folder / "README.md").write_text(templates.get_template("adopted_readme.md.jinja").render(values), encoding="utf-8")
+    (folder / "README.md").write_text(
+        templates.get_template("adopted_readme.md.jinja").render(values), encoding="utf-8"
+    )

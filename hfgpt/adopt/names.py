@@ -1,6 +1,7 @@
 """Which names a statement of a Python file makes, and which it needs; read, never run."""
 
 import ast
+import copy
 import symtable
 from collections.abc import Iterator
 
@@ -98,22 +99,13 @@ def mentioned_in(node: ast.AST) -> set[str]:
     }
 
 
-def without_methods(definition: ast.ClassDef, kept: set[str] | None) -> ast.ClassDef:
+def without_methods(definition: ast.ClassDef, kept: set[str]) -> ast.ClassDef:
     """The class with empty bodies of the methods that are not kept; decorators and defaults of all stay."""
-    body: list[ast.stmt] = []
+    definition = copy.deepcopy(definition)
     for each in definition.body:
-        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and kept is not None and each.name not in kept:
-            empty = ast.parse("def f(): pass").body[0]
-            assert isinstance(empty, ast.FunctionDef)
-            each = ast.FunctionDef(
-                name=each.name, args=each.args, body=empty.body, decorator_list=each.decorator_list,
-                returns=each.returns, lineno=each.lineno, type_params=getattr(each, "type_params", []),
-            )  # fmt: skip
-        body.append(each)
-    return ast.ClassDef(
-        name=definition.name, bases=definition.bases, keywords=definition.keywords, body=body or definition.body,
-        decorator_list=definition.decorator_list, type_params=getattr(definition, "type_params", []),
-    )  # fmt: skip
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and each.name not in kept:
+            each.body = [ast.Pass()]
+    return ast.fix_missing_locations(definition)
 
 
 def is_special(name: str) -> bool:

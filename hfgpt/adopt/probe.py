@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfgpt.adopt.adopted_gpt import Call
 from hfgpt.adopt.constructor import describe
+from hfgpt.adopt.gpt_call import Call
 
 TARGETS = ("target", "targets", "label", "labels", "y", "tgt", "trg")
 MASKS = ("ids", "true where seen", "true where hidden", "minus infinity where hidden", "ones for every token",
@@ -75,7 +75,7 @@ def probe(module: nn.Module, sizes: Mapping[str, Any]) -> Findings:
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.is_floating_point():
-            parameter += NOISE * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=NOISE)
     module.eval()
     rows, embedding = find_embedding(module)
     ids = draw_ids(rows)
@@ -105,16 +105,15 @@ def find_embedding(module: nn.Module) -> tuple[int, str | None]:
         for count in range(1, 3):
             try:
                 module(*([ids] * min(count, len(names))))
-            except Exception:  # noqa: S112 - it may want a mask; what it called before that is known
+            except Exception:
                 continue
             break
     finally:
         for handle in handles:
             handle.remove()
-    tables = [name for name, each in module.named_modules() if isinstance(each, nn.Embedding)]
+    tables = {name: each.num_embeddings for name, each in module.named_modules() if isinstance(each, nn.Embedding)}
     name = next(iter(called), None)
-    sizes = [module.get_submodule(each).num_embeddings for each in ([name] if name else tables)]
-    return max(sizes, default=2), name
+    return max([tables[name]] if name is not None else tables.values(), default=2), name
 
 
 def is_ids(given: tuple[Any, ...]) -> bool:
@@ -159,7 +158,9 @@ def find_call(module: nn.Module, ids: Tensor, rows: int) -> Call:
 def ways_to_call(module: nn.Module) -> Iterator[dict[str, Any]]:
     """What the parameters beside the ids may be given: as little as possible first."""
     signature = inspect.signature(module.forward)
-    parameters = [each for each in signature.parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    parameters = [
+        each for each in signature.parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
     if not parameters:
         raise ValueError(f"{type(module).__name__}'s forward takes no ids.")
     required = [each.name for each in parameters[1:] if each.default is each.empty]
@@ -209,8 +210,8 @@ def find_output(module: nn.Module, ids: Tensor, call: Call, rows: int) -> Call:
     fitting = [
         (path, each) for path, each in tensors
         if each.is_floating_point() and each.ndim in (2, 3) and each.shape[-1] > 1
-        and (each.ndim == 3 and tuple(each.shape[:2]) == ((T, B) if call.time_first else (B, T)) or each.ndim == 2
-             and each.shape[0] == B * T)
+        and ((each.ndim == 3 and tuple(each.shape[:2]) == ((T, B) if call.time_first else (B, T))) or (each.ndim == 2
+             and each.shape[0] == B * T))
     ]  # fmt: skip
     if not fitting:
         shapes = ", ".join(str(tuple(each.shape)) for _, each in tensors) or type(returned).__name__
@@ -294,7 +295,9 @@ def find_head(module: nn.Module, call: Call, ids: Tensor) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    found = [name for name, each in outputs.items() if each.numel() == logits.numel() and each.shape[-1] == logits.shape[-1]]
+    found = [
+        name for name, each in outputs.items() if each.numel() == logits.numel() and each.shape[-1] == logits.shape[-1]
+    ]
     found = [
         name for name in found
         if torch.equal((outputs[name].transpose(0, 1) if call.time_first else outputs[name]).reshape(logits.shape), logits)
@@ -339,23 +342,26 @@ def works(module: nn.Module, call: Call, length: int, rows: int) -> bool:
     ids = draw_ids(rows, length)[:1]
     try:
         return tuple(call.logits(module, ids).shape[:2]) == (1, length)
-    except Exception:  # noqa: BLE001 - whatever it raises for a text that is too long
+    except Exception:
         return False
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
     """The classes of its own that stand in a list two or more times: its blocks."""
-    found = {}
+    found: dict[str, None] = {}
     for each in module.modules():
         if isinstance(each, nn.ModuleList | nn.Sequential):
             kinds = [type(one) for one in each]
-            found |= {kind.__name__: None for kind in kinds if kinds.count(kind) > 1 and not kind.__module__.startswith("torch")}
+            found |= {
+                kind.__name__: None
+                for kind in kinds
+                if kinds.count(kind) > 1 and not kind.__module__.startswith("torch")
+            }
     return tuple(found)
 
 
 def constant_buffers(first: nn.Module, second: nn.Module, trained: Mapping[str, Tensor]) -> list[str]:
-    """Names of saved buffers that the constructor always makes the same, that the weights hold the same, and that are
-    only read, even in training: masks and tables of positions."""
+    """Names of saved buffers that the constructor always makes the same, and the weights hold the same."""
     saved = [name for name, _ in first.named_buffers(remove_duplicate=False) if name in first.state_dict()]
     here, there = dict(first.named_buffers(remove_duplicate=False)), dict(second.named_buffers(remove_duplicate=False))
     return [

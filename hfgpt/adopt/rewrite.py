@@ -64,7 +64,9 @@ def render_one(text: str, statement: ast.stmt, edits: Edits, index: int, shares_
     """One statement."""
     constants = [name for name in edits.kept[index] if name in edits.constants]
     if constants:
-        return "\n".join(f"{name} = {edits.constants[name]!r}  # the value given to `hfgpt adopt`" for name in constants)
+        return "\n".join(
+            f"{name} = {edits.constants[name]!r}  # the value given to `hfgpt adopt`" for name in constants
+        )
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return "\n".join(rewritten(statement, edits, edits.kept[index]))
     first = min([statement.lineno, *(each.lineno for each in getattr(statement, "decorator_list", []))])

@@ -109,7 +109,9 @@ class Program:
         try:
             tree = ast.parse(text)
         except SyntaxError as error:
-            raise ValueError(f"{path}, line {error.lineno}: no Python that this Python can read: {error.msg}.") from error
+            raise ValueError(
+                f"{path}, line {error.lineno}: no Python that this Python can read: {error.msg}."
+            ) from error
         body = [each for each in tree.body if not is_main_guard(each)]
         makers: dict[str, list[int]] = {}
         for index, statement in enumerate(body):
@@ -197,18 +199,18 @@ class Program:
             return
         seen: ast.stmt = statement
         if isinstance(statement, ast.ClassDef) and is_called:
-            methods = {
-                each.name for each in statement.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
-            }
+            methods = {each.name for each in statement.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
             seen = without_methods(statement, {each for each in methods if is_special(each) or each in self.mentioned})
         self.mentioned |= mentioned_in(seen) if is_called else set()
         for inner in ast.walk(statement):
             if isinstance(inner, ast.Import | ast.ImportFrom):
                 self.follow(file, inner, {alias.asname or alias.name for alias in inner.names}, is_called, why)
-        for needed in sorted(needed_by(ast.fix_missing_locations(seen))):
+        for needed in sorted(needed_by(seen)):
             self.require(file, needed, is_called, why)
 
-    def follow(self, file: SourceFile, node: ast.Import | ast.ImportFrom, names: set[str], is_called: bool, why) -> None:
+    def follow(
+        self, file: SourceFile, node: ast.Import | ast.ImportFrom, names: set[str], is_called: bool, why
+    ) -> None:
         """Follow an import to the file it comes from, if that is a local one."""
         for alias in node.names:
             bound = alias.asname or alias.name
@@ -315,8 +317,7 @@ class Program:
         file = self.main
         return all(
             index in file.kept
-            or all(self.is_harmless(file, name, set()) for name in made_by(statement))
-            and only_declares(statement)
+            or (all(self.is_harmless(file, name, set()) for name in made_by(statement)) and only_declares(statement))
             for index, statement in enumerate(file.body)
         )
 
