@@ -235,9 +235,8 @@ class Adopter:
         """Write code, config and weights into the folder."""
         table = module.get_submodule(findings.embedding) if findings.embedding is not None else None
         hidden_size = table.embedding_dim if isinstance(table, nn.Embedding) else None
-        write_code(
-            self.code, self.names, program.main.stem, self.class_name, constructor, findings, ties, constants, hidden_size
-        )  # fmt: skip
+        home = (program.main.stem, self.class_name)
+        write_code(self.code, self.names, home, constructor, findings, ties, constants, hidden_size)
         generated = load_file(package, f"modeling_{self.names.slug}")
         model = getattr(generated, self.names.model)(getattr(generated, self.names.config)())
         model.gpt.load_state_dict({name: each for name, each in state.items() if name not in constants}, strict=True)
@@ -286,8 +285,8 @@ class Adopter:
         rows = count_rows(tokenizer)
         if rows > vocab_size:
             raise ValueError(
-                f"the tokenizer {name} has ids up to {rows - 1}, and the model has {vocab_size} rows. Is it the one the "
-                "model was trained with?"
+                f"the tokenizer {name} has ids up to {rows - 1}, and the model has {vocab_size} rows. Is it the one "
+                "that the model was trained with?"
             )
         save_tokenizer(tokenizer, self.staged, vocab_size)
         set_token_ids(self.staged, tokenizer)

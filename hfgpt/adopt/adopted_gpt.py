@@ -168,6 +168,8 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             given = {name: value for name, value in kwargs.items() if name in LOSS_ARGUMENTS and value is not None}
+            if "shift_labels" in given:
+                given["shift_labels"] = given["shift_labels"].contiguous()  # transformers takes a view of it
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **given)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]

@@ -83,7 +83,7 @@ def find_tensors(content: Mapping[Any, Any]) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """A config as dictionaries."""
-    if isinstance(value, Fields) or type(value).__name__ == Fields.__name__:
+    if isinstance(value, Fields):
         value = vars(value)
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}

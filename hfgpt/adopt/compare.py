@@ -28,7 +28,8 @@ model.load_state_dict(torch.load(spec["weights"], weights_only=True))
 model.eval()
 call = Call(spec["time_first"], spec["given"], tuple(spec["output"]))
 with torch.no_grad():
-    torch.save([call.logits(model, ids).contiguous() for ids in torch.load(spec["ids"], weights_only=True)], spec["result"])
+    batches = torch.load(spec["ids"], weights_only=True)
+    torch.save([call.logits(model, ids).contiguous() for ids in batches], spec["result"])
 """
 
 FOLDER = """

@@ -26,7 +26,8 @@ TRAVELLING = ("adopted_gpt", "gpt_call")
 """Files of this room that go along."""
 
 ALIASES = {
-    "vocab_size": ("vocab_size", "n_vocab", "vocab_len", "num_tokens", "n_tokens", "ntoken", "vocabulary_size", "vocab"),
+    "vocab_size": ("vocab_size", "n_vocab", "vocab_len", "num_tokens", "n_tokens", "ntoken", "vocabulary_size",
+                   "ntokens", "vocab"),
     "hidden_size": ("hidden_size", "n_embd", "emb_dim", "d_model", "n_embed", "embed_dim", "dim", "embedding_dim",
                     "model_dim", "width", "hidden_dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks", "n_blocks"),
@@ -122,15 +123,25 @@ def aliases(constructor: Constructor, fields: Mapping[str, str], sizes: Mapping[
 def write_code(
     folder: Path,
     names: Names,
-    stem: str,
-    class_name: str,
+    home: tuple[str, str],
     constructor: Constructor,
     findings: Findings,
     ties: list[list[str]],
     constants: list[str],
     hidden_size: int | None,
 ) -> None:
-    """Write the config's and the model's file, and the wrapper that both need, beside the GPT's own."""
+    """Write the config's and the model's file, and the wrapper that both need, beside the GPT's own.
+
+    Args:
+        folder: that holds the GPT's own files.
+        names: of the new files and classes.
+        home: the file of the GPT's class, and the class.
+        constructor: how it is made.
+        findings: how it is called.
+        ties: groups of names of one parameter.
+        constants: buffers that the constructor always makes the same.
+        hidden_size: width of its embedding, if it has one.
+    """
     fields = field_names(constructor.values)
     sizes = {
         "vocab_size": findings.vocab_size,
@@ -142,8 +153,8 @@ def write_code(
     is_vocab = "vocab_size" in attribute_map
     shared = {
         "names": names,
-        "stem": stem,
-        "class_name": class_name,
+        "stem": home[0],
+        "class_name": home[1],
         "constructor": constructor,
         "findings": findings,
         "tied": {f"gpt.{name}": f"gpt.{group[0]}" for group in ties for name in group[1:]},
@@ -154,6 +165,16 @@ def write_code(
         "attribute_map": {name: target for name, target in attribute_map.items() if name != target},
         "vocab_argument": attribute_map.get("vocab_size") if is_vocab else None,
     }
+    templates = open_templates()
+    for kind in ("configuration", "modeling"):
+        text = templates.get_template(f"adopted_{kind}.py.jinja").render(shared)
+        (folder / f"{kind}_{names.slug}.py").write_text(text, encoding="utf-8")
+    for each in TRAVELLING:
+        shutil.copyfile(HERE / f"{each}.py", folder / f"{each}.py")
+
+
+def open_templates() -> Environment:
+    """The templates of what is generated."""
     templates = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         undefined=StrictUndefined,
@@ -161,11 +182,7 @@ def write_code(
         trim_blocks=True,
     )
     templates.filters["repr"] = repr
-    for kind in ("configuration", "modeling"):
-        text = templates.get_template(f"adopted_{kind}.py.jinja").render(shared)
-        (folder / f"{kind}_{names.slug}.py").write_text(text, encoding="utf-8")
-    for each in TRAVELLING:
-        shutil.copyfile(HERE / f"{each}.py", folder / f"{each}.py")
+    return templates
 
 
 def set_token_ids(folder: Path, tokenizer: Any) -> None:
@@ -180,12 +197,7 @@ def set_token_ids(folder: Path, tokenizer: Any) -> None:
 
 def write_readme(folder: Path, values: dict[str, Any]) -> None:
     """Write what a reader of the folder should know."""
-    templates = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-    )
+    templates = open_templates()
     (folder / "README.md").write_text(
         templates.get_template("adopted_readme.md.jinja").render(values), encoding="utf-8"
     )

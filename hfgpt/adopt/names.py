@@ -47,7 +47,7 @@ def root_of(node: ast.AST) -> set[str]:
 
 
 def outside_definitions(statement: ast.AST) -> Iterator[ast.AST]:
-    """A statement and what is in it, but for the insides of functions and classes, which make no names of the module."""
+    """A statement and what is in it, without the insides of functions and classes, which make no names of the file."""
     yield statement
     if isinstance(statement, (*DEFINITIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
         return

@@ -111,7 +111,8 @@ def find_embedding(module: nn.Module) -> tuple[int, str | None]:
     finally:
         for handle in handles:
             handle.remove()
-    tables = {name: each.num_embeddings for name, each in module.named_modules() if isinstance(each, nn.Embedding)}
+    modules = dict(module.named_modules())
+    tables = {name: each.num_embeddings for name, each in modules.items() if isinstance(each, nn.Embedding)}
     name = next(iter(called), None)
     return max([tables[name]] if name is not None else tables.values(), default=2), name
 
@@ -295,14 +296,11 @@ def find_head(module: nn.Module, call: Call, ids: Tensor) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    found = [
-        name for name, each in outputs.items() if each.numel() == logits.numel() and each.shape[-1] == logits.shape[-1]
-    ]
-    found = [
-        name for name in found
-        if torch.equal((outputs[name].transpose(0, 1) if call.time_first else outputs[name]).reshape(logits.shape), logits)
-    ]  # fmt: skip
-    return found[-1] if found else None
+    for name, each in reversed(outputs.items()):
+        found = each.transpose(0, 1) if call.time_first and each.ndim == 3 else each
+        if found.numel() == logits.numel() and torch.equal(found.reshape(logits.shape), logits):
+            return name
+    return None
 
 
 def find_limit(module: nn.Module, call: Call, sizes: Mapping[str, Any], rows: int) -> tuple[int | None, list[str]]:

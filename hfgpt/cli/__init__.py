@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from hfgpt.cli import (  # noqa: F401 - registered
     adopt_commands,
     card_commands,
+    check_commands,
     hub_commands,
     model_commands,
     run_commands,

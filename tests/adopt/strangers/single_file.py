@@ -32,9 +32,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (
-            each.view(B, T, self.n_head, -1).transpose(1, 2) for each in self.qkv(self.ln(x)).split(C, dim=2)
-        )
+        q, k, v = (each.view(B, T, self.n_head, -1).transpose(1, 2) for each in self.qkv(self.ln(x)).split(C, dim=2))
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])
         scores = scores.masked_fill(self.mask[:, :, :T, :T] == 0, float("-inf"))
         y = F.softmax(scores, dim=-1) @ v
