@@ -19,13 +19,12 @@ from transformers.utils import can_return_tuple
 
 from .gpt_call import Call, decode
 
-LOSS_ARGUMENTS = frozenset({"shift_labels", "num_items_in_batch", "ignore_index"})
-
 
 class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
     """The GPT with a loss, labels and `generate`. A subclass says what the GPT is and how it is called."""
 
     main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # Trainer hands `num_items_in_batch` over
     call = Call()
     embedding: str | None = None
     head: str | None = None
@@ -134,9 +133,14 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Score every next token, and the whole sequence if there are labels.
 
@@ -145,10 +149,14 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T), 1 for tokens and 0 for padding on either side. The GPT takes no mask: tokens are
                 moved to the beginning of their row, where nothing before them is padding, and their logits back.
             labels: (B, T) the tokens themselves, -100 where nothing is to be predicted; they are shifted here.
-            use_cache: has no effect: there is no cache.
+            shift_labels: (B, T) in their place: place t holds the target of position t.
+            num_items_in_batch: what the summed loss is divided by; None divides by the number of targets.
+            ignore_index: in place of -100.
             logits_to_keep: return logits of the last so many positions only; 0 returns all.
-            **kwargs: `shift_labels`, in which place t holds the target of position t; `num_items_in_batch`, what the
-                summed loss is divided by; `ignore_index` in place of -100.
+            use_cache: has no effect: there is no cache.
+            inputs_embeds: None; PEFT names it.
+            output_attentions: not true, as the next: what is inside the GPT is not known.
+            output_hidden_states: see there.
 
         Returns:
             `loss` in nats per token, `logits` (B, T, V); those of padding are without meaning.
@@ -156,21 +164,24 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no ids; more tokens than the GPT takes; an argument that it cannot honour.
         """
-        for name, value in kwargs.items():
-            if name not in LOSS_ARGUMENTS and value is not None and value is not False:
-                raise ValueError(f"`{name}` has no effect on this model: its GPT takes token ids only. Leave it out.")
-        if input_ids is None:
-            raise ValueError("give `input_ids`: this model's GPT takes token ids only.")
+        if input_ids is None or inputs_embeds is not None or output_attentions or output_hidden_states:
+            raise ValueError(
+                "give `input_ids`: this model's GPT turns ids into logits, and nothing else is known of it."
+            )
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and input_ids.shape[1] > limit:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than the {limit} that this model takes.")
         logits = self.score(input_ids, attention_mask)
         loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            given = {name: value for name, value in kwargs.items() if name in LOSS_ARGUMENTS and value is not None}
-            if "shift_labels" in given:
-                given["shift_labels"] = given["shift_labels"].contiguous()  # transformers takes a view of it
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **given)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # it takes a view
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+            )
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
@@ -183,11 +194,12 @@ class AdoptedForCausalLM(PreTrainedModel, GenerationMixin):
             return self.call.logits(self.gpt, ids_BT)
         if mask_BT.shape != ids_BT.shape:
             raise ValueError(f"`attention_mask` must be {tuple(ids_BT.shape)} as the ids, got {tuple(mask_BT.shape)}.")
-        is_padding_BT = mask_BT.to(ids_BT.device) == 0
-        order_BT = is_padding_BT.int().argsort(dim=1, stable=True)
-        logits_BTV = self.call.logits(self.gpt, ids_BT.masked_fill(is_padding_BT, 0).gather(1, order_BT))
-        places_BT1 = order_BT.argsort(dim=1).unsqueeze(2)
-        return logits_BTV.gather(1, places_BT1.expand(-1, -1, logits_BTV.shape[2]))
+        is_token_BT = mask_BT.to(ids_BT.device) != 0
+        last_B1 = is_token_BT.sum(dim=1, keepdim=True) - 1
+        places_BT = torch.where(is_token_BT, is_token_BT.cumsum(1) - 1, last_B1 + (~is_token_BT).cumsum(1))
+        moved_BT = torch.zeros_like(ids_BT).scatter(1, places_BT, ids_BT.masked_fill(~is_token_BT, 0))
+        logits_BTV = self.call.logits(self.gpt, moved_BT)
+        return logits_BTV.gather(1, places_BT.unsqueeze(2).expand(-1, -1, logits_BTV.shape[2]))
 
 
 def register(config_class: type[PreTrainedConfig], model_class: type[AdoptedForCausalLM]) -> None:

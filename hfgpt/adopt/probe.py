@@ -19,8 +19,11 @@ from hfgpt.adopt.constructor import describe
 from hfgpt.adopt.gpt_call import Call
 
 TARGETS = ("target", "targets", "label", "labels", "y", "tgt", "trg")
-MASKS = ("ids", "true where seen", "true where hidden", "minus infinity where hidden", "ones for every token",
-         "true where seen, for all heads", "one where seen")[1:]  # fmt: skip
+MASKS = (
+    *("true where seen", "true where hidden", "minus infinity where hidden", "ones for every token"),
+    *("true where seen, for all heads", "one where seen"),
+)
+"""What a parameter that is no target may be given, see `GIVEN`."""
 LIMITS = (
     *("block_size", "context_length", "max_position_embeddings", "n_positions", "n_ctx", "ctx_len", "max_seq_len"),
     *("max_seq_length", "max_len", "max_length", "seq_len", "sequence_length", "context_size", "context_len"),
@@ -118,9 +121,10 @@ def find_embedding(module: nn.Module) -> tuple[int, str | None]:
 
 
 def is_ids(given: tuple[Any, ...]) -> bool:
-    return bool(given) and isinstance(given[0], Tensor) and not given[0].is_floating_point() and given[0].ndim == 2 and (
-        tuple(given[0].shape) in ((2, 4), (4, 2)) and not given[0].any()
-    )  # fmt: skip
+    """Whether what a layer is given are the ids that `find_embedding` gave the module."""
+    if not given or not isinstance(given[0], Tensor) or given[0].is_floating_point():
+        return False
+    return tuple(given[0].shape) in ((2, 4), (4, 2)) and not given[0].any()
 
 
 def find_call(module: nn.Module, ids: Tensor, rows: int) -> Call:
