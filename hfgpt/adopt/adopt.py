@@ -180,7 +180,7 @@ class Adopter:
             if tensors is not None and checkpoint is not None:
                 state, notes = fit(tensors, module, checkpoint)
                 self.notes += notes
-            constants = constant_buffers(module, build(constructor, module_class, 1), state)
+            constants = constant_buffers(module, second, state)
             findings = probe(second, constructor.values)
             constants = drop_changing(second, findings.call, draw_ids(2), constants)
             self.notes += findings.notes
@@ -259,7 +259,10 @@ class Adopter:
         if program.only_defines() and not program.replaced:
             names = set(constructor.imports)
             if names <= set(program.main.makers):
-                spec |= {"path": [str(each) for each in program.roots], "module": program.main.name}
+                spec |= {
+                    "path": [str(each) for each in (*program.roots, *program.far_roots)],
+                    "module": program.main.name,
+                }
                 return spec, f"{self.class_name} in {self.path.name}, by its own forward"
         spec |= {"path": [str(self.code.parent)], "module": f"{self.code.name}.{program.main.stem}"}
         return spec, (

@@ -144,6 +144,11 @@ def kinds(
     annotated = annotation_of(module_class, parameter)
     likely = [name for name, each in classes.items() if each is annotated]
     records = [name for name, each in classes.items() if dataclasses.is_dataclass(each) and name not in likely]
+    for name in likely:
+        if dataclasses.is_dataclass(classes[name]) and not takes(classes[name], values):
+            fields = [each.name for each in dataclasses.fields(classes[name])]
+            key = next(key for key in values if key not in fields)
+            raise ValueError(f"{name} has no {key!r}.{did_you_mean(key, fields)} It has {', '.join(fields)}.")
     for name in [*likely, *sorted(records, key=lambda each: len(dataclasses.fields(classes[each])))]:
         found = classes[name]
         if dataclasses.is_dataclass(found) and takes(found, values):

@@ -38,11 +38,11 @@ def adopt(
     report = None
     if checks:
         from hfgpt.check import check
-        from hfgpt.check.report import to_markdown
+        from hfgpt.check.report import print_report
 
         with busy(f"checking {out}"):
             report = check(str(out), trust_remote_code=True)
         if not as_json:
-            print_result("\n" + to_markdown(report))
+            print_report(report)
     if as_json:
         print_json({**asdict(result), "check": None if report is None else report.to_json()})

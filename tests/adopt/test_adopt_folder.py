@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from manners import KINDS, STRANGERS
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt.adopt.adopt import adopt
 
@@ -39,9 +39,11 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adopted(checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("adopted") / "my-gpt"
-    return adopt(f"{STRANGERS}/single_file.py:GPT", out, checkpoint=checkpoint[0])
+def adopted(checkpoint, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adopted")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    words = str(folder / "tokenizer")
+    return adopt(f"{STRANGERS}/single_file.py:GPT", folder / "my-gpt", checkpoint=checkpoint[0], tokenizer=words)
 
 
 @pytest.fixture
@@ -69,6 +71,15 @@ def test_constructor_arguments_are_fields_of_the_config_with_their_types(adopted
     assert model.gpt.config.betas == (0.9, 0.99)
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 16)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_the_tokenizer_goes_along_and_the_model_knows_its_end(adopted, model, tokenizer):
+    loaded = AutoTokenizer.from_pretrained(adopted.folder)
+    text = model.generate(**loaded("The", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+
+    assert loaded("The text")["input_ids"] == tokenizer("The text")["input_ids"]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert loaded.decode(text[0]).startswith("The")
 
 
 def test_padding_on_either_side_changes_nothing(model):
@@ -143,13 +154,13 @@ def test_what_the_class_cannot_honour_is_refused(model, arguments, message):
 
 
 def test_a_model_that_was_changed_is_saved_and_loaded_as_it_is(model, tmp_path):
-    model.resize_token_embeddings(310, mean_resizing=False)
+    model.resize_token_embeddings(330, mean_resizing=False)
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    ids = torch.tensor([[1, 305, 2]])
+    ids = torch.tensor([[1, 325, 2]])
 
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert loaded.config.vocab_size == 310
+    assert loaded.config.vocab_size == 330
 
 
 def test_in_half_precision_it_is_the_class_in_half_precision(adopted, checkpoint):

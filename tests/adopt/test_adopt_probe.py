@@ -9,7 +9,7 @@ from hfgpt.adopt.probe import constant_buffers, probe
     ("kind", "arguments", "limit", "vocab_size"),
     [
         ("constants of a script", {}, 16, 40),
-        ("a dataclass", {"targets": "ids"}, 64, 300),
+        ("a dataclass", {"targets": "ids"}, 64, 320),
         ("a dictionary", {}, 16, 61),
         ("a mask, time first", {"src_mask": "true where hidden"}, 24, 61),
         ("keywords, in a package", {}, 32, 61),
@@ -40,6 +40,11 @@ def test_every_kind_of_constructor_gets_what_its_config_says(take_out):
 def test_a_misspelt_argument_is_refused_with_the_nearest_one(take_out):
     with pytest.raises(ValueError, match=r"takes no 'depht'\. Did you mean `?depth"):
         take_out("keywords, in a package", depht=3)
+
+
+def test_a_field_that_the_annotated_config_lacks_is_refused_with_the_nearest_one(take_out):
+    with pytest.raises(ValueError, match=r"ModelConfig has no 'n_layers'\. Did you mean `?n_layer"):
+        take_out("a dataclass", "Annotated", n_layers=3)
 
 
 @pytest.mark.parametrize(("name", "message"), [("Probabilities", "probabilities"), ("Both", "cannot be used")])

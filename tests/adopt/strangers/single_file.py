@@ -71,5 +71,10 @@ class GPT(nn.Module):
         return not_installed_anywhere.encode(text)
 
 
+class Annotated(GPT):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+
+
 if __name__ == "__main__":
     print(asdict(ModelConfig()))
