@@ -205,7 +205,7 @@ def accepts(found: type, values: Mapping[str, Any]) -> bool:
         inspect.signature(found).bind(**values)
     except (TypeError, ValueError):
         return False
-    return "__init__" in vars(found)
+    return "__init__" in vars(found) or "_fields" in vars(found)  # of its own, or a NamedTuple's
 
 
 def attributes(found: type) -> dict[str, Any]:

@@ -204,6 +204,7 @@ def test_what_was_adopted_leaves_no_module_of_the_stranger_behind(adopted):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a dataclass"])
 def test_every_manner_of_writing_a_gpt_is_adopted(tmp_path, kind):
     what, values = KINDS[kind]
