@@ -14,6 +14,7 @@ from typing import NoReturn
 from typer.exceptions import TyperException
 
 from hfgpt.cli import (  # noqa: F401 - registered
+    adopt_commands,
     card_commands,
     check_commands,
     hub_commands,

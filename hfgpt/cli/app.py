@@ -18,7 +18,7 @@ PARTS_OF_THE_JOB = {
     "Prepare": ("doctor", "recipes", "config", "tokenizer", "data"),
     "Train": ("train", "lecture", "compare", "bench"),
     "Use": ("evaluate", "explore", "generate", "play"),
-    "Convert": ("verify", "check", "convert"),
+    "Convert": ("verify", "check", "convert", "adopt"),
     "Share": ("card", "update-code", "push", "pull"),
 }
 ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
