@@ -96,8 +96,10 @@ class OptimConfig:
     """Decay of matrices and embeddings; norms and biases never decay."""
     max_grad_norm: float = field(default=1.0, metadata=at_least(0))
     """Gradients are scaled down to this norm; 0 never scales."""
-    schedule: str = field(default="cosine", metadata=one_of("constant", "cosine", "linear"))
+    schedule: str = field(default="cosine", metadata=one_of("constant", "cosine", "linear", "wsd"))
     """A key of `hfgpt.training.optim.SCHEDULES`."""
+    decay_share: float = field(default=0.5, metadata={"above 0 and at most 1": lambda share: 0 < share <= 1})
+    """With `wsd`: share of the run, at its end, over which the rate falls to 0 in a line; until then it is constant."""
     warmup_steps: int = field(default=50, metadata=at_least(0))
     """Steps over which the learning rate rises from 0 to its peak; a tenth of a run that is shorter than them."""
 

@@ -10,6 +10,7 @@ from hfgpt.config.schema import (
     TOKENIZER_FIELDS,
     TRACKERS,
     DataConfig,
+    OptimConfig,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -30,6 +31,11 @@ def check_options(config: RunConfig) -> None:
     check_ranges(config)
     check_data(config.data)
     check_train(config.train)
+    optim = config.optim
+    if optim.schedule != "wsd" and optim.decay_share != OptimConfig.decay_share:
+        raise ValueError(
+            f"`optim.decay_share` ({optim.decay_share}) has no effect: `optim.schedule` is not wsd. Leave it out."
+        )
     if config.data.streaming:
         check_streaming(config)
     check_warmup(config)

@@ -35,8 +35,14 @@ def adamw(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimConfig], Optimizer]] = {"adamw": adamw}
 
-# Our names and transformers'. All rise linearly from 0 over `warmup_steps`; cosine and linear then fall to 0.
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+# Our names and transformers'. All rise linearly from 0 over `warmup_steps`; all but constant then fall to 0: cosine and
+# linear at once, wsd in a line over the last `decay_share` of the run.
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "cosine": "cosine",
+    "linear": "linear",
+    "wsd": "warmup_stable_decay",
+}
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -49,8 +55,14 @@ def make_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -
 
     Args:
         optimizer: whose learning rate it sets.
-        config: name of the schedule, and its warmup in steps, at most those of the run.
+        config: name of the schedule, and its warmup in steps, at most those of the run, and the share of its decay.
         total_steps: optimizer steps of the whole run.
     """
     assert config.warmup_steps <= total_steps
-    return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps, total_steps)
+    options = None
+    if config.schedule == "wsd":
+        decay_steps = min(round(config.decay_share * total_steps), total_steps - config.warmup_steps)
+        options = {"num_decay_steps": decay_steps, "decay_type": "linear"}
+    return get_scheduler(
+        SCHEDULES[config.schedule], optimizer, config.warmup_steps, total_steps, scheduler_specific_kwargs=options
+    )

@@ -87,10 +87,10 @@ def test_adamw_is_torchs_plain_adamw(tiny_config):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # fused, torch multiplies in another order
 
 
-def rates(schedule, total_steps, warmup_steps=10, peak=0.5):
+def rates(schedule, total_steps, warmup_steps=10, peak=0.5, **options):
     """The learning rate of every step, and the one after the last."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    config = OptimConfig(learning_rate=peak, schedule=schedule, warmup_steps=warmup_steps)
+    config = OptimConfig(learning_rate=peak, schedule=schedule, warmup_steps=warmup_steps, **options)
     scheduler = make_schedule(optimizer, config, total_steps)
     result = []
     for _ in range(total_steps):
@@ -122,6 +122,13 @@ def test_cosine_falls_along_half_a_wave_to_zero():
 
 def test_linear_falls_along_a_line_to_zero():
     assert rates("linear", total_steps=50)[10:] == pytest.approx([0.5 * (1 - step / 40) for step in range(41)])
+
+
+def test_wsd_stays_at_its_peak_and_falls_along_a_line_over_its_share_of_the_run_to_zero():
+    peak, fall = [0.5] * 20, [0.5 * (1 - step / 20) for step in range(21)]  # a share of 0.4
+
+    assert rates("wsd", total_steps=50, decay_share=0.4)[10:] == pytest.approx(peak + fall)
+    assert rates("wsd", total_steps=50, decay_share=1.0) == pytest.approx(rates("linear", total_steps=50))
 
 
 def test_constant_stays_at_its_peak():
