@@ -166,8 +166,12 @@ class RunConfig:
     """Fixes weights, dropout, the order of the data and the samples."""
     init_from: str | None = None
     """Hub id or folder of a model to go on from (hfgpt or GPT-2); `model` may then set only dropouts."""
+    model_class: str | None = None
+    """`package.module:Class` of a model of your own, see docs/wrap-your-own-gpt.md; null is `HFGPTForCausalLM`."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of `HFGPTConfig`, GPT-2's names included. `vocab_size` comes from the tokenizer."""
+    """Fields of `HFGPTConfig`, GPT-2's names included, or of your own model's config. `vocab_size` comes from the
+    tokenizer.
+    """
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from hfgpt.config.model_class import build_model_config
 from hfgpt.config.schema import DataConfig, RunConfig
-from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
 from hfgpt.data.text import Documents, load_documents
@@ -287,7 +287,7 @@ def make_tokenizer(
     tokenizer = existing_tokenizer(config, resume_from)
     if tokenizer is not None:
         return tokenizer
-    longest = HFGPTConfig(**config.model).max_position_embeddings
+    longest = build_model_config(config).max_position_embeddings
     texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])
     return train_tokenizer(texts, config.tokenizer.vocab_size, model_max_length=longest)
 

@@ -70,6 +70,7 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
             metadata=metadata(results).to_yaml().strip(),
             marker=MARKER,
             picture=picture,
+            model_class=run.get("model_class"),  # a class of its author's own
             place=results["card"]["repo_id"] or ".",
             prompt=sample["prompt"] or "The",
             decoding=(
@@ -106,7 +107,7 @@ def metadata(results: Mapping[str, Any]) -> ModelCardData:
         language=words["language"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfgpt", "gpt2"],
+        tags=["hfgpt"] if run.get("model_class") else ["hfgpt", "gpt2"],
         datasets=[dataset] if dataset else None,
         base_model=run["base_model"],
         model_name=name.partition("/")[2] if name else "hfgpt",

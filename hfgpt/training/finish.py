@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hfgpt.config.schema import DROPOUT_FIELDS
+from hfgpt.config.schema import DROPOUT_FIELDS, TOKENIZER_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
@@ -33,10 +33,9 @@ from hfgpt.training.control import TrainingControl
 from hfgpt.training.evaluate import PartialScores, record_evaluation, score
 from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import METRICS_FILE, Recorder
-from hfgpt.training.run import Run, origin
+from hfgpt.training.run import Run, load_model, origin
 from hfgpt.training.saving import save_model
 from hfgpt.training.signals import Stopped
-from hfgpt.weights import load
 
 SCORES_FILE = "final_scores.jsonl"
 NGRAMS = ("unigram", "bigram")
@@ -195,7 +194,7 @@ def restore_best(run: Run, recorder: Recorder) -> TrainState:
             f"{run.folder} has lost checkpoint-{line['step']}, that of its best evaluation. Train in another folder."
         )
     manifest = checkpoint.verify_checkpoint(best)
-    load_weights(run.model, load(best).state_dict())
+    load_weights(run.model, load_model(run.config, best).state_dict())
     return manifest.state
 
 
@@ -209,7 +208,8 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         **describe_origin(run.origins["model"], config.init_from, "base_model"),
         "seed": config.seed,
-        "model": {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DROPOUT_FIELDS)},
+        **({"model_class": type(run.model).__name__} if config.model_class else {}),
+        "model": {name: getattr(model, name) for name in shape_fields(run)},
         "tokenizer": {
             **describe_origin(run.origins["tokenizer"], config.tokenizer.name or config.init_from, "name"),
             "vocab_size": len(run.tokenizer),
@@ -232,6 +232,14 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
         },
         "sample": asdict(config.sample),
     }
+
+
+def shape_fields(run: Run) -> list[str]:
+    """The fields of the model's config that results.json holds: of a class of your own all those that it declares."""
+    if run.config.model_class is None:
+        return [*SHAPE_FIELDS, *DROPOUT_FIELDS]
+    declared = type(run.model.config).__annotations__
+    return ["vocab_size", "max_position_embeddings", *(name for name in declared if name not in TOKENIZER_FIELDS)]
 
 
 def describe_origin(kind: str, name: str | None, key: str) -> dict[str, str | None]:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
 
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
@@ -23,7 +24,6 @@ from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.vocabulary import MOST_UNKNOWN, describe_unknown
 from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
 
@@ -107,7 +107,7 @@ def check_shift(rows: TokenRows) -> Check:
 
 
 @torch.no_grad()
-def check_next_token(model: HFGPTForCausalLM, rows: TokenRows) -> Check:
+def check_next_token(model: PreTrainedModel, rows: TokenRows) -> Check:
     """The loss that is trained is that of the next token, made here by hand from the logits.
 
     The value is their difference, in nats per token.
@@ -216,8 +216,9 @@ def check_compiled(
     device = accelerator.device
     batch = send_to_device(batch, device)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    dropouts = {name: getattr(run.model.config, name) for name in DROPOUT_FIELDS}
-    run.model.config.update(dict.fromkeys(DROPOUT_FIELDS, 0.0))
+    there = (name for name in DROPOUT_FIELDS if hasattr(run.model.config, name))  # a class of your own may lack some
+    dropouts = {name: getattr(run.model.config, name) for name in there}
+    run.model.config.update(dict.fromkeys(dropouts, 0.0))
     model.train()
     devices = [] if device.type == "cpu" else [device]
     model, context = for_own_gradients(accelerator, model, run.model, run.config.train.precision)
