@@ -17,6 +17,7 @@ from hfgpt.cli import (  # noqa: F401 - registered
     card_commands,
     hub_commands,
     model_commands,
+    new_commands,
     run_commands,
     studio_commands,
     weights_commands,
