@@ -1,0 +1,1 @@
+"""Promises about attention implementations, dtypes and dropout."""

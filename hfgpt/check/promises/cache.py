@@ -1,0 +1,1 @@
+"""Promises about keys and values that are kept."""

@@ -1,0 +1,1 @@
+"""Promises about weights saved and loaded."""

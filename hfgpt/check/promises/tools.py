@@ -1,0 +1,1 @@
+"""Promises about what other tools do with a model."""

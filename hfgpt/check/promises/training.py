@@ -1,0 +1,1 @@
+"""Promises about the loss and training steps."""

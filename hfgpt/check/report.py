@@ -1,0 +1,93 @@
+"""A report as a table for a terminal, and as Markdown for a pull request."""
+
+from rich import box
+from rich.table import Table
+
+from hfgpt.check.run import Report, Result
+
+MARKS = {"pass": "✔", "fail": "✘", "n/a": "–"}
+
+
+def describe_number(value: float | str | None) -> str:
+    """A measured value or a bound, as short as it can be read."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def headline(report: Report) -> str:
+    """One line: what was checked and what came of it."""
+    counts = {
+        status: sum(each.finding.status == status for each in report.results) for status in ("pass", "fail", "n/a")
+    }
+    return (
+        f"{report.subject.model_class.__name__}: {counts['pass']} promises kept, {counts['fail']} broken, "
+        f"{counts['n/a']} not applicable"
+    )
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know to judge the table."""
+    if report.subject.is_small:
+        return []
+    return ["This class could not be built small: everything was tried at its full size."]
+
+
+def explanations(result: Result) -> list[tuple[str, str]]:
+    """What is said under a broken promise: (title, words)."""
+    said = [("found", result.finding.detail)]
+    if result.known_fault is not None:
+        return [*said, ("known", f"{result.known_fault.explanation} {result.known_fault.link}")]
+    return [
+        *said,
+        ("what this means", result.promise.meaning),
+        ("usual causes", result.promise.usual_causes),
+    ]
+
+
+def render(report: Report) -> Table:
+    """A table with a line for each promise; under the broken ones, what that means and what usually causes it."""
+    table = Table(box=box.SIMPLE, title=headline(report), title_justify="left", title_style="", show_edge=False)
+    table.add_column("promise", no_wrap=False)
+    table.add_column("result", no_wrap=True)
+    table.add_column("measured", justify="right", overflow="fold")
+    table.add_column("bound", justify="right", overflow="fold")
+    for result in report.results:
+        finding = result.finding
+        table.add_row(
+            result.promise.name,
+            f"{MARKS[finding.status]} {finding.status}",
+            describe_number(finding.measured),
+            describe_number(finding.bound),
+        )
+    return table
+
+
+def render_failures(report: Report) -> list[str]:
+    """Lines about each broken promise, and about what the table does not show."""
+    lines = notes(report)
+    for result in report.results:
+        if result.is_failed:
+            lines += [result.promise.name, *(f"    {title}: {words}" for title, words in explanations(result))]
+    return lines
+
+
+def to_markdown(report: Report) -> str:
+    """The report for a pull request: headline, table, and what is broken."""
+    lines = [f"### {headline(report)}", "", *notes(report)]
+    lines += ["| promise | result | measured | bound |", "|---|---|---|---|"]
+    for result in report.results:
+        finding = result.finding
+        cells = [result.promise.name, f"{MARKS[finding.status]} {finding.status}"]
+        cells += [escape(describe_number(value)) for value in (finding.measured, finding.bound)]
+        lines.append(f"| {' | '.join(cells)} |")
+    for result in report.results:
+        if result.is_failed:
+            lines += ["", f"**{result.promise.name}**", ""]
+            lines += [f"- {title}: {escape(words)}" for title, words in explanations(result)]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that cannot end a cell of a table or begin a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

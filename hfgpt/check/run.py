@@ -1,0 +1,144 @@
+"""Each promise tried in turn, and what came of it."""
+
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+
+from hfgpt.check import promises  # noqa: F401 - registered
+from hfgpt.check.known_faults import KnownFault, find_known_fault
+from hfgpt.check.promise import GROUPS, PROMISES, Finding, Promise
+from hfgpt.check.resolve import resolve
+from hfgpt.check.subject import Subject
+from hfgpt.system.suggest import did_you_mean
+
+TIME_LIMIT_SECONDS = 180
+"""After it no further promise is tried."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A promise, what was found, how long it took, and the fault of transformers' own that explains it, if any."""
+
+    promise: Promise
+    finding: Finding
+    elapsed_seconds: float
+    known_fault: KnownFault | None = None
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the promise is broken; one that a known fault explains is."""
+        return self.finding.status == "fail"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of every promise that was tried."""
+
+    subject: Subject
+    results: list[Result]
+    peak_memory_bytes: int
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether no promise is broken."""
+        return not any(result.is_failed for result in self.results)
+
+    def failed(self) -> list[str]:
+        """Names of the broken promises."""
+        return [result.promise.name for result in self.results if result.is_failed]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "model": self.subject.what,
+            "class": self.subject.model_class.__name__,
+            "is_small": self.subject.is_small,
+            "parameters": self.subject.make().num_parameters(),
+            "is_passed": self.is_passed,
+            "elapsed_seconds": round(sum(result.elapsed_seconds for result in self.results), 2),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
+            "promises": [
+                {
+                    "name": result.promise.name,
+                    "group": result.promise.group,
+                    **asdict(result.finding),
+                    "elapsed_seconds": round(result.elapsed_seconds, 3),
+                    "known_fault": None if result.known_fault is None else asdict(result.known_fault),
+                }
+                for result in self.results
+            ],
+        }
+
+
+def check(
+    what: str | Subject,
+    *,
+    only: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Try what a causal language model promises.
+
+    Args:
+        what: see `resolve`; or a subject made by hand.
+        only: names of promises or of groups; none are all.
+        trust_remote_code: whether code that lies beside the weights may be run.
+        progress: told the name of each promise before it is tried.
+
+    Raises:
+        ValueError: there is no such model or promise, or the model's code is not trusted.
+    """
+    chosen = choose_promises(only)
+    subject = what if isinstance(what, Subject) else resolve(what, trust_remote_code)
+    started_at = perf_counter()
+    results = []
+    for each in chosen:
+        if progress is not None:
+            progress(each.name)
+        if perf_counter() - started_at > TIME_LIMIT_SECONDS:
+            finding = Finding("fail", detail=f"not tried: {TIME_LIMIT_SECONDS} s were over; use --only {each.name}")
+            results.append(Result(each, finding, 0.0))
+        else:
+            results.append(try_promise(each, subject))
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    return Report(subject, results, kibibytes * 1024)
+
+
+def choose_promises(only: Sequence[str]) -> list[Promise]:
+    """The promises of these names or groups, in the order in which they are tried; all if there are no names.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    for name in only:
+        if name not in PROMISES and name not in GROUPS:
+            near = did_you_mean(name, [*PROMISES, *GROUPS])
+            raise ValueError(f"there is no promise {name!r}.{near} The groups are {', '.join(GROUPS)}.")
+    chosen = [each for each in PROMISES.values() if not only or each.name in only or each.group in only]
+    return sorted(chosen, key=lambda each: GROUPS.index(each.group))
+
+
+def try_promise(promise: Promise, subject: Subject) -> Result:
+    """Find out about one promise; an error in the model breaks it, and is reported.
+
+    Each starts from the same random state, so that it finds the same whether or not others are tried before it.
+    """
+    started_at = perf_counter()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say of the model is no finding
+        torch.manual_seed(0)
+        try:
+            finding = promise.find(subject)
+        except Exception as error:  # whatever a stranger's model raises is what was found
+            line = next(iter(str(error).strip().splitlines()), "")
+            finding = Finding("fail", type(error).__name__, "no error", f"{type(error).__name__}: {line}")
+    known_fault = find_known_fault(subject, promise.name) if finding.status == "fail" else None
+    return Result(promise, finding, perf_counter() - started_at, known_fault)
