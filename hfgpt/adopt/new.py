@@ -87,7 +87,9 @@ def check_name(name: str) -> None:
 
 def project_files(name: str) -> dict[str, str]:
     """The files of a project: path -> content."""
-    values = {"name": name, "prefix": class_prefix(name), "version": __version__, "requirement": requirement()}
+    values = {"name": name, "prefix": class_prefix(name), "version": __version__}
+    installed = importlib.metadata.distribution("hfgpt")
+    values["requirement"] = requirement(installed.read_text("direct_url.json"))
     values["tables"] = "\n\n".join(assignment(Path(gpt2.__file__), table) for table in ("WHOLE_MODEL", "EACH_BLOCK"))
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -98,8 +100,9 @@ def project_files(name: str) -> dict[str, str]:
     }
     for file in code_files(PACKAGE, {"auto_map": {"AutoModel": f"{MODEL}."}}):
         files[f"{name}/{file.replace('hfgpt', name)}"] = renamed(file, name)
-    if (text := license_text()) is not None:
-        files["LICENSE"] = text
+    # It goes where the code goes.
+    if (license_text := installed.read_text("licenses/LICENSE")) is not None:
+        files["LICENSE"] = license_text
     return files
 
 
@@ -126,12 +129,12 @@ def assignment(file: Path, variable: str) -> str:
     raise AssertionError(f"{file} has no {variable}")
 
 
-def requirement() -> str:
+def requirement(noted: str | None) -> str:
     """What a project that needs hfgpt asks pip for: the place from which this one was installed.
 
-    A folder or repository, as pip and uv note it down; without such a note it came from an index.
+    Args:
+        noted: direct_url.json, where pip and uv note a folder, a repository or a file; None if it came from an index.
     """
-    noted = importlib.metadata.distribution("hfgpt").read_text("direct_url.json")
     if noted is None:
         return f"hfgpt>={__version__}"
     direct = json.loads(noted)
@@ -141,8 +144,3 @@ def requirement() -> str:
     if (part := direct.get("subdirectory")) is not None:
         url += f"#subdirectory={part}"
     return f"hfgpt @ {url}"
-
-
-def license_text() -> str | None:
-    """The license that hfgpt came with, which goes where its code goes."""
-    return importlib.metadata.distribution("hfgpt").read_text("licenses/LICENSE")
