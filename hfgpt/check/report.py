@@ -1,11 +1,14 @@
 """A report as a table for a terminal, and as Markdown for a pull request."""
 
 from rich import box
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from hfgpt.check.run import Report, Result
+from hfgpt.system.console import result_stream
 
-MARKS = {"pass": "✔", "fail": "✘", "n/a": "–"}
+MARKS = {"pass": "✔", "fail": "✘", "n/a": "-"}
 
 
 def describe_number(value: float | str | None) -> str:
@@ -45,31 +48,29 @@ def explanations(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def render(report: Report) -> Table:
-    """A table with a line for each promise; under the broken ones, what that means and what usually causes it."""
-    table = Table(box=box.SIMPLE, title=headline(report), title_justify="left", title_style="", show_edge=False)
-    table.add_column("promise", no_wrap=False)
+def render(report: Report) -> list[RenderableType]:
+    """A table with a line for each promise; then each broken one, what that means and what usually causes it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table.add_column("promise")
     table.add_column("result", no_wrap=True)
-    table.add_column("measured", justify="right", overflow="fold")
-    table.add_column("bound", justify="right", overflow="fold")
+    table.add_column("measured", justify="right")
+    table.add_column("bound", justify="right")
     for result in report.results:
         finding = result.finding
-        table.add_row(
-            result.promise.name,
-            f"{MARKS[finding.status]} {finding.status}",
-            describe_number(finding.measured),
-            describe_number(finding.bound),
-        )
-    return table
-
-
-def render_failures(report: Report) -> list[str]:
-    """Lines about each broken promise, and about what the table does not show."""
-    lines = notes(report)
+        cells = [result.promise.name, f"{MARKS[finding.status]} {finding.status}"]
+        table.add_row(*(Text(cell) for cell in (*cells, *map(describe_number, (finding.measured, finding.bound)))))
+    lines = [*notes(report), headline(report)]
     for result in report.results:
         if result.is_failed:
-            lines += [result.promise.name, *(f"    {title}: {words}" for title, words in explanations(result))]
-    return lines
+            lines += ["", result.promise.name, *(f"  {title}: {words}" for title, words in explanations(result))]
+    return [table, *(Text(line) for line in lines)]
+
+
+def print_report(report: Report) -> None:
+    """Print it to stdout, where nothing else goes."""
+    console = Console(file=result_stream(), highlight=False)
+    for part in render(report):
+        console.print(part)
 
 
 def to_markdown(report: Report) -> str:

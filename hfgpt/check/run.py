@@ -3,13 +3,15 @@
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 import transformers
+from transformers.utils import logging
 
 from hfgpt.check import promises  # noqa: F401 - registered
 from hfgpt.check.known_faults import KnownFault, find_known_fault
@@ -97,6 +99,14 @@ def check(
         ValueError: there is no such model or promise, or the model's code is not trusted.
     """
     chosen = choose_promises(only)
+    with silenced_transformers():
+        return check_chosen(what, chosen, trust_remote_code, progress)
+
+
+def check_chosen(
+    what: str | Subject, chosen: list[Promise], trust_remote_code: bool, progress: Callable[[str], None] | None
+) -> Report:
+    """Try these promises; see `check`."""
     subject = what if isinstance(what, Subject) else resolve(what, trust_remote_code)
     started_at = perf_counter()
     results = []
@@ -110,6 +120,20 @@ def check(
             results.append(try_promise(each, subject))
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
     return Report(subject, results, kibibytes * 1024)
+
+
+@contextmanager
+def silenced_transformers() -> Iterator[None]:
+    """Let transformers say nothing of what is done to its models on purpose, and show no bars."""
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def choose_promises(only: Sequence[str]) -> list[Promise]:

@@ -49,7 +49,7 @@ class Subject:
         return size_of(self.config, "max_position_embeddings", 64)
 
     @property
-    def no_dropout(self) -> dict[str, float]:
+    def no_dropout(self) -> dict[str, Any]:
         """Changes to the config that leave training without chance."""
         return dict.fromkeys(dropout_fields(self.config), 0.0)
 

@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from hfgpt.cli import (  # noqa: F401 - registered
     card_commands,
+    check_commands,
     hub_commands,
     model_commands,
     new_commands,

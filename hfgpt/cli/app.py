@@ -18,13 +18,13 @@ PARTS_OF_THE_JOB = {
     "Prepare": ("doctor", "recipes", "new", "config", "tokenizer", "data"),
     "Train": ("train", "lecture", "compare", "bench"),
     "Use": ("evaluate", "explore", "generate", "play"),
-    "Convert": ("verify", "convert"),
+    "Convert": ("verify", "check", "convert"),
     "Share": ("card", "update-code", "push", "pull"),
 }
 ORDER_OF_THE_JOB = tuple(name for names in PARTS_OF_THE_JOB.values() for name in names)
 
 
-PATHS = ("model", "source", "data", "tokenizer", "recipe", "resume", "runs")
+PATHS = ("model", "source", "what", "data", "tokenizer", "recipe", "resume", "runs")
 """Parameters that hold a path as text, if they hold one; a `Path` always does."""
 MAY_BE_EMPTY = ("prompt", "text", "stop", "resume", "license", "language")
 """Parameters whose empty value means something, or is refused where it is read."""

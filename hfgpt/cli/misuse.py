@@ -40,7 +40,7 @@ COMMANDS_ELSEWHERE = {
     ),
     **dict.fromkeys(("plot", "diff", "visualize", "graph"), "Did you mean `hfgpt compare RUN RUN`?"),
     **dict.fromkeys(("list", "ls", "new", "init", "demo"), "`hfgpt recipes` lists what `hfgpt train` takes"),
-    **dict.fromkeys(("info", "env", "check", "status", "system"), "Did you mean `hfgpt doctor`?"),
+    **dict.fromkeys(("info", "env", "status", "system"), "Did you mean `hfgpt doctor`?"),
     "version": "Did you mean `hfgpt --version`?",
     **dict.fromkeys(("install", "upgrade", "update"), "pip upgrades hfgpt, `hfgpt update-code FOLDER` a model's code"),
 }

@@ -1,5 +1,31 @@
-"""The promises, a file for each group; to import this package registers them."""
+"""The promises, a file for each kind; to import this package registers them."""
 
-from hfgpt.check.promises import attention, cache, generation, loading, masks, tools, training
+from hfgpt.check.promises import (
+    adapters,
+    attention,
+    cache,
+    export,
+    generation,
+    loading,
+    loss,
+    masks,
+    processes,
+    tools,
+    trainer,
+    training,
+)
 
-__all__ = ["attention", "cache", "generation", "loading", "masks", "tools", "training"]
+__all__ = [
+    "adapters",
+    "attention",
+    "cache",
+    "export",
+    "generation",
+    "loading",
+    "loss",
+    "masks",
+    "processes",
+    "tools",
+    "trainer",
+    "training",
+]

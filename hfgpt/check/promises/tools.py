@@ -1,1 +1,116 @@
-"""Promises about what other tools do with a model."""
+"""Promises about the tools that hold a model by its conventions: config, Auto classes, embeddings, devices, export."""
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from hfgpt.check.promise import Finding, at_most, holds, promise
+from hfgpt.check.subject import Subject
+
+NOT_ONES_OWN = {"transformers_version", "model_type", "architectures", "auto_map", "dtype", "torch_dtype"}
+"""Fields of every config that transformers writes itself."""
+
+
+def other_value(value: Any) -> Any:
+    """Another value of a config's field that its checks may well allow; None if there is none."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value / 2 or 0.25
+    return None
+
+
+@promise(
+    "tools",
+    meaning="A field of the config is lost, or changed, between a model and its config.json.",
+    usual_causes="an `__init__` that takes an argument without keeping it under the same name; a field computed from "
+    "others each time; `to_dict` overridden.",
+)
+def config_keeps_every_field(subject: Subject) -> Finding:
+    """Through a dictionary and through config.json, every field comes back, its default changed or not."""
+    config = subject.make().config
+    fields = config.to_dict()
+    lost = lost_fields(fields, type(config).from_dict(fields)) | lost_fields(fields, saved_and_loaded(config))
+    for name, value in fields.items():
+        changed = {**fields, name: other_value(value)}
+        if name in NOT_ONES_OWN or changed[name] is None:
+            continue
+        try:
+            other = type(config).from_dict(changed)
+        except (TypeError, ValueError):
+            continue  # the class's own check does not want that value
+        if other.to_dict().get(name) != changed[name]:
+            lost.add(name)
+    return at_most(len(lost), 0, ", ".join(sorted(lost)) or f"{len(fields)} fields")
+
+
+def lost_fields(fields: dict[str, Any], config: PreTrainedConfig) -> set[str]:
+    """Those of `fields` that `config` has otherwise."""
+    there = config.to_dict()
+    return {name for name, value in fields.items() if name not in NOT_ONES_OWN and there.get(name) != value}
+
+
+def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return type(config).from_pretrained(folder)
+
+
+@promise(
+    "tools",
+    meaning="AutoModelForCausalLM does not find the class, or makes another model from the same config and seed.",
+    usual_causes="`AutoModelForCausalLM.register(Config, Model)` missing, or in a module that nobody imports; no "
+    "`auto_map` in config.json; a `model_type` that transformers already uses.",
+)
+def auto_class_is_the_class(subject: Subject) -> Finding:
+    """`AutoModelForCausalLM.from_config` gives the very class, with the weights that the seed gives the class."""
+    model = subject.make()
+    torch.manual_seed(0)
+    auto = AutoModelForCausalLM.from_config(model.config, trust_remote_code=subject.trust_remote_code)
+    torch.manual_seed(0)
+    direct = type(model)._from_config(model.config)
+    if type(auto).__qualname__ != type(model).__qualname__:
+        return holds(False, f"it is a {type(auto).__qualname__}, not a {type(model).__qualname__}")
+    own = direct.state_dict()
+    differing = [name for name, tensor in auto.state_dict().items() if not torch.equal(tensor, own[name])]
+    return at_most(len(differing), 0, ", ".join(differing) or "the same class and weights")
+
+
+@promise(
+    "tools",
+    meaning="`get_input_embeddings` or `get_output_embeddings` is not the layer that embeds or scores tokens: "
+    "resizing the vocabulary, PEFT, quantisation and tying go wrong.",
+    usual_causes="names that transformers does not guess (`embed_tokens`, `lm_head`) and no getters of one's own; a "
+    "wrapped model whose getters still are the inner one's.",
+)
+def embeddings_are_named(subject: Subject) -> Finding:
+    """Their weights are (V, C); the one is given the ids, the scores of the other rank the tokens as the logits do."""
+    model, ids = subject.make(), subject.ids(2, 16)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None:
+        return holds(False, f"`get_input_embeddings` gives {embedding}, `get_output_embeddings` gives {head}")
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        embedding.register_forward_hook(lambda _, inputs, output: seen.update(ids=inputs[0])),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(scores=output)),
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    faults = []
+    if "ids" not in seen or not torch.equal(seen["ids"], ids):
+        faults.append("the input embedding is not called with the ids")
+    if "scores" not in seen or not torch.equal(seen["scores"][..., : logits.shape[-1]].argmax(-1), logits.argmax(-1)):
+        faults.append("the output embedding's scores are not the logits'")
+    declared = getattr(model.config, "tie_word_embeddings", False)
+    tied = embedding.weight is head.weight
+    if tied != declared:
+        faults.append(f"tie_word_embeddings is {declared}, and the weights are {'' if tied else 'not '}one tensor")
+    model.set_input_embeddings(torch.nn.Embedding(*embedding.weight.shape))
+    if model.get_input_embeddings() is embedding:
+        faults.append("`set_input_embeddings` sets nothing")
+    return at_most(len(faults), 0, "; ".join(faults) or f"{type(embedding).__name__}, {type(head).__name__}")
