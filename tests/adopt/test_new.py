@@ -18,7 +18,7 @@ import hfgpt
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.adopt.new import new_project, requirement
 from hfgpt.check import check
-from hfgpt.check.report import render_failures
+from hfgpt.check.report import to_markdown
 from hfgpt.hub.allowlist import plan_push
 from hfgpt.weights.remote_code import PACKAGE
 
@@ -265,7 +265,7 @@ def keeps_every_promise(name, folder, monkeypatch, only=()):
     report = check(f"{package}.modeling_{package}:{prefix}ForCausalLM", only=only)
 
     assert len(report.results) > 5
-    assert report.is_passed, "\n".join(render_failures(report))
+    assert report.is_passed, to_markdown(report)
 
 
 def test_the_change_of_the_projects_readme_keeps_what_is_promised_of_masks(tmp_path, monkeypatch):
