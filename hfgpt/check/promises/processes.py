@@ -35,7 +35,8 @@ def run_two_processes(subject: Subject, kind: str, ids: torch.Tensor) -> dict[st
         arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, folder, kind]
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
