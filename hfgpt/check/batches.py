@@ -36,10 +36,20 @@ def takes(model: Any, name: str) -> bool:
     return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
 
-def cache_name(model: Any) -> str | None:
-    """What the forward pass of a model, or of a class, calls its cache; None if it takes none."""
+def cache_argument(model: Any) -> str:
+    """What the forward pass of a model calls its cache; transformers' name if it takes any argument."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in (CACHE, "past_key_values", "cache") if name in parameters), None)
+    return next((name for name in (CACHE, "past_key_values", "cache") if name in parameters), CACHE)
+
+
+def keeps_cache(subject: Subject) -> bool:
+    """Whether the class names a cache among its arguments, or returns one when asked to."""
+    if cache_argument(subject.model_class) in inspect.signature(subject.model_class.forward).parameters:
+        return True
+    if not takes(subject.model_class, "use_cache"):
+        return False
+    with torch.no_grad():
+        return cache_of(subject.make()(subject.ids(1, 5), use_cache=True)) is not None
 
 
 def cache_of(output: Any) -> Any:

@@ -29,12 +29,21 @@ NO_POSITIONS_FROM_MASK = KnownFault(
 NO_LIMIT = KnownFault("The embedding's own error is raised, or on a GPU an assertion.", f"{ISSUES}/530")
 POSITIONS_UNUSED = KnownFault("The mask does not look at `position_ids`.", f"{PULLS}/39194")
 
+NO_LOSS_TYPE = KnownFault(
+    "GPT2LMHeadModel has no `loss_type`, which transformers reads from `ForCausalLM` in a class's name: Trainer counts "
+    "each row's first token as a target, and the warning about it breaks the compiled graph. Set "
+    '`model.loss_type = "ForCausalLM"`.',
+    f"{PULLS}/46204",
+)
+
 KNOWN_FAULTS: dict[tuple[str, str], KnownFault] = {
     ("*", "packed-documents-do-not-leak-by-default"): KnownFault(
         "`create_causal_mask` looks at `position_ids` only without a mask and without a cache.", f"{PULLS}/46634"
     ),
     ("gpt2", "left-padding-changes-nothing"): NO_POSITIONS_FROM_MASK,
     ("gpt2", "more-tokens-than-positions-are-refused-or-harmless"): NO_LIMIT,
+    ("gpt2", "trainer-is-a-plain-loop"): NO_LOSS_TYPE,
+    ("gpt2", "compiled-step-is-one-graph"): NO_LOSS_TYPE,
     ("gpt_neo", "left-padding-changes-nothing"): NO_POSITIONS_FROM_MASK,
     ("gpt_neo", "more-tokens-than-positions-are-refused-or-harmless"): NO_LIMIT,
     ("opt", "more-tokens-than-positions-are-refused-or-harmless"): NO_LIMIT,

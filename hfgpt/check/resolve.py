@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,16 +28,40 @@ def resolve(what: str, trust_remote_code: bool = False) -> Subject:
     Raises:
         ValueError: there is no such model, its code is not trusted, or it is no causal language model.
     """
+    subject = None
     if Path(what).is_dir():
-        return resolve_pretrained(what, trust_remote_code, folder=Path(what))
-    if re.fullmatch(r"[\w.]+:\w+", what):
-        return resolve_class(what)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", what) and not what.endswith((".py", ".json", ".safetensors")):
-        return resolve_pretrained(what, trust_remote_code)
+        subject = resolve_pretrained(what, trust_remote_code, folder=Path(what))
+    elif re.fullmatch(r"[\w.]+:\w+", what):
+        subject = resolve_class(what)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", what) and not what.endswith((".py", ".json", ".safetensors")):
+        subject = resolve_pretrained(what, trust_remote_code)
+    if subject is not None:
+        check_has_logits(subject)
+        return subject
     raise ValueError(
         f"{what!r} is no folder of a model, no class written as `package.module:Class`, and no model of the Hub."
         + nearest_path(Path(what))
     )
+
+
+def check_has_logits(subject: Subject) -> None:
+    """Refuse a model without a language model's head; one that raises is left to the promises, which report that.
+
+    Raises:
+        ValueError: its output has no logits for each token of the vocabulary.
+    """
+    try:
+        with torch.no_grad():
+            output = subject.make()(subject.ids(1, 3))
+    except Exception:  # whatever a stranger's model raises
+        return
+    shape = tuple(getattr(output, "logits", torch.empty(0)).shape)
+    if shape != (1, 3, subject.vocab_size):
+        found = f"logits of shape {shape}" if len(shape) > 1 else f"no logits in its {type(output).__name__}"
+        raise ValueError(
+            f"{subject.model_class.__name__} is no language model: {found}, where (1, 3, {subject.vocab_size}) are due "
+            "for 3 tokens. Name a class whose forward returns an output with `logits`."
+        )
 
 
 def resolve_class(what: str) -> Subject:

@@ -11,6 +11,7 @@ SMALL: dict[str, tuple[int, tuple[str, ...]]] = {
     "num_attention_heads": (4, ("n_head", "n_heads", "num_heads")),
     "num_key_value_heads": (2, ("n_kv_head", "n_kv_heads", "num_kv_heads", "kv_heads", "n_kv_groups", "num_kv_groups")),
     "head_dim": (8, ("head_size", "d_head")),
+    "rotary_dim": (4, ()),
     "intermediate_size": (64, ("n_inner", "ffn_dim", "d_ff", "hidden_dim", "ffn_hidden_size", "mlp_dim", "d_ffn")),
     "vocab_size": (128, ("n_vocab",)),
     "max_position_embeddings": (

@@ -1,7 +1,8 @@
 """What each of two processes does for processes.py: `python -m torch.distributed.run … two_processes.py FOLDER KIND`.
 
 FOLDER holds a saved model, `ids.pt` and `class.txt`: where the model's class is imported from, or nothing for the class
-that AutoModelForCausalLM finds. `seen-KIND.pt` is left there: logits and gradients, or under `error` what was raised.
+that AutoModelForCausalLM finds. `seen-KIND.pt` is left there: logits, gradients, and how
+many tensors were split.
 """
 
 import importlib

@@ -16,7 +16,6 @@ from transformers import (
 )
 
 import hfgpt
-from hfgpt.arguments import CACHE
 
 NEW_TOKENS = 24
 
@@ -94,33 +93,6 @@ def test_scores_and_attentions_of_generated_tokens_are_gpt2s(pair, ids):
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-4)
 
 
-def test_padding_changes_no_generated_text(pair, ids):
-    _, model = pair
-    prompts, mask = pad(ids, [20, 13, 5], "left")
-
-    together = write(model, prompts, attention_mask=mask)
-
-    for row, length in enumerate([20, 13, 5]):
-        assert torch.equal(together[row, 20:], write(model, ids[[row], :length])[0, length:])
-
-
-def test_prompts_may_be_embeddings(pair, ids):
-    _, model = pair
-
-    text = write(model, None, inputs_embeds=model.get_input_embeddings()(ids))
-
-    assert torch.equal(text, write(model, ids)[:, 20:])
-
-
-def test_a_conversation_may_go_on_from_its_cache(pair, ids):
-    _, model = pair
-    first = write(model, ids, max_new_tokens=9, return_dict_in_generate=True)
-
-    second = write(model, first.sequences, max_new_tokens=15, **{CACHE: cache_of(first)})
-
-    assert torch.equal(second, write(model, ids))
-
-
 def test_a_draft_model_changes_the_speed_and_not_the_text(pair, ids, tiny):
     _, model = pair
     config = hfgpt.HFGPTConfig(**{**tiny, "num_hidden_layers": 1, "tie_word_embeddings": False})
@@ -137,13 +109,6 @@ def test_a_draft_model_changes_the_speed_and_not_the_text(pair, ids, tiny):
         assert torch.equal(assisted, alone)
         assert len(calls) - steps <= steps
         calls.clear()
-
-
-def test_prompt_lookup_changes_the_speed_and_not_the_text(pair, ids):
-    _, model = pair
-    repeated = torch.cat([ids[:1, :10]] * 3, dim=1)
-
-    assert torch.equal(write(model, repeated, prompt_lookup_num_tokens=3), write(model, repeated))
 
 
 def test_continuous_batching_writes_the_same_texts(pair, ids):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from hfgpt.check.batches import cache_name, cache_of, logits, pad
+from hfgpt.check.batches import cache_argument, cache_of, keeps_cache, logits, pad
 from hfgpt.check.promise import Finding, close, holds, not_applicable, promise, worst
 from hfgpt.check.subject import Subject
 
@@ -18,8 +18,7 @@ PARTS = ((0, 5), (5, 7), (7, 8), (8, 9), (9, 12))
 @torch.no_grad()
 def step(model: Any, ids: Tensor, cache: Any, **arguments: Any) -> Any:
     """The output of a pass that goes on from a cache, if there is one."""
-    name = cache_name(model)
-    return model(ids, **arguments, **({} if name is None or cache is None else {name: cache}))
+    return model(ids, **arguments, **({} if cache is None else {cache_argument(model): cache}))
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def read_in_parts(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, A
 )
 def cached_logits_equal_uncached(subject: Subject) -> Finding:
     """A text read in pieces against the text read at once."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     model, ids = subject.make(), subject.ids(2, 12)
     found, cache = read_in_parts(model, ids)
@@ -58,7 +57,7 @@ def cached_logits_equal_uncached(subject: Subject) -> Finding:
 )
 def a_static_cache_gives_the_same_logits(subject: Subject) -> Finding:
     """The same with a cache that has room for more from the beginning."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     model, ids = subject.make(), subject.ids(2, 12)
     found, _ = read_in_parts(model, ids, StaticCache(config=model.config, max_cache_len=20))
@@ -72,7 +71,7 @@ def a_static_cache_gives_the_same_logits(subject: Subject) -> Finding:
 )
 def a_cache_follows_its_beams(subject: Subject) -> Finding:
     """Rows of a cache exchanged, then a step."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     model, ids = subject.make(), subject.ids(3, 12)
     order = torch.tensor([2, 0, 0])
@@ -91,7 +90,7 @@ def a_cache_follows_its_beams(subject: Subject) -> Finding:
 )
 def a_cache_can_be_cut(subject: Subject) -> Finding:
     """The last tokens of a cache taken back, then others put in their place."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     model, ids = subject.make(), subject.ids(2, 12)
     _, cache = read_in_parts(model, ids)
@@ -111,7 +110,7 @@ def a_cache_can_be_cut(subject: Subject) -> Finding:
 )
 def cached_steps_of_padded_rows_equal_uncached(subject: Subject) -> Finding:
     """Rows padded on the left, and two steps of which the positions are given, as `generate` does."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     model, ids = subject.make(), subject.ids(3, 12)
     padded, mask = pad(ids, "left")
@@ -134,7 +133,7 @@ def cached_steps_of_padded_rows_equal_uncached(subject: Subject) -> Finding:
 )
 def no_cache_is_kept_unless_asked_for(subject: Subject) -> Finding:
     """`use_cache=False`."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable(NO_CACHE)
     with torch.no_grad():
         cache = cache_of(subject.make()(subject.ids(1, 5), use_cache=False))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hfgpt.check.batches import LENGTHS, cache_name, cache_of, can_generate, logits, pad, takes
+from hfgpt.check.batches import LENGTHS, cache_argument, cache_of, can_generate, keeps_cache, logits, pad, takes
 from hfgpt.check.promise import Finding, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
@@ -74,7 +74,7 @@ def greedy_text_is_the_likeliest(subject: Subject) -> Finding:
 @if_it_generates
 def generating_with_a_cache_changes_no_text(subject: Subject) -> Finding:
     """Greedy text with and without a cache."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable("forward takes no cache")
     model, ids = subject.make(), subject.ids(2, 7)
     return same_text(write(model, ids), write(model, ids, use_cache=False), "greedy text with and without a cache")
@@ -88,7 +88,7 @@ def generating_with_a_cache_changes_no_text(subject: Subject) -> Finding:
 @if_it_generates
 def generating_with_a_static_cache_changes_no_text(subject: Subject) -> Finding:
     """Greedy text with a static cache and without one."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable("forward takes no cache")
     model, ids = subject.make(), subject.ids(2, 7)
     with torch.compiler.set_stance("force_eager"):  # what is asked is the text, not the compiler
@@ -168,7 +168,7 @@ def embeddings_may_take_the_place_of_ids(subject: Subject) -> Finding:
 @if_it_generates
 def prompt_lookup_changes_no_text(subject: Subject) -> Finding:
     """Greedy text with guesses from the prompt, which are taken back where they are wrong."""
-    if cache_name(subject.model_class) is None:
+    if not keeps_cache(subject):
         return not_applicable("forward takes no cache")
     model, ids = subject.make(), torch.cat([subject.ids(1, 5)] * 3, dim=1)
     return same_text(write(model, ids, prompt_lookup_num_tokens=3), write(model, ids), "greedy text with prompt lookup")
@@ -182,10 +182,9 @@ def prompt_lookup_changes_no_text(subject: Subject) -> Finding:
 @if_it_generates
 def a_conversation_goes_on_from_its_cache(subject: Subject) -> Finding:
     """Four tokens, then four more from the cache, against eight at once."""
-    name = cache_name(subject.model_class)
-    if name is None:
+    if not keeps_cache(subject):
         return not_applicable("forward takes no cache")
     model, ids = subject.make(), subject.ids(2, 7)
     first = write(model, ids, max_new_tokens=4, return_dict_in_generate=True)
-    found = write(model, first.sequences, max_new_tokens=4, **{name: cache_of(first)})
+    found = write(model, first.sequences, max_new_tokens=4, **{cache_argument(model): cache_of(first)})
     return same_text(found, write(model, ids), "text in two turns against at once")

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from hfgpt.check.learning import (
     relative_distance,
     worst_tensor,
 )
-from hfgpt.check.promise import Finding, at_most, not_applicable, promise
+from hfgpt.check.promise import Finding, at_most, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
 LOSS_ROUNDING = 1e-5
@@ -30,6 +31,14 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def follows_from(subject: Subject, *others: Callable[[Subject], Finding]) -> Finding | None:
+    """That a promise need not be tried, where one on which it rests is broken; None if all `others` are kept."""
+    for other in others:
+        if other(subject).status == "fail":
+            return not_applicable(f"it rests on {other.__name__.replace('_', '-')}, which is broken")
+    return None
+
+
 @promise(
     "training",
     meaning="The loss that `labels=input_ids` gives is not the cross-entropy of each next token.",
@@ -38,7 +47,12 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def loss_is_next_token(subject: Subject) -> Finding:
     """The model's own loss is a cross-entropy, by hand and in fp64, of its own logits and the tokens after them."""
     model, ids = subject.make(), subject.ids(3, 20)
+    parameters = inspect.signature(model.forward).parameters
+    if "labels" not in parameters:
+        return holds(False, "`forward` has no argument `labels`, by which Trainer finds what to hand over")
     output = model(input_ids=ids, labels=ids)
+    if output.loss is None:
+        return holds(False, "`forward` was given `labels` and returned no loss")
     expected = next_token_loss(output.logits, ids)
     return at_most(
         relative_error(output.loss, expected), LOSS_ROUNDING, f"loss {output.loss:.6f}, by hand {expected:.6f}"
@@ -52,6 +66,8 @@ def loss_is_next_token(subject: Subject) -> Finding:
 )
 def loss_ignores_minus_100(subject: Subject) -> Finding:
     """Rows with other numbers of targets, one of them with none, are scored as by hand."""
+    if broken := follows_from(subject, loss_is_next_token):
+        return broken
     model, ids = subject.make(), subject.ids(4, 20)
     labels = ragged_labels(ids)
     labels[2] = IGNORE_INDEX
@@ -80,6 +96,8 @@ def takes_loss_arguments(subject: Subject) -> bool:
 )
 def loss_honours_num_items(subject: Subject) -> Finding:
     """The loss with `num_items_in_batch=N`, a number or a tensor, is the sum over the targets divided by N."""
+    if broken := follows_from(subject, loss_is_next_token, loss_ignores_minus_100):
+        return broken
     if not takes_loss_arguments(subject):
         return not_applicable("`forward` takes no `**kwargs`, so Trainer does not pass `num_items_in_batch`")
     model, ids = subject.make(), subject.ids(3, 20)
@@ -105,11 +123,13 @@ def loss_honours_num_items(subject: Subject) -> Finding:
 )
 def loss_honours_shift_labels(subject: Subject) -> Finding:
     """`shift_labels` (B, T), where given, are what is scored, each by the logits of its own place."""
+    if broken := follows_from(subject, loss_is_next_token, loss_ignores_minus_100):
+        return broken
     model, ids = subject.make(), subject.ids(3, 20)
     parameters = inspect.signature(model.forward).parameters
     if "shift_labels" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return not_applicable("`forward` takes neither `shift_labels` nor `**kwargs`")
-    shifted = subject.ids(4, 20)[1:]
+    shifted = subject.ids(3, 20, seed=1)
     shifted[:, -3:] = IGNORE_INDEX
     output = model(input_ids=ids, labels=ids, shift_labels=shifted)
     scores, targets = output.logits.double().flatten(0, 1), shifted.flatten()
@@ -128,6 +148,8 @@ def loss_honours_shift_labels(subject: Subject) -> Finding:
 )
 def accumulation_is_one_batch(subject: Subject) -> Finding:
     """Gradients of micro-batches with unequal numbers of targets, scaled as Trainer does, add up to one batch's."""
+    if broken := follows_from(subject, loss_is_next_token, loss_ignores_minus_100, loss_honours_num_items):
+        return broken
     model, ids = subject.make(), subject.ids(4, 20)
     labels = ragged_labels(ids)
     targets = count_targets(labels)

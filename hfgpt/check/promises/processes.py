@@ -14,7 +14,7 @@ from hfgpt.check.learning import ROUNDING, learn, relative_distance, worst_tenso
 from hfgpt.check.promise import Finding, at_most, close, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 80
 
 
 def import_path(model: PreTrainedModel) -> str:
@@ -34,18 +34,23 @@ def run_two_processes(subject: Subject, kind: str, ids: torch.Tensor) -> dict[st
         program = Path(__file__).parents[1] / "two_processes.py"
         arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, folder, kind]
         path = os.pathsep.join(each or os.getcwd() for each in sys.path)
-        done = subprocess.run(
+        launched = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=TIMEOUT_SECONDS,
         )
-        if done.returncode == 0:
+        try:
+            said = launched.communicate(timeout=TIMEOUT_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            launched.terminate()  # and it ends its two processes, which `kill` would leave behind
+            launched.communicate()
+            return f"not done after {TIMEOUT_SECONDS} s: a process waits for the other"
+        if launched.returncode == 0:
             return torch.load(folder / f"seen-{kind}.pt")
-        lines = [line.strip() for line in done.stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
-        return lines[0] if lines else done.stderr.strip()[-300:]
+        lines = [line.strip() for line in said.splitlines() if "Error: " in line and "ChildFailed" not in line]
+        return lines[0] if lines else said.strip()[-300:]
 
 
 def compare_with_one_process(subject: Subject, kind: str) -> Finding:

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, pipeline
 
-from hfgpt.check.promise import Finding, at_most, holds, promise
+from hfgpt.check.promise import Finding, at_most, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
 NOT_ONES_OWN = {"transformers_version", "model_type", "architectures", "auto_map", "dtype", "torch_dtype"}
 """Fields of every config that transformers writes itself."""
+
+MISSING = object()
 
 
 def other_value(value: Any) -> Any:
@@ -32,7 +34,7 @@ def other_value(value: Any) -> Any:
 def config_keeps_every_field(subject: Subject) -> Finding:
     """Through a dictionary and through config.json, every field comes back, its default changed or not."""
     config = subject.make().config
-    fields = config.to_dict()
+    fields = {**{name: value for name, value in vars(config).items() if not name.startswith("_")}, **config.to_dict()}
     lost = lost_fields(fields, type(config).from_dict(fields)) | lost_fields(fields, saved_and_loaded(config))
     for name, value in fields.items():
         changed = {**fields, name: other_value(value)}
@@ -50,7 +52,7 @@ def config_keeps_every_field(subject: Subject) -> Finding:
 def lost_fields(fields: dict[str, Any], config: PreTrainedConfig) -> set[str]:
     """Those of `fields` that `config` has otherwise."""
     there = config.to_dict()
-    return {name for name, value in fields.items() if name not in NOT_ONES_OWN and there.get(name) != value}
+    return {name for name, value in fields.items() if name not in NOT_ONES_OWN and there.get(name, MISSING) != value}
 
 
 def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -106,11 +108,27 @@ def embeddings_are_named(subject: Subject) -> Finding:
         faults.append("the input embedding is not called with the ids")
     if "scores" not in seen or not torch.equal(seen["scores"][..., : logits.shape[-1]].argmax(-1), logits.argmax(-1)):
         faults.append("the output embedding's scores are not the logits'")
-    declared = getattr(model.config, "tie_word_embeddings", False)
-    tied = embedding.weight is head.weight
-    if tied != declared:
-        faults.append(f"tie_word_embeddings is {declared}, and the weights are {'' if tied else 'not '}one tensor")
     model.set_input_embeddings(torch.nn.Embedding(*embedding.weight.shape))
     if model.get_input_embeddings() is embedding:
         faults.append("`set_input_embeddings` sets nothing")
     return at_most(len(faults), 0, "; ".join(faults) or f"{type(embedding).__name__}, {type(head).__name__}")
+
+
+@promise(
+    "tools",
+    meaning="`pipeline('text-generation')` does not write with the model what its own `generate` writes.",
+    usual_causes="`prepare_inputs_for_generation` overridden; a tokenizer that adds tokens of its own.",
+)
+def a_pipeline_writes_what_generate_writes(subject: Subject) -> Finding:
+    """Greedy text by a pipeline is the decoded text of `generate`, on the ids that the tokenizer makes."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None:
+        return not_applicable("no tokenizer came with the model")
+    model = subject.make(vocab_size=max(len(tokenizer), subject.vocab_size))
+    prompt = "The way to the town"
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    settings = {"do_sample": False, "max_new_tokens": 8}
+    written = model.generate(**encoded, **settings)[0, encoded["input_ids"].shape[1] :]
+    expected = tokenizer.decode(written, skip_special_tokens=True)
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt, return_full_text=False, **settings)
+    return holds(text[0]["generated_text"] == expected, "greedy text", text[0]["generated_text"], expected)

@@ -18,6 +18,14 @@ from hfgpt.check.learning import (
     worst_tensor,
 )
 from hfgpt.check.promise import Finding, at_most, promise
+from hfgpt.check.promises.loss import (
+    accumulation_is_one_batch,
+    follows_from,
+    loss_honours_num_items,
+    loss_ignores_minus_100,
+    loss_is_next_token,
+)
+from hfgpt.check.promises.training import training_is_repeatable
 from hfgpt.check.subject import Subject
 
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 2
@@ -88,6 +96,10 @@ def learn_plainly(model: PreTrainedModel, rows: list[dict[str, torch.Tensor]]) -
 )
 def trainer_is_a_plain_loop(subject: Subject) -> Finding:
     """After three steps of two unequal micro-batches each, Trainer's weights are where SGD by hand leaves them."""
+    if broken := follows_from(subject, loss_is_next_token, loss_ignores_minus_100, accumulation_is_one_batch):
+        return broken
+    if broken := follows_from(subject, loss_honours_num_items, training_is_repeatable):
+        return broken
     rows = ragged_rows(subject)
     by_hand, model = (set_dropout(subject.make(), 0).train() for _ in range(2))
     start = weights_of(model)
