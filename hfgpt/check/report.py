@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfgpt.check.run import Report, Result
+from hfgpt.check.versions import describe_versions
 from hfgpt.system.console import result_stream
 
 MARKS = {"pass": "✔", "fail": "✘", "n/a": "-"}
@@ -31,9 +32,11 @@ def headline(report: Report) -> str:
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to judge the table."""
-    if report.subject.is_small:
-        return []
-    return ["This class could not be built small: everything was tried at its full size."]
+    folder = report.subject.folder
+    said = [] if folder is None else [describe_versions(folder)]
+    if not report.subject.is_small:
+        said.append("This class could not be built small: everything was tried at its full size.")
+    return said
 
 
 def explanations(result: Result) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from hfgpt.cli import (  # noqa: F401 - registered
     check_commands,
     hub_commands,
     model_commands,
+    new_commands,
     run_commands,
     studio_commands,
     weights_commands,

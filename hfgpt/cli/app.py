@@ -15,7 +15,7 @@ from hfgpt.config.values import expand_home
 from hfgpt.system.console import reserve_stdout, result_stream
 
 PARTS_OF_THE_JOB = {
-    "Prepare": ("doctor", "recipes", "config", "tokenizer", "data"),
+    "Prepare": ("doctor", "recipes", "new", "config", "tokenizer", "data"),
     "Train": ("train", "lecture", "compare", "bench"),
     "Use": ("evaluate", "explore", "generate", "play"),
     "Convert": ("verify", "check", "convert", "adopt"),

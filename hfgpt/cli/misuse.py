@@ -39,7 +39,8 @@ COMMANDS_ELSEWHERE = {
         ("export", "import", "quantize", "gguf", "onnx"), "Did you mean `hfgpt convert FROM TO --to FORMAT`?"
     ),
     **dict.fromkeys(("plot", "diff", "visualize", "graph"), "Did you mean `hfgpt compare RUN RUN`?"),
-    **dict.fromkeys(("list", "ls", "new", "init", "demo"), "`hfgpt recipes` lists what `hfgpt train` takes"),
+    **dict.fromkeys(("list", "ls", "demo"), "`hfgpt recipes` lists what `hfgpt train` takes"),
+    **dict.fromkeys(("init", "create", "scaffold"), "`hfgpt new` writes a project with a GPT of your own"),
     **dict.fromkeys(("info", "env", "status", "system"), "Did you mean `hfgpt doctor`?"),
     "version": "Did you mean `hfgpt --version`?",
     **dict.fromkeys(("install", "upgrade", "update"), "pip upgrades hfgpt, `hfgpt update-code FOLDER` a model's code"),

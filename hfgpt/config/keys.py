@@ -189,12 +189,13 @@ def recipe_keys(with_aliases: bool = False) -> list[str]:
     ]
 
 
-def check_keys(layer: Mapping[str, Any], spell: Spelling) -> None:
+def check_keys(layer: Mapping[str, Any], spell: Spelling, own_model: bool = False) -> None:
     """Refuse a key that a recipe does not have.
 
     Args:
         layer: values by key, nested as in a recipe.
         spell: how a key is written where the layer comes from.
+        own_model: whether the model is a class of your own, whose fields are not known here.
 
     Raises:
         ValueError: naming the key, and what was meant, as it is to be written; or a section that holds a value.
@@ -202,6 +203,8 @@ def check_keys(layer: Mapping[str, Any], spell: Spelling) -> None:
     known, inner = {*recipe_keys(with_aliases=True)}, sections()
     for names, value in leaves(layer):
         path = ".".join(names)
+        if own_model and names[0] == "model" and len(names) == 2 and names[1].isidentifier():
+            continue
         if any(".".join(names[:end]) in known for end in range(1, len(names))):
             continue  # lines where a value belongs: the types are checked later
         if inner.get(path) and value != {}:

@@ -20,7 +20,7 @@ from hfgpt.config.keys import as_item, as_override, as_yaml, check_keys, suggest
 from hfgpt.config.recipes import find_recipe
 from hfgpt.config.schema import TOKENIZER_FIELDS, OptimConfig, RunConfig
 from hfgpt.config.validation import check_model, check_options, shorten_warmup
-from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text
+from hfgpt.config.values import describe_kind, expand_paths, is_kind, kind_words, replace_text, whole_number
 
 
 def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunConfig:
@@ -48,7 +48,8 @@ def load_config(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]
     config = shorten_warmup(expand_paths(config), layers)
     check_options(config)
     # Last, because its classes import torch: all else is answered before.
-    model = {name: value for section in read_models(layers) for name, value in section.items()}
+    sections = read_models(layers, config.model_class)
+    model = {name: value for section in sections for name, value in section.items()}
     return check_model(replace(config, model=unescape(model)))
 
 
@@ -56,23 +57,32 @@ def read_layers(recipe: str | Path, overrides: Mapping[str, Any] | Iterable[str]
     """What the recipe says, and then each override: values by key; the keys are checked."""
     if isinstance(overrides, str):
         overrides = [overrides]
+    overrides = overrides if isinstance(overrides, Mapping) else list(overrides)
     path = find_recipe(recipe)
     layer = yaml_mapping(path)
+    own_model = names_own_model(layer, overrides)
     try:
-        check_keys(layer, lambda key, value: as_yaml(key, unescape(value)))
+        check_keys(layer, lambda key, value: as_yaml(key, unescape(value)), own_model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     layers = [layer]
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             layers.append(nest(str(key).split("."), plain(value)))
-            check_keys(layers[-1], as_item)
-        overrides = ()
+            check_keys(layers[-1], as_item, own_model)
+        overrides = []
     for text in overrides:
         layers.append(parse_override(text))
         typed = text.partition("=")[2]
-        check_keys(layers[-1], partial(spell_override, typed))
+        check_keys(layers[-1], partial(spell_override, typed), own_model)
     return replace_text([read_section(layer) for layer in layers])
+
+
+def names_own_model(recipe: Mapping[str, Any], overrides: Mapping[str, Any] | list[str]) -> bool:
+    """Whether the last `model_class` that is said is one: then `model` holds fields of its config."""
+    said = overrides.items() if isinstance(overrides, Mapping) else [text.partition("=")[::2] for text in overrides]
+    values = [recipe.get("model_class"), *(value for key, value in said if str(key).strip() == "model_class")]
+    return values[-1] not in (None, "", "null")
 
 
 def spell_override(typed: str, key: str, value: Any) -> str:
@@ -83,7 +93,9 @@ def spell_override(typed: str, key: str, value: Any) -> str:
 def value_origins(config: RunConfig, recipe: str | Path, overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of a loaded run comes from: key path -> `default`, `recipe` or `override`."""
     layers = read_layers(recipe, overrides)
-    layers = [{**layer, "model": model} for layer, model in zip(layers, read_models(layers), strict=True)]
+    layers = [
+        {**layer, "model": model} for layer, model in zip(layers, read_models(layers, config.model_class), strict=True)
+    ]
     recipe_layer, *override_layers = layers
     origins = dict.fromkeys(flatten(asdict(config)), "default")
     warmup_steps = OptimConfig.warmup_steps
@@ -236,16 +248,18 @@ def read_section(values: Mapping[str, Any], section: type = RunConfig) -> dict[s
     }
 
 
-def read_models(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The model's part of each layer, under the names of the config's fields; of the architectures only nanochat.
+def read_models(layers: Sequence[Mapping[str, Any]], model_class: str | None) -> list[dict[str, Any]]:
+    """The model's part of each layer, under the names of the config's fields; as it is, for a class of your own.
+
+    Of the architectures only nanochat is named in it.
 
     Raises:
         ValueError: there is no such architecture, a field and its alias have different values, or a value is of the
             wrong type.
     """
     sections = [layer.get("model") or {} for layer in layers]
-    if not any(sections):
-        return [{} for _ in sections]
+    if not any(sections) or model_class is not None:
+        return [dict(section) for section in sections]
     from hfgpt.config.architectures import FIELD_TYPES, architecture_of, own_fields
 
     architecture = architecture_of(unescape(sections))
@@ -262,11 +276,3 @@ def read_models(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         is_named = "architecture" in section and architecture != "gpt2"
         result.append({"architecture": architecture, **values} if is_named else values)
     return result
-
-
-def whole_number(value: Any, kind: Any) -> Any:
-    """Read 1e3 as a whole number where one is meant, and 1 as a number with a fraction where that is."""
-    if type(value) is int and kind in (float, float | None):
-        return float(value)
-    is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
-    return int(value) if is_meant else value

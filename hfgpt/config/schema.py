@@ -175,9 +175,11 @@ class RunConfig:
     """Fixes weights, dropout, the order of the data and the samples."""
     init_from: str | None = None
     """Hub id or folder of a model to go on from (hfgpt, GPT-2 or nanochat); `model` may then set only dropouts."""
+    model_class: str | None = None
+    """`package.module:Class` of a model of your own, see docs/wrap-your-own-gpt.md; null is one of hfgpt's."""
     model: dict[str, Any] = field(default_factory=dict)
     """`architecture`, `gpt2` (the default) or `nanochat`, and its fields, those of `HFGPTConfig` or `NanoChatConfig`,
-    under GPT-2's names too. `vocab_size` comes from the tokenizer.
+    under GPT-2's names too; or fields of your own model's config. `vocab_size` comes from the tokenizer.
     """
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

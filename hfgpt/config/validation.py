@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hfgpt.config.model_class import build_model_config
 from hfgpt.config.ranges import check_choice, check_ranges
 from hfgpt.config.schema import (
     DROPOUT_FIELDS,
@@ -195,18 +196,6 @@ def check_model(config: RunConfig) -> RunConfig:
                     f"Only {', '.join(DROPOUT_FIELDS)} may be set."
                 )
         return config
-    from huggingface_hub.errors import StrictDataclassError
-
-    from hfgpt.config.architectures import architecture_of, check_fields, make_config  # imports torch
-
-    check_fields((name for name in config.model if name != "architecture"), architecture_of([config.model]))
-    try:
-        built = make_config(config.model)
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
-    if config.data.block_size > built.max_position_embeddings:
-        raise ValueError(
-            f"`data.block_size` ({config.data.block_size}) is longer than the model's `n_positions` "
-            f"({built.max_position_embeddings}). Lower the one or raise the other."
-        )
+    if config.model_class is None:  # else when the run is opened
+        build_model_config(config)
     return config

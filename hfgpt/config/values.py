@@ -87,3 +87,11 @@ def kind_words(kind: Any) -> str:
 def is_kind(value: Any, kind: Any) -> bool:
     """Whether a value is of a field's type; True is no number."""
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def whole_number(value: Any, kind: Any) -> Any:
+    """Read 1e3 as a whole number where one is meant, and 1 as a number with a fraction where that is."""
+    if type(value) is int and kind in (float, float | None):
+        return float(value)
+    is_meant = isinstance(value, float) and value.is_integer() and kind in (int, int | None, Any)
+    return int(value) if is_meant else value

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from hfgpt.config.architectures import make_config
+from hfgpt.config.model_class import build_model_config
 from hfgpt.config.schema import DataConfig, RunConfig
 from hfgpt.data.rows import TokenArray, TokenRows
 from hfgpt.data.streaming import StreamedRows, hashes, sample_documents
@@ -296,7 +296,7 @@ def make_tokenizer(
     tokenizer = existing_tokenizer(config, resume_from)
     if tokenizer is not None:
         return tokenizer
-    longest = make_config(config.model).max_position_embeddings
+    longest = build_model_config(config).max_position_embeddings
     texts = (text for batch in train_documents.iter(batch_size=1000) for text in batch["text"])
     return train_tokenizer(texts, config.tokenizer.vocab_size, model_max_length=longest)
 

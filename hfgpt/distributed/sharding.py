@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hfgpt.distributed import deepspeed
-from hfgpt.modeling_hfgpt import HFGPTForCausalLM
 
 
 def engine(model: nn.Module) -> str | None:
@@ -37,7 +37,7 @@ def engine(model: nn.Module) -> str | None:
     return "DDP" if PartialState().num_processes > 1 else None
 
 
-def shard_model(model: HFGPTForCausalLM) -> HFGPTForCausalLM:
+def shard_model(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, each process holding a part of every weight (FSDP2).
 
     Every process holds the whole once, while it is split.
@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
         model.load_state_dict(weights)
 
 
-def gather_full_state_dict(model: HFGPTForCausalLM) -> dict[str, Tensor] | None:
+def gather_full_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
     """The weights of a model that accelerate has split, put together on the CPU of the first process; all call it.
 
     None where it is whole, or transformers has split it, which puts it together by itself when it saves.

@@ -5,19 +5,21 @@ huggingface_hub uploads whatever a folder holds. Here only what is on `LIST` is 
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import get_token
+from torch import Tensor
 
 from hfgpt.config.loading import config_yaml, load_config
-from hfgpt.weights.formats.hf_folder import read_folder
-from hfgpt.weights.lazy_tensors import read
+from hfgpt.weights.formats.hf_folder import read_files, read_folder, weight_files
+from hfgpt.weights.lazy_tensors import LazyTensor, read
 from hfgpt.weights.model_parts import build_from
-from hfgpt.weights.remote_code import code_files, describe_other_code, read_config
+from hfgpt.weights.remote_code import MODEL_TYPE, code_files, describe_other_code, read_config
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 LIST = (
@@ -132,7 +134,11 @@ def plan_push(folder: str | Path, token: str | None = None, own_code: bool = Fal
     plan = Plan(folder, files, skipped, notes)
     for name, source in files.items():
         check_secrets(name, source, folder, [token, get_token()])
-    check_model_files(folder)
+    if config.get("model_type") in (None, MODEL_TYPE, "gpt2"):
+        check_model_files(folder)
+    else:
+        check_finite(folder, read_files(weight_files(folder)))
+        notes.append(f"the code of a {config['model_type']!r} was not run; `hfgpt check {quote(str(folder))}` runs it")
     return plan
 
 
@@ -223,7 +229,16 @@ def check_model_files(folder: Path) -> None:
         ValueError: naming the tensor.
     """
     _, checkpoint = read_folder(folder)
-    for name, tensor in checkpoint.tensors.items():
+    check_finite(folder, checkpoint.tensors)
+    build_from(folder, checkpoint)
+
+
+def check_finite(folder: Path, tensors: Mapping[str, LazyTensor | Tensor]) -> None:
+    """Check that all weights are numbers.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
         if not read(tensor).isfinite().all():
             raise ValueError(f"{folder}: {name} holds NaN or infinity. Nothing was pushed.")
-    build_from(folder, checkpoint)

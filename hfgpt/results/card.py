@@ -73,6 +73,7 @@ def render_card(template: str, results: Mapping[str, Any], picture: str = PLOT_F
             # Without code beside the weights there is nothing to trust.
             trust="" if architecture_in(results) == "nanochat" else ", trust_remote_code=True",
             picture=picture,
+            model_class=run.get("model_class"),  # a class of its author's own
             place=results["card"]["repo_id"] or ".",
             prompt=sample["prompt"] or "The",
             decoding=(
@@ -114,7 +115,7 @@ def metadata(results: Mapping[str, Any]) -> ModelCardData:
         language=words["language"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfgpt", architecture_in(results)],
+        tags=["hfgpt"] if run.get("model_class") else ["hfgpt", architecture_in(results)],
         datasets=[dataset] if dataset else None,
         base_model=run["base_model"],
         model_name=name.partition("/")[2] if name else "hfgpt",

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import NanoChatConfig
 
-from hfgpt.config.schema import DROPOUT_FIELDS, NANOCHAT_FIELDS
+from hfgpt.config.schema import DROPOUT_FIELDS, NANOCHAT_FIELDS, TOKENIZER_FIELDS
 from hfgpt.data.prepare import Rows
 from hfgpt.data.tokenizer import bytes_of_ids
 from hfgpt.distributed.sharding import count_parameters, engine, load_weights, reshard
@@ -34,10 +34,9 @@ from hfgpt.training.control import TrainingControl
 from hfgpt.training.evaluate import PartialScores, record_evaluation, score
 from hfgpt.training.nonfinite import check_finite_weights
 from hfgpt.training.recorder import METRICS_FILE, Recorder
-from hfgpt.training.run import Run, origin
+from hfgpt.training.run import Run, load_model, origin
 from hfgpt.training.saving import save_model
 from hfgpt.training.signals import Stopped
-from hfgpt.weights import load
 from hfgpt.weights.model_parts import Config
 
 SCORES_FILE = "final_scores.jsonl"
@@ -197,7 +196,7 @@ def restore_best(run: Run, recorder: Recorder) -> TrainState:
             f"{run.folder} has lost checkpoint-{line['step']}, that of its best evaluation. Train in another folder."
         )
     manifest = checkpoint.verify_checkpoint(best)
-    load_weights(run.model, load(best).state_dict())
+    load_weights(run.model, load_model(run.config, best).state_dict())
     return manifest.state
 
 
@@ -211,7 +210,8 @@ def describe_run(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         **describe_origin(run.origins["model"], config.init_from, "base_model"),
         "seed": config.seed,
-        "model": describe_model(model),
+        **({"model_class": type(run.model).__name__} if config.model_class else {}),
+        "model": describe_own_model(model) if config.model_class else describe_model(model),
         "tokenizer": {
             **describe_origin(run.origins["tokenizer"], config.tokenizer.name or config.init_from, "name"),
             "vocab_size": len(run.tokenizer),
@@ -244,6 +244,12 @@ def describe_model(config: Config) -> dict[str, Any]:
         "architecture": "nanochat" if is_nanochat else "gpt2",
         **{name: getattr(config, name) for name in names if hasattr(config, name)},
     }
+
+
+def describe_own_model(config: Any) -> dict[str, Any]:
+    """Of a class of your own all fields that its config declares."""
+    declared = [name for name in type(config).__annotations__ if name not in TOKENIZER_FIELDS]
+    return {name: getattr(config, name) for name in dict.fromkeys(("vocab_size", "max_position_embeddings", *declared))}
 
 
 def describe_origin(kind: str, name: str | None, key: str) -> dict[str, str | None]:

@@ -11,10 +11,10 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfgpt.config.architectures import make_config
 from hfgpt.config.loading import config_yaml, flatten, load_config
+from hfgpt.config.model_class import build_model_config, find_model_class
 from hfgpt.config.schema import DROPOUT_FIELDS, OptimConfig, RunConfig
 from hfgpt.config.validation import fit_warmup
 from hfgpt.data.loaders import stream_loader, train_loader
@@ -32,7 +32,7 @@ from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
-from hfgpt.weights.model_parts import LanguageModel, model_class_of
+from hfgpt.weights.model_parts import model_class_of
 
 RUN_FILE, LOCK_FILE = "run.yaml", ".lock"
 
@@ -61,7 +61,7 @@ class Run:
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     rows: Rows
-    model: LanguageModel
+    model: PreTrainedModel
     start: TrainState
     resume_from: Path | None
     identity: dict[str, Any]
@@ -135,6 +135,8 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
             fit together. Nothing has been written then.
     """
     check_trackers(config.train.trackers)
+    if config.model_class is not None:
+        find_model_class(config) if config.init_from else build_model_config(config)
     join_launch(config)
     if config.train.precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("`train.precision` is fp16, which a CPU does not compute in. Use fp32 or bf16.")
@@ -310,22 +312,22 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     return path
 
 
-def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_from: Path | None) -> LanguageModel:
+def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_from: Path | None) -> PreTrainedModel:
     """The model of the checkpoint, a new one of the recipe's shape, or the one to start from, in fp32.
 
     Raises:
         ValueError: the model has no row for an id that text becomes, or a row is longer than the model's positions.
     """
     if resume_from is not None:
-        return load(resume_from, dtype=torch.float32)
+        return load_model(config, resume_from)
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if config.init_from is None:
-        shape = make_config(config.model, vocab_size=count_rows(tokenizer), **token_ids)
-        return model_class_of(shape)(shape)
+        built = build_model_config(config, vocab_size=count_rows(tokenizer), **token_ids)
+        return (model_class_of(built) if config.model_class is None else find_model_class(config))(built)
     dropouts = {name: value for name, value in config.model.items() if name in DROPOUT_FIELDS}
     try:
-        model = load(config.init_from, dtype=torch.float32, **dropouts)
-    except ValueError as error:
+        model = load_model(config, config.init_from, **dropouts)
+    except (ValueError, OSError) as error:
         raise ValueError(f"`init_from`: {error}") from error
     if config.data.block_size > model.config.max_position_embeddings:
         raise ValueError(
@@ -333,6 +335,18 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast, resume_fro
             f"({model.config.max_position_embeddings}). Lower it."
         )
     return model
+
+
+def load_model(config: RunConfig, source: str | Path, **dropouts: Any) -> PreTrainedModel:
+    """Load a model of the recipe's class, in fp32 and in eval mode.
+
+    Raises:
+        ValueError: there is none, or it is of another kind or damaged.
+        OSError: the same, of a class of your own.
+    """
+    if config.model_class is None:
+        return load(source, dtype=torch.float32, **dropouts)
+    return find_model_class(config).from_pretrained(source, dtype=torch.float32, **dropouts)
 
 
 def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -349,7 +363,7 @@ def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.T
         raise ValueError(f"`sample.prompt` ({quote(config.sample.prompt)}): {error} {remedy}") from error
 
 
-def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: LanguageModel) -> None:
+def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
     """Refuse ids that the model has no row for, and a sample that does not fit its positions.
 
     Raises:

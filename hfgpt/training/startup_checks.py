@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
 
 from hfgpt.config.schema import DROPOUT_FIELDS
 from hfgpt.data.loaders import collate
@@ -25,7 +26,6 @@ from hfgpt.distributed.sharding import for_own_gradients, is_sharded, reshard
 from hfgpt.loss import IGNORE_INDEX
 from hfgpt.training.recorder import Recorder
 from hfgpt.training.run import Run
-from hfgpt.weights.model_parts import LanguageModel
 
 MOST_TOKENS = 1024
 """About so many tokens go through the model: their logits must fit into memory."""
@@ -107,7 +107,7 @@ def check_shift(rows: TokenRows) -> Check:
 
 
 @torch.no_grad()
-def check_next_token(model: LanguageModel, rows: TokenRows) -> Check:
+def check_next_token(model: PreTrainedModel, rows: TokenRows) -> Check:
     """The loss that is trained is that of the next token, made here by hand from the logits.
 
     The value is their difference, in nats per token.

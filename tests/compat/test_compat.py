@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import hfgpt
+from hfgpt.check import check
+from hfgpt.check.report import notes, to_markdown
 from hfgpt.weights.remote_code import describe_other_code, update_code
 
 HERE = Path(__file__).parent
@@ -55,6 +59,33 @@ def answer(folder, by, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder):
     return load_file(folder / "expected.safetensors")
+
+
+def test_this_version_and_no_later_one_has_a_folder():
+    versions = [Version(each.name) for each in FOLDERS]
+
+    assert max(versions) == Version(hfgpt.__version__)  # `python tests/compat/write.py`, before it is released
+
+
+def test_a_folder_says_what_wrote_it(folder):
+    with safe_open(folder / "expected.safetensors", "pt") as file:
+        written_by = file.metadata()
+
+    assert written_by["hfgpt"] == folder.name
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["transformers_version"] == written_by["transformers"]
+
+
+def test_check_says_under_which_versions_a_folder_was_tried(folder):
+    saved_by = json.loads((folder / "model" / "config.json").read_text())["transformers_version"]
+
+    report = check(str(folder / "model"), only=["changing-a-token-leaves-earlier-logits"])
+
+    (line,) = notes(report)
+    assert f"saved by transformers {saved_by}; tried here with {transformers.__version__}; " in line
+    newest = ".".join(map(str, hfgpt.NEWEST_TRIED))
+    assert line.endswith(f"hfgpt {hfgpt.__version__}'s own tests were run with 5.23 and {newest}.")
+    assert line in to_markdown(report)
 
 
 def test_the_code_that_was_meant_runs(answer, by):

@@ -33,9 +33,10 @@ def run_two_processes(subject: Subject, kind: str, ids: torch.Tensor) -> dict[st
         (folder / "class.txt").write_text(import_path(model))
         program = Path(__file__).parents[1] / "two_processes.py"
         arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, folder, kind]
+        path = os.pathsep.join(each or os.getcwd() for each in sys.path)
         launched = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

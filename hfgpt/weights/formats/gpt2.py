@@ -4,6 +4,7 @@ transformers' GPT-2 keeps its matrices as (in, out), hfgpt as `nn.Linear` does, 
 value in one tensor, hfgpt in three. Everything else is a change of name.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,15 +54,20 @@ def entries(num_layers: int, tied: bool, prefix: str = "transformer.") -> list[T
     return mappings if tied else [*mappings, TensorMapping("lm_head.weight", ("lm_head.weight",))]
 
 
-def import_mapping() -> list[WeightRenaming | WeightConverter]:
-    """The table as transformers' weight conversions, which `from_pretrained` applies while it reads a GPT-2 file."""
+def import_mapping(
+    whole_model: Sequence[TensorMapping] = WHOLE_MODEL, each_block: Sequence[TensorMapping] = EACH_BLOCK
+) -> list[WeightRenaming | WeightConverter]:
+    """The table as transformers' weight conversions, which `from_pretrained` applies while it reads a GPT-2 file.
+
+    A model of somebody else's has a table of its own.
+    """
     # `h.` must not match inside a longer word; a lookbehind does that without changing the name that is written.
     conversions: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(r"^transformer\.", r"^model\."),
         WeightRenaming(r"(?<!\w)h\.(\d+)\.", r"layers.\1."),
         WeightRenaming(r"^classifier\.", r"score."),  # GPT2ForTokenClassification's head; the other heads' names agree
     ]
-    for mapping in (*WHOLE_MODEL, *EACH_BLOCK):
+    for mapping in (*whole_model, *each_block):
         operations: list[ConversionOps] = [Transpose(0, 1)] if mapping.transposed else []
         if len(mapping.hfgpt) > 1:
             operations.append(Chunk(dim=0))
