@@ -35,7 +35,7 @@ fi
 
 failed=0
 # shellcheck disable=SC2046,SC2086 # several words
-timeout 200 "$python" -m pytest -q -rs $how -m gpu -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) \
+timeout 150 "$python" -m pytest -q -rs $how -m gpu -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) \
     > "$out/tests.txt" 2>&1 || failed=1
 tail -n 40 "$out/tests.txt"
 
@@ -51,11 +51,9 @@ bench() {
     fi
 }
 # shellcheck disable=SC2086
-bench train 240 train $train $compile --rounds 4 --against "$peers"
-# shellcheck disable=SC2086
-bench eager 70 train $train --rounds 3 --against transformers
+bench train 270 train $train $compile --rounds 4 --against "$peers"
 for rows in 1 64; do
     # shellcheck disable=SC2086
-    bench "generate-$rows" 60 generate $write --batch-size $rows --against transformers,transformers-static
+    bench "generate-$rows" 80 generate $write --batch-size $rows --against transformers,transformers-static
 done
 exit $failed

@@ -58,8 +58,8 @@ def without_waiting(method):
 
     @wraps(method)
     def wrapper(*args):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             return method(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -67,6 +67,7 @@ def without_waiting(method):
     return wrapper
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_around_a_step_nothing_waits_for_the_gpu_but_the_look_at_its_gradients(recipe, monkeypatch, loop):
     for name in ("begin_step", "end_step"):
