@@ -116,6 +116,9 @@ Allocator = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an hfgpt or GPT-2 model.", metavar="MODEL")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

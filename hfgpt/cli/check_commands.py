@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hfgpt.cli.app import Json, app, busy, print_json
+from hfgpt.cli.app import Json, TrustRemoteCode, app, busy, print_json
 
 
 @app.command()
@@ -17,9 +17,7 @@ def check(
     only: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Promises or groups of them.", show_default="all")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Write the report for a pull request, too.")
     ] = None,

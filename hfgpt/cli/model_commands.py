@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfgpt.cli.app import Allocator, Json, Model, app, print_json, print_result
+from hfgpt.cli.app import Allocator, Json, Model, TrustRemoteCode, app, print_json, print_result
 from hfgpt.config.ranges import check_choice
 from hfgpt.generation.params import (
     DEFAULTS,
@@ -58,6 +58,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default="all")] = None,
     allocator: Allocator = "keep",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model on texts (loss, perplexities, bits per byte) and on tasks of lm-eval."""
@@ -82,6 +83,7 @@ def evaluate(
         device=device,
         tasks=[os.path.expanduser(task.strip()) for task in tasks.split(",")] if tasks else [],
         limit=limit,
+        trust_remote_code=trust_remote_code,
     )
     leave_processes()
     if not PartialState().is_main_process:
@@ -155,6 +157,7 @@ def generate(
     *,
     given: dict[str, Any],
     compare: Compare = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text to stdout.")] = False,
 ) -> None:
     """Continue a prompt, token by token, or many at once."""
@@ -168,7 +171,7 @@ def generate(
 
     records = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
     asked = [str(record["prompt"]) for record in records]
-    generator, console = load_generator(model), open_console()
+    generator, console = load_generator(model, trust_remote_code), open_console()
     if len(asked) == samples == len(variants) == 1 and not as_json:
         (params,) = variants.values()
         stream_to(console, asked[0], continue_text(generator, asked[0], params))
@@ -201,6 +204,7 @@ def explore(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write all of it as one page.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let the files replace others.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Look at what a model predicts: each token of a text, the next one, and the most likely continuation."""
@@ -216,7 +220,9 @@ def explore(
     from hfgpt.generation.render import open_console, print_exploration
     from hfgpt.system.console import print_status
 
-    found = explore(load_generator(model), text, variants, top=top, steps=steps, alternatives=alternatives)
+    found = explore(
+        load_generator(model, trust_remote_code), text, variants, top=top, steps=steps, alternatives=alternatives
+    )
     if as_json:
         print_json(found.record())
     else:
@@ -236,6 +242,7 @@ def play(
         str | None,
         typer.Option("--set", metavar="NAME=VALUE,...", help="Settings, such as `temperature=0.5,top_k=40`."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Type prompts and read their continuations, until Ctrl-D."""
     params = change_params(DEFAULTS, parse_params(settings) if settings else {})
@@ -243,4 +250,4 @@ def play(
     from hfgpt.generation.generator import load_generator
     from hfgpt.generation.play import play
 
-    play(load_generator(model), params)
+    play(load_generator(model, trust_remote_code), params)

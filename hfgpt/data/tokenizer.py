@@ -78,7 +78,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """
     limit_waiting()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        # False, not the default: transformers would ask at the terminal whether to run the code beside the weights.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         # KeyError: JSON that is no tokenizer (transformers 5.23). StrictDataclassError: the config beside it is wrong.
         reason = " ".join(str(error).split())

@@ -5,13 +5,10 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -19,19 +16,18 @@ from transformers import (
 
 from hfgpt.configuration_hfgpt import HFGPTConfig
 from hfgpt.data.tokenizer import load_tokenizer
-from hfgpt.system.console import print_status
 from hfgpt.system.machine import DTYPES
-from hfgpt.system.network import limit_waiting
 from hfgpt.weights import load
 from hfgpt.weights.detect import check_source_exists
 from hfgpt.weights.formats import openai
+from hfgpt.weights.own_code import BROKEN_MODEL, brings_own_code, load_by_own_code, load_whole
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """Names under which configs of transformers keep the longest sequence."""
 
 
 def load_causal_lm(
-    source: str, tokenizer: str | None = None, dtype: str = "auto"
+    source: str, tokenizer: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a model in eval mode, with a tokenizer that fits it.
 
@@ -39,10 +35,11 @@ def load_causal_lm(
         source: folder or Hub id of any causal language model of transformers, or a file of a format that hfgpt reads.
         tokenizer: folder or Hub id; None is that of the model.
         dtype: of the weights in memory: a key of `DTYPES`, or "auto" for that of the file.
+        trust_remote_code: whether code that lies beside the weights may be run, where nothing else knows the model.
 
     Raises:
-        ValueError: there is no such model or tokenizer, it is of another kind, it is damaged, or a tensor is missing,
-            which transformers would fill with random numbers.
+        ValueError: there is no such model or tokenizer, it is of another kind, it is damaged, its code is not trusted,
+            or a tensor is missing, which transformers would fill with random numbers.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {['auto', *DTYPES]}, got {dtype!r}.")
@@ -50,7 +47,8 @@ def load_causal_lm(
     if Path(source).is_file() or openai.recognises(Path(source)):
         return load(source, wanted), load_tokenizer(tokenizer or source)
     check_source_exists(source)
-    limit_waiting()
+    if brings_own_code(source):
+        return load_by_own_code(source, wanted, trust_remote_code), load_tokenizer(tokenizer or source)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
         model_type = fields.get("model_type")
@@ -59,26 +57,14 @@ def load_causal_lm(
         if model_type == HFGPTConfig.model_type:
             return load(source, wanted), load_tokenizer(tokenizer or source)
         if model_type not in CONFIG_MAPPING:
-            needs = ", and needs code of its own, which is not run here" if "auto_map" in fields else ""
-            raise ValueError(f"transformers {transformers.__version__} has no model type {model_type!r}{needs}.")
+            raise ValueError(f"transformers {transformers.__version__} has no model type {model_type!r}.")
         if type(AutoConfig.from_pretrained(source, trust_remote_code=False)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {model_type!r} is no causal language model.")
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted or "auto", trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, SafetensorError, StrictDataclassError, RuntimeError, ValueError) as error:
+        model = load_whole(source, wanted)
+    except BROKEN_MODEL as error:
         # What transformers explains in paragraphs becomes one line.
         raise ValueError(f"no model {source!r}: {' '.join(str(error).split())}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{source}: its weights lack {len(missing)} tensors that its config asks for, such as {missing[0]!r}. "
-            "Random numbers would stand in for them."
-        )
-    if unused := sorted(loading["unexpected_keys"]):
-        print_status(
-            f"{source}: {len(unused)} tensors of its weights have no place in the model, such as {unused[0]!r}."
-        )
-    return model.eval(), load_tokenizer(tokenizer or source)
+    return model, load_tokenizer(tokenizer or source)
 
 
 def context_of(model: PreTrainedModel) -> int | None:

@@ -98,6 +98,7 @@ def measure(
     device: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Measure a model. On several processes each calls it, and each has the result.
 
@@ -114,6 +115,7 @@ def measure(
         device: such as "cpu" or "cuda:1"; None leaves it to accelerate.
         tasks: see `hfgpt.evaluation.lm_eval_tasks.find_tasks`.
         limit: documents of each task; None takes all.
+        trust_remote_code: see `hfgpt.evaluation.load_model.load_causal_lm`.
 
     Raises:
         ValueError: nothing to measure, or something that does not fit.
@@ -131,7 +133,7 @@ def measure(
             "`--tasks` runs in one process. Start it without `accelerate launch`, or only `--data` with it."
         )
     found = find_tasks(tasks) if tasks else None
-    model, tokenizer = load_causal_lm(source, tokenizer_name, dtype)
+    model, tokenizer = load_causal_lm(source, tokenizer_name, dtype, trust_remote_code)
     length = choose_context(model, context)
     model.to(choose_device(device))
     check_causal(model)

@@ -3,6 +3,7 @@
 Here decoding.py and beam_search.py, which choose tokens, meet a tokenizer. Nothing is printed.
 """
 
+import inspect
 import json
 import secrets
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from hfgpt.generation.decoding import check_length, generate_stream
 from hfgpt.generation.params import SamplingParams
 from hfgpt.generation.streamer import StoppingText
 from hfgpt.weights import load
+from hfgpt.weights.own_code import brings_own_code, load_by_own_code
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class TextGenerator:
 
     Attributes:
         source: folder or Hub id that they came from.
-        model: an `HFGPTForCausalLM` in eval mode.
+        model: a causal language model in eval mode, as `generate_stream` takes it.
         tokenizer: the model's.
         suppress_mask: (V,), True for ids of the model that the tokenizer does not know; None if it knows all.
     """
@@ -54,18 +56,37 @@ class TextGenerator:
         return ids
 
 
-def load_generator(source: str) -> TextGenerator:
+def load_generator(source: str, trust_remote_code: bool = False) -> TextGenerator:
     """Load a model and its tokenizer, onto a GPU if there is one.
 
     Args:
         source: folder or Hub id of a model with its tokenizer.
+        trust_remote_code: whether code that lies beside the weights may be run, where nothing else knows the model.
 
     Raises:
-        ValueError: there is no such model or tokenizer.
+        ValueError: there is no such model or tokenizer, its code is not trusted, or keeps no cache.
     """
-    model, tokenizer = load(source), load_tokenizer(source)
+    model: Any
+    if brings_own_code(source):
+        model = load_by_own_code(source, None, trust_remote_code)
+        check_interface(model, source)
+    else:
+        model = load(source)
+    tokenizer = load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     return TextGenerator(source, model, tokenizer, suppressed_ids(tokenizer, model))
+
+
+def check_interface(model: Any, source: str) -> None:
+    """Refuse (ValueError) a model that `generate_stream` could not call."""
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters or not {"past_key_values", "cache"} & parameters.keys():
+        raise ValueError(
+            f"{source}: a {type(model).__name__} takes no cache and positions, with which a text is written here. "
+            "transformers' own `model.generate(...)` may do without."
+        )
+    if not isinstance(getattr(model.config, "max_position_embeddings", None), int):
+        raise ValueError(f"{source}: its config does not say `max_position_embeddings`, the longest text in tokens.")
 
 
 def suppressed_ids(tokenizer: Any, model: Any) -> Tensor | None:

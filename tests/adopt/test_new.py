@@ -1,6 +1,7 @@
 """`hfgpt new`: the project that it writes, and the changes that the guide shows, as they stand there."""
 
 import importlib
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -19,6 +21,10 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.adopt.new import new_project, requirement
 from hfgpt.check import check
 from hfgpt.check.report import to_markdown
+from hfgpt.cli import main
+from hfgpt.evaluation.load_model import load_causal_lm
+from hfgpt.generation.generator import continue_text, load_generator
+from hfgpt.generation.params import SamplingParams
 from hfgpt.hub.allowlist import plan_push
 from hfgpt.weights.remote_code import PACKAGE
 
@@ -180,6 +186,51 @@ def test_a_run_of_it_goes_on_from_its_checkpoint_and_starts_from_a_folder(inside
     start = {name: value for name, value in TINY_RUN.items() if not name.startswith(("model.", "tokenizer."))}
     results = hfgpt.train("further.yaml", start | {"init_from": "out/whole", "output_dir": "out/further"})
     assert results["run"]["starts_from"] == "folder"
+
+
+@pytest.fixture
+def saved(inside, tokenizer):
+    """A folder of its model, with its code and a tokenizer."""
+    own = importlib.import_module("own_gpt")
+    torch.manual_seed(0)
+    model = own.OwnGPTForCausalLM(own.OwnGPTConfig(**SHAPE | {"vocab_size": len(tokenizer), "n_positions": 128})).eval()
+    model.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    return model
+
+
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_hfgpt_writes_and_scores_with_its_folder_as_transformers_does(saved, tokenizer, monkeypatch, is_imported):
+    if not is_imported:
+        monkeypatch.delitem(transformers.CONFIG_MAPPING._extra_content, "own_gpt")
+    greedy = SamplingParams(max_new_tokens=5, temperature=0)
+    inputs = tokenizer("two words", return_tensors="pt")
+    expected = saved.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+
+    written = "".join(continue_text(load_generator("saved", trust_remote_code=not is_imported), "two words", greedy))
+    scored, _ = load_causal_lm("saved", trust_remote_code=not is_imported)
+
+    assert written == tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert torch.equal(scored(**inputs).logits, saved(**inputs).logits)
+    assert type(scored).__module__.startswith("own_gpt." if is_imported else "transformers_modules.")
+
+
+@pytest.mark.parametrize(
+    "command", ["generate saved A", "explore saved A", "play saved", "evaluate saved --data my.txt"]
+)
+def test_its_code_is_run_only_if_it_is_trusted(saved, command, monkeypatch, capsys):
+    monkeypatch.delitem(transformers.CONFIG_MAPPING._extra_content, "own_gpt")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # `main` sets it for good
+    codes = []
+    for words in (command, f"{command} --trust-remote-code"):
+        monkeypatch.setattr("sys.argv", ["hfgpt", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        codes.append(ended.value.code)
+
+    assert codes == [2, 0]
+    assert capsys.readouterr().err.startswith("error: saved brings code of its own, which would be run. Add --trust-")
 
 
 def stop_at_3(step):

@@ -71,7 +71,10 @@ def test_a_missing_tensor_is_refused_and_one_left_over_is_named(llama_folder, ca
     [
         (T5Config().to_dict(), "a 't5' is no causal language model"),
         ({"model_type": "fancy"}, r"has no model type 'fancy'\.$"),
-        ({"model_type": "fancy", "auto_map": {"AutoConfig": "a.B"}}, "'fancy', and needs code of its own"),
+        (
+            {"model_type": "fancy", "auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}},
+            r"code of its own, which would be run\. Add --trust-remote-code if you trust it\.$",
+        ),
         ({}, "its config.json names no `model_type`"),
     ],
 )
