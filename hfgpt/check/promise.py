@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hfgpt.check.subject import Subject
 
-Status = Literal["pass", "fail", "n/a"]
+Status = Literal["pass", "fail", "n/a", "not tried"]
 
 GROUPS = ("loading", "masks", "cache", "generation", "attention", "training", "tools")
 """What promises are about, in the order in which they are tried."""
@@ -24,7 +24,7 @@ class Finding:
     """What was found about one promise.
 
     Attributes:
-        status: "pass", "fail", or "n/a" where the question does not arise for this model.
+        status: "pass", "fail", "n/a" where the question does not arise for this model, or "not tried" for want of time.
         measured: the number, or the word, that was found; None if there is none.
         bound: what it was to be at most, or to be.
         detail: one line: what was compared with what, or why the question does not arise.

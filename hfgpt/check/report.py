@@ -9,7 +9,7 @@ from hfgpt.check.run import Report, Result
 from hfgpt.check.versions import describe_versions
 from hfgpt.system.console import result_stream
 
-MARKS = {"pass": "✔", "fail": "✘", "n/a": "-"}
+MARKS = {"pass": "✔", "fail": "✘", "n/a": "-", "not tried": "?"}
 
 
 def describe_number(value: float | str | None) -> str:
@@ -24,9 +24,10 @@ def headline(report: Report) -> str:
     counts = {
         status: sum(each.finding.status == status for each in report.results) for status in ("pass", "fail", "n/a")
     }
+    untried = f", {len(report.untried())} not tried" if report.untried() else ""
     return (
         f"{report.subject.model_class.__name__}: {counts['pass']} promises kept, {counts['fail']} broken, "
-        f"{counts['n/a']} not applicable"
+        f"{counts['n/a']} not applicable{untried}"
     )
 
 
@@ -36,6 +37,8 @@ def notes(report: Report) -> list[str]:
     said = [] if folder is None else [describe_versions(folder)]
     if not report.subject.is_small:
         said.append("This class could not be built small: everything was tried at its full size.")
+    if report.untried():
+        said.append(f"The time was over. Try the rest by --only {','.join(report.untried())}")
     return said
 
 

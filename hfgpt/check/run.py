@@ -21,7 +21,7 @@ from hfgpt.check.subject import Subject
 from hfgpt.system.suggest import did_you_mean
 
 TIME_LIMIT_SECONDS = 180
-"""After it no further promise is tried."""
+"""After it no further promise is tried, unless another limit is given."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,16 @@ class Report:
 
     @property
     def is_passed(self) -> bool:
-        """Whether no promise is broken."""
-        return not any(result.is_failed for result in self.results)
+        """Whether no promise is broken, or was left untried."""
+        return all(result.finding.status in ("pass", "n/a") for result in self.results)
 
     def failed(self) -> list[str]:
         """Names of the broken promises."""
         return [result.promise.name for result in self.results if result.is_failed]
+
+    def untried(self) -> list[str]:
+        """Names of the promises for which there was no time."""
+        return [result.promise.name for result in self.results if result.finding.status == "not tried"]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -86,6 +90,7 @@ def check(
     only: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
 ) -> Report:
     """Try what a causal language model promises.
 
@@ -94,17 +99,22 @@ def check(
         only: names of promises or of groups; none are all.
         trust_remote_code: whether code that lies beside the weights may be run.
         progress: told the name of each promise before it is tried.
+        time_limit_seconds: after it no further promise is tried; the report then is none of a passed check.
 
     Raises:
         ValueError: there is no such model or promise, or the model's code is not trusted.
     """
     chosen = choose_promises(only)
     with silenced_transformers():
-        return check_chosen(what, chosen, trust_remote_code, progress)
+        return check_chosen(what, chosen, trust_remote_code, progress, time_limit_seconds)
 
 
 def check_chosen(
-    what: str | Subject, chosen: list[Promise], trust_remote_code: bool, progress: Callable[[str], None] | None
+    what: str | Subject,
+    chosen: list[Promise],
+    trust_remote_code: bool,
+    progress: Callable[[str], None] | None,
+    time_limit_seconds: float,
 ) -> Report:
     """Try these promises; see `check`."""
     subject = what if isinstance(what, Subject) else resolve(what, trust_remote_code)
@@ -113,8 +123,8 @@ def check_chosen(
     for each in chosen:
         if progress is not None:
             progress(each.name)
-        if perf_counter() - started_at > TIME_LIMIT_SECONDS:
-            finding = Finding("fail", detail=f"not tried: {TIME_LIMIT_SECONDS} s were over; use --only {each.name}")
+        if perf_counter() - started_at > time_limit_seconds:
+            finding = Finding("not tried", detail=f"{time_limit_seconds:g} s were over")
             results.append(Result(each, finding, 0.0))
         else:
             results.append(try_promise(each, subject))

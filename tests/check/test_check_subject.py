@@ -9,6 +9,7 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.check import check
 from hfgpt.check.known_faults import KNOWN_FAULTS
 from hfgpt.check.promise import PROMISES
+from hfgpt.check.report import to_markdown
 from hfgpt.check.resolve import resolve
 from hfgpt.check.subject import shrink
 from hfgpt.cli import app
@@ -106,6 +107,20 @@ def test_weights_that_do_not_belong_to_their_config_are_found(tmp_path):
 
     assert not report.is_passed
     assert "left over transformer.h.1" in report.results[0].finding.detail
+
+
+def test_what_there_was_no_time_for_is_neither_kept_nor_broken_and_is_named():
+    names = ["left-padding-changes-nothing", "changing-a-token-leaves-earlier-logits"]
+
+    report = check("hfgpt:HFGPTForCausalLM", only=names, time_limit_seconds=-1)
+
+    assert not report.is_passed
+    assert report.failed() == []
+    assert {*report.untried()} == {*names}
+    said = to_markdown(report)
+    assert "0 promises kept, 0 broken, 0 not applicable, 2 not tried" in said
+    assert f"--only {','.join(report.untried())}" in said
+    assert "usual causes" not in said
 
 
 def hfgpt_check(*words):
