@@ -70,6 +70,8 @@ def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
 def auto_class_is_the_class(subject: Subject) -> Finding:
     """`AutoModelForCausalLM.from_config` gives the very class, with the weights that the seed gives the class."""
     model = subject.make()
+    if subject.folder is not None:
+        model.config.name_or_path = str(subject.folder)  # where `from_config` looks for code beside the weights
     torch.manual_seed(0)
     auto = AutoModelForCausalLM.from_config(model.config, trust_remote_code=subject.trust_remote_code)
     torch.manual_seed(0)
