@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, pipeline
+from transformers import PreTrainedConfig, pipeline
 
 from hfgpt.check.promise import Finding, at_most, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
@@ -59,26 +59,6 @@ def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         return type(config).from_pretrained(folder)
-
-
-@promise(
-    "tools",
-    meaning="AutoModelForCausalLM does not find the class, or makes another model from the same config and seed.",
-    usual_causes="`AutoModelForCausalLM.register(Config, Model)` missing, or in a module that nobody imports; no "
-    "`auto_map` in config.json; a `model_type` that transformers already uses.",
-)
-def auto_class_is_the_class(subject: Subject) -> Finding:
-    """`AutoModelForCausalLM.from_config` gives the very class, with the weights that the seed gives the class."""
-    model = subject.make()
-    torch.manual_seed(0)
-    auto = AutoModelForCausalLM.from_config(model.config, trust_remote_code=subject.trust_remote_code)
-    torch.manual_seed(0)
-    direct = type(model)._from_config(model.config)
-    if type(auto).__qualname__ != type(model).__qualname__:
-        return holds(False, f"it is a {type(auto).__qualname__}, not a {type(model).__qualname__}")
-    own = direct.state_dict()
-    differing = [name for name, tensor in auto.state_dict().items() if not torch.equal(tensor, own[name])]
-    return at_most(len(differing), 0, ", ".join(differing) or "the same class and weights")
 
 
 @promise(
