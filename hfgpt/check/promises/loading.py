@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hfgpt.check.alone import load_alone
-from hfgpt.check.batches import can_generate, logits
+from hfgpt.check.batches import can_generate, input_embeddings, logits
 from hfgpt.check.network import watch_network
 from hfgpt.check.promise import Finding, NotDone, at_most, close, holds, max_difference, not_applicable, promise
 from hfgpt.check.subject import Subject
@@ -141,7 +141,7 @@ def tied_weights_stay_tied(subject: Subject) -> Finding:
     """Whether output layer and embedding are one tensor, as `tie_word_embeddings` says, after loading too."""
     asked = getattr(subject.config.get_text_config(), "tie_word_embeddings", None)
     model = subject.make()
-    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+    if model.get_output_embeddings() is None or input_embeddings(model) is None:
         return not_applicable("the class names no output layer, or no embedding")
     if asked is None:
         return not_applicable("the config has no `tie_word_embeddings`")
@@ -216,7 +216,7 @@ def is_constant(parameter: Tensor) -> bool:
 
 def embedding_name(model: Any) -> str:
     """Name of the token embedding's matrix."""
-    weight = model.get_input_embeddings().weight
+    weight = getattr(input_embeddings(model), "weight", None)
     return next((name for name, parameter in model.named_parameters() if parameter is weight), "")
 
 
@@ -306,6 +306,8 @@ def resizing_the_vocabulary_keeps_the_old_logits(subject: Subject) -> Finding:
     """Eight tokens more: old logits, ties, config; saved and loaded; and eight fewer again."""
     model, ids = subject.make(), subject.ids(2, 12)
     before, size = logits(model, ids), subject.vocab_size
+    if input_embeddings(model) is None:
+        return not_applicable("the class names no embedding")
     was_tied = model.get_output_embeddings() is not None and is_tied(model)
     model.resize_token_embeddings(size + 8, mean_resizing=False)
     after = logits(model, ids)

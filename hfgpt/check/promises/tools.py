@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, pipeline
 
+from hfgpt.check.batches import input_embeddings
 from hfgpt.check.promise import Finding, at_most, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
@@ -71,7 +72,7 @@ def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
 def embeddings_are_named(subject: Subject) -> Finding:
     """Their weights are (V, C); the one is given the ids, the scores of the other rank the tokens as the logits do."""
     model, ids = subject.make(), subject.ids(2, 16)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = input_embeddings(model), model.get_output_embeddings()
     if embedding is None or head is None:
         return holds(False, f"`get_input_embeddings` gives {embedding}, `get_output_embeddings` gives {head}")
     seen: dict[str, Tensor] = {}
