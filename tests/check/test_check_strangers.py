@@ -9,7 +9,7 @@ from hfgpt.check.small import dropout_fields
 from hfgpt.check.subject import Subject
 
 
-class DropsOutOfSight(HFGPTForCausalLM):
+class DropsForCausalLM(HFGPTForCausalLM):
     """Its dropout is a number that no module and no field of the config is called after."""
 
     def __init__(self, config):
@@ -44,7 +44,7 @@ def status_of():
 @pytest.mark.parametrize(
     ("model_class", "name", "status"),
     [
-        (DropsOutOfSight, "trainer-is-a-plain-loop", "pass"),
+        (DropsForCausalLM, "trainer-is-a-plain-loop", "pass"),
         (NamesNoEmbedding, "more-tokens-than-positions-are-refused-or-harmless", "pass"),
         (NamesNoEmbedding, "tied-weights-stay-tied", "n/a"),
         (NamesNoEmbedding, "embeddings-are-named", "fail"),
