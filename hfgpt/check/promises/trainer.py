@@ -71,7 +71,7 @@ def without_chance(model: PreTrainedModel, ids: torch.Tensor) -> PreTrainedModel
     """The model in training mode, every dropout off; where one is not found, in eval mode for good."""
     if not torch.equal(*two_passes(set_dropout(model, 0).train(), ids)):
         model.eval()
-        model.train = lambda mode=True: model  # type: ignore[method-assign] # Trainer would switch it on again
+        model.train = lambda mode=True: model  # Trainer would switch it on again
     return model
 
 
