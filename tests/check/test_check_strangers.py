@@ -4,6 +4,7 @@ import pytest
 import torch.nn.functional as F
 
 from hfgpt import HFGPTConfig, HFGPTForCausalLM
+from hfgpt.arguments import CACHE
 from hfgpt.check import check
 from hfgpt.check.small import dropout_fields
 from hfgpt.check.subject import Subject
@@ -29,6 +30,13 @@ class TakesIdsOnly(HFGPTForCausalLM):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+class MakesItsPositions(HFGPTForCausalLM):
+    """It takes a cache and no positions, which it makes of the mask."""
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, **{CACHE: cache}, use_cache=use_cache)
+
+
 @pytest.fixture
 def status_of():
     """A function that tries one promise with a class, and says what came of it."""
@@ -48,6 +56,7 @@ def status_of():
         (NamesNoEmbedding, "more-tokens-than-positions-are-refused-or-harmless", "pass"),
         (NamesNoEmbedding, "tied-weights-stay-tied", "n/a"),
         (NamesNoEmbedding, "embeddings-are-named", "fail"),
+        (MakesItsPositions, "cached-steps-of-padded-rows-equal-uncached", "pass"),
         (TakesIdsOnly, "embeddings-may-take-the-place-of-ids", "n/a"),
     ],
 )
