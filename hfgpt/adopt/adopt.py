@@ -30,6 +30,7 @@ from hfgpt.adopt.folder import (
     write_readme,
 )
 from hfgpt.adopt.gpt_call import decode
+from hfgpt.adopt.names import unread
 from hfgpt.adopt.probe import Findings, constant_buffers, draw_ids, drop_changing, probe
 from hfgpt.adopt.source import Program, is_installed
 from hfgpt.data.tokenizer import count_rows, load_tokenizer, save_tokenizer
@@ -174,6 +175,7 @@ class Adopter:
             if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
                 raise ValueError(f"{self.class_name} of {self.path} is no `nn.Module`.")
             constructor = find_constructor(module_class, home, values)
+            self.note_unread(values, list(written))
             module, second = build(constructor, module_class, 0), build(constructor, module_class, 1)
             ties = tied_names(module)
             state = module.state_dict()
@@ -221,6 +223,12 @@ class Adopter:
         if parameters is None or not all(name in values for name in parameters):
             parameters = [] if not parameters else list(values)
         return {name: value for name, value in values.items() if name not in parameters}
+
+    def note_unread(self, values: dict[str, Any], files: list[str]) -> None:
+        """Say which of the config's names the code does not have: a dictionary takes a misspelt one without a word."""
+        trees = [ast.parse((self.code / each).read_text(encoding="utf-8")) for each in files]
+        if names := unread(values, trees):
+            self.notes.append(f"nothing in the code reads {', '.join(f'`{name}`' for name in names)} of the config")
 
     def load(self, package: str, stem: str) -> Any:
         try:

@@ -115,8 +115,10 @@ def choose_settings(parameters: Mapping[str, Any], lacking: list[str], rest: Map
 
 
 def is_settings(parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
+    annotation, default = parameter.annotation, parameter.default
     has_class = isinstance(annotation, type) and annotation.__module__ not in ("builtins", "typing")
+    if annotation is parameter.empty:  # then a number as its default says that it is no object
+        has_class = default is parameter.empty or default is None or not is_plain(default)
     words = re.split(r"[_\d]+", parameter.name.lower())
     return has_class or any(word in CONFIG_WORDS for word in words) or parameter.name.lower().endswith("config")
 
@@ -142,7 +144,8 @@ def kinds(
     """Values with defaults, the expression, the function and the names it needs; the likeliest kind first."""
     classes = {name: each for name, each in vars(home).items() if isinstance(each, type) and not is_module(each)}
     annotated = annotation_of(module_class, parameter)
-    likely = [name for name, each in classes.items() if each is annotated]
+    default = parameter.default
+    likely = [name for name, each in classes.items() if annotated is each or default is each or type(default) is each]
     records = [name for name, each in classes.items() if dataclasses.is_dataclass(each) and name not in likely]
     for name in likely:
         if dataclasses.is_dataclass(classes[name]) and not takes(classes[name], values):

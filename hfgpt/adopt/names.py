@@ -3,7 +3,8 @@
 import ast
 import copy
 import symtable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -97,6 +98,26 @@ def mentioned_in(node: ast.AST) -> set[str]:
     return attributes | {
         each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
     }
+
+
+def unread(values: Mapping[str, Any], trees: Iterable[ast.AST]) -> list[str]:
+    """The names of these values, those within them after a dot, that stand nowhere in the code.
+
+    One that does may still not be read; one that does not cannot be: no attribute, text, parameter, keyword or variable
+    has that name.
+    """
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    known = {getattr(node, field, None) for node in nodes for field in ("attr", "id", "arg")}
+    known |= {node.value for node in nodes if isinstance(node, ast.Constant)}
+
+    def walk(values: Mapping[str, Any], before: str) -> Iterator[str]:
+        for name, value in values.items():
+            if name not in known:
+                yield before + name
+            elif isinstance(value, Mapping):
+                yield from walk(value, f"{before}{name}.")
+
+    return list(walk(values, ""))
 
 
 def without_methods(definition: ast.ClassDef, kept: set[str]) -> ast.ClassDef:

@@ -170,7 +170,8 @@ def ways_to_call(module: nn.Module) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{type(module).__name__}'s forward takes no ids.")
     required = [each.name for each in parameters[1:] if each.default is each.empty]
     optional = [each for each in parameters[1:] if each.default is not each.empty]
-    kinds = [["ids"] if is_target(name) else [None, *MASKS] for name in required]
+    # 0 is where a text begins, for those that take their place in a cache of their own.
+    kinds: list[list[Any]] = [["ids"] if is_target(name) else [None, 0, *MASKS] for name in required]
     for chosen in product(*kinds):
         yield dict(zip(required, chosen, strict=True))
     if required:

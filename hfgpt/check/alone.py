@@ -21,6 +21,9 @@ def load_alone(folder: Path, package: str, ids: Tensor) -> Tensor | str:
         folder: of a saved model.
         package: what the process may not import. The classes of a folder's code have none.
         ids: on which it is run.
+
+    Raises:
+        subprocess.TimeoutExpired: after `LIMIT_SECONDS`.
     """
     torch.save(ids, folder / "ids.pt")
     # -I: neither the current folder nor PYTHONPATH, so that nothing but installed packages is found.

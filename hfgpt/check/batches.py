@@ -62,6 +62,14 @@ def can_generate(subject: Subject) -> bool:
     return hasattr(subject.model_class, "generate")
 
 
+def input_embeddings(model: Any) -> Any:
+    """The layer that embeds the ids; None where the class names none, which transformers says by an error."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 @torch.no_grad()
 def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     """The logits of one pass, (B, T, V)."""

@@ -24,7 +24,8 @@ class Finding:
     """What was found about one promise.
 
     Attributes:
-        status: "pass", "fail", "n/a" where the question does not arise for this model, or "not tried" for want of time.
+        status: "pass", "fail", "n/a" where the question does not arise for this model, or "not tried" where the time
+            did not suffice: a slow machine says nothing about a model.
         measured: the number, or the word, that was found; None if there is none.
         bound: what it was to be at most, or to be.
         detail: one line: what was compared with what, or why the question does not arise.
@@ -34,6 +35,10 @@ class Finding:
     measured: float | str | None = None
     bound: float | str | None = None
     detail: str = ""
+
+
+class NotDone(Exception):
+    """A process needed more time than it was given: whether the promise is kept is not known."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def close(actual: Tensor, expected: Tensor, detail: str, *, factor: float = 1.0)
 def worst(findings: list[Finding]) -> Finding:
     """Of several findings, each for a variant of one question, the one to report: a failure, or the largest number."""
     assert findings
-    order = {"fail": 2, "pass": 1, "n/a": 0}
+    order = {"fail": 3, "not tried": 2, "pass": 1, "n/a": 0}
     return max(findings, key=lambda each: (order[each.status], excess(each)))
 
 

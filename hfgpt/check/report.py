@@ -21,14 +21,24 @@ def describe_number(value: float | str | None) -> str:
 
 def headline(report: Report) -> str:
     """One line: what was checked and what came of it."""
-    counts = {
-        status: sum(each.finding.status == status for each in report.results) for status in ("pass", "fail", "n/a")
-    }
-    untried = f", {len(report.untried())} not tried" if report.untried() else ""
-    return (
+    counts = {status: sum(each.finding.status == status for each in report.results) for status in MARKS}
+    line = (
         f"{report.subject.model_class.__name__}: {counts['pass']} promises kept, {counts['fail']} broken, "
-        f"{counts['n/a']} not applicable{untried}"
+        f"{counts['n/a']} not applicable"
     )
+    return f"{line}, {counts['not tried']} not tried" if counts["not tried"] else line
+
+
+def untried(report: Report) -> list[str]:
+    """Which promises were begun and not ended, and last how to try those not tried; nothing if all were."""
+    names = report.not_tried()
+    if not names:
+        return []
+    begun = [each for each in report.results if each.promise.name in names and each.elapsed_seconds > 0]
+    return [
+        *(f"{each.promise.name}: {each.finding.detail}" for each in begun),
+        f"{len(names)} not tried for want of time, neither kept nor broken. To try them: --only {','.join(names)}",
+    ]
 
 
 def notes(report: Report) -> list[str]:
@@ -37,8 +47,6 @@ def notes(report: Report) -> list[str]:
     said = [] if folder is None else [describe_versions(folder)]
     if not report.subject.is_small:
         said.append("This class could not be built small: everything was tried at its full size.")
-    if report.untried():
-        said.append(f"The time was over. Try the rest by --only {','.join(report.untried())}")
     return said
 
 
@@ -57,7 +65,7 @@ def explanations(result: Result) -> list[tuple[str, str]]:
 def render(report: Report) -> list[RenderableType]:
     """A table with a line for each promise; then each broken one, what that means and what usually causes it."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    table.add_column("promise")
+    table.add_column("promise", overflow="fold")  # names to be copied
     table.add_column("result", no_wrap=True)
     table.add_column("measured", justify="right")
     table.add_column("bound", justify="right")
@@ -77,6 +85,8 @@ def print_report(report: Report) -> None:
     console = Console(file=result_stream(), highlight=False)
     for part in render(report):
         console.print(part)
+    for line in untried(report):
+        console.print(Text(line), soft_wrap=True)  # names to be copied
 
 
 def to_markdown(report: Report) -> str:
@@ -92,6 +102,7 @@ def to_markdown(report: Report) -> str:
         if result.is_failed:
             lines += ["", f"**{result.promise.name}**", ""]
             lines += [f"- {title}: {escape(words)}" for title, words in explanations(result)]
+    lines += ["", *untried(report)] if report.not_tried() else []
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """A model's config made small, so that everything about the model can be tried in seconds."""
 
 import copy
+import re
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -78,7 +79,7 @@ def dropout_fields(config: PreTrainedConfig) -> list[str]:
     return [
         name
         for name, value in config.to_dict().items()
-        if ("dropout" in name or name.endswith("pdrop"))
+        if re.search(r"dropout|pdrop$|(^|_)drop(_|$)", name)
         and isinstance(value, int | float)
         and not isinstance(value, bool)
         and not name.startswith(("classifier", "summary"))

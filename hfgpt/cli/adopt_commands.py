@@ -28,8 +28,13 @@ def adopt(
     checks: Annotated[bool, typer.Option("--check/--no-check", help="End with `hfgpt check`'s report.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Make a folder that AutoModel loads of any class that turns token ids into logits."""
+    """Make a folder that AutoModel loads of any class that turns token ids into logits.
+
+    The exit code is 0 once the folder is there, whatever `hfgpt check` says of it: what the class does not keep was so
+    before. `hfgpt check` on the folder ends with 1 if a promise is broken.
+    """
     from hfgpt.adopt.adopt import adopt, render
+    from hfgpt.system.console import print_status
 
     with busy(f"adopting {what}"):
         result = adopt(what, out, config=config, checkpoint=checkpoint, tokenizer=tokenizer, name=name)
@@ -44,5 +49,10 @@ def adopt(
             report = check(str(out), trust_remote_code=True)
         if not as_json:
             print_report(report)
+            if not report.is_passed:
+                print_status(
+                    f"{out} is written. To try again what is broken: hfgpt check {out} --trust-remote-code --only "
+                    f"{','.join(report.failed())}"
+                )
     if as_json:
         print_json({**asdict(result), "check": None if report is None else report.to_json()})

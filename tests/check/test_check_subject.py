@@ -9,9 +9,8 @@ from hfgpt import HFGPTConfig, HFGPTForCausalLM
 from hfgpt.check import check
 from hfgpt.check.known_faults import KNOWN_FAULTS
 from hfgpt.check.promise import PROMISES
-from hfgpt.check.report import to_markdown
 from hfgpt.check.resolve import resolve
-from hfgpt.check.subject import shrink
+from hfgpt.check.subject import Subject, shrink
 from hfgpt.cli import app
 
 OWN_CODE = """
@@ -109,20 +108,6 @@ def test_weights_that_do_not_belong_to_their_config_are_found(tmp_path):
     assert "left over transformer.h.1" in report.results[0].finding.detail
 
 
-def test_what_there_was_no_time_for_is_neither_kept_nor_broken_and_is_named():
-    names = ["left-padding-changes-nothing", "changing-a-token-leaves-earlier-logits"]
-
-    report = check("hfgpt:HFGPTForCausalLM", only=names, time_limit_seconds=-1)
-
-    assert not report.is_passed
-    assert report.failed() == []
-    assert {*report.untried()} == {*names}
-    said = to_markdown(report)
-    assert "0 promises kept, 0 broken, 0 not applicable, 2 not tried" in said
-    assert f"--only {','.join(report.untried())}" in said
-    assert "usual causes" not in said
-
-
 def hfgpt_check(*words):
     return CliRunner().invoke(app, ["check", *map(str, words)])
 
@@ -186,3 +171,53 @@ def test_transformers_own_models_break_a_promise_only_where_a_fault_is_known(nam
     report = check(f"transformers:{name}", only=["loading", "masks", "cache", "generation", "attention"])
 
     assert [each.promise.name for each in report.results if each.is_failed and each.known_fault is None] == []
+
+
+@pytest.fixture
+def no_time(monkeypatch):
+    """A machine so slow that the time is over before the first promise."""
+    monkeypatch.setattr("hfgpt.check.run.TIME_LIMIT_SECONDS", -1)
+
+
+def test_a_slow_machine_is_not_told_that_its_model_is_broken(no_time, tmp_path):
+    names = "the-class-can-generate,the-same-input-gives-the-same-bits"
+
+    done = hfgpt_check("hfgpt:HFGPTForCausalLM", "--only", names, "--markdown", tmp_path / "report.md")
+
+    assert done.exit_code == 0
+    assert "0 promises kept, 0 broken, 0 not applicable, 2 not tried" in done.stdout
+    assert done.stdout.rstrip().endswith(f"To try them: --only {names}")
+    assert f"--only {names}" in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_a_process_that_does_not_end_in_time_is_no_broken_promise(monkeypatch, folder):
+    monkeypatch.setattr("hfgpt.check.alone.LIMIT_SECONDS", 0.01)
+    name = "code-beside-the-weights-runs-alone-and-only-if-trusted"
+
+    report = check(str(folder), only=[name], trust_remote_code=True)
+
+    assert (report.failed(), report.not_tried()) == ([], [name])
+    assert report.is_passed
+    assert "not done after" in report.results[0].finding.detail
+
+
+def test_nothing_is_said_during_a_check_but_its_report(capfd, folder):
+    (folder / "mine.py").write_text(OWN_CODE.replace("self.post_init()", "self.post_init(); print('I am built')"))
+    names = ["trainer-is-a-plain-loop", "blocks-stay-on-one-device", "loading-accounts-for-every-tensor"]
+
+    check("hfgpt:HFGPTForCausalLM", only=names)
+    check(str(folder), only=names, trust_remote_code=True)
+
+    assert capfd.readouterr() == ("", "")
+
+
+class AnotherClass(HFGPTForCausalLM):
+    """It has the config of a class that AutoModelForCausalLM knows."""
+
+
+def test_a_class_that_the_auto_class_takes_for_another_is_found():
+    subject = Subject("another", AnotherClass, resolve("hfgpt:HFGPTForCausalLM").config, auto_model=True)
+
+    (result,) = check(subject, only=["the-auto-class-loads-what-was-saved"]).results
+
+    assert (result.finding.measured, result.finding.bound) == ("HFGPTForCausalLM", "AnotherClass")

@@ -40,7 +40,10 @@ def peft_finds_layers(subject: Subject) -> Finding:
     model, ids = subject.make(), subject.ids(3, 16)
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-    adapted, layers = adapt(model)
+    try:
+        adapted, layers = adapt(model)
+    except ValueError as error:
+        return holds(False, f"PEFT finds no layer: {error}")
     output = adapted(input_ids=ids, labels=ids)
     output.loss.backward()
     asked = [name for name, each in adapted.named_parameters() if each.requires_grad]
@@ -53,6 +56,17 @@ def peft_finds_layers(subject: Subject) -> Finding:
     return at_most(len(idle), 0, ", ".join(idle) or f"{layers}: {', '.join(kinds)}")
 
 
+def no_adapter(subject: Subject) -> Finding | None:
+    """That an adapter cannot be tried: there is no PEFT, or nothing that it adapts; None if it can."""
+    if find_spec("peft") is None:
+        return not_applicable("peft is not installed")
+    try:
+        adapt(subject.make())
+    except ValueError:
+        return not_applicable("it rests on peft-finds-layers, which is broken")
+    return None
+
+
 @promise(
     "tools",
     meaning="An adapter that was saved and loaded onto the same weights gives other logits.",
@@ -60,8 +74,8 @@ def peft_finds_layers(subject: Subject) -> Finding:
 )
 def peft_adapter_is_saved(subject: Subject) -> Finding:
     """The adapter's folder, loaded onto the same base, gives the same logits to the last bit."""
-    if find_spec("peft") is None:
-        return not_applicable("peft is not installed")
+    if broken := no_adapter(subject):
+        return broken
     from peft import PeftModel
 
     ids = subject.ids(3, 16)
@@ -82,8 +96,8 @@ def peft_adapter_is_saved(subject: Subject) -> Finding:
 )
 def peft_merge_is_exact(subject: Subject) -> Finding:
     """Merged, the model is of its own class again, as tied as before, with the logits of the adapted one."""
-    if find_spec("peft") is None:
-        return not_applicable("peft is not installed")
+    if broken := no_adapter(subject):
+        return broken
     model, ids = subject.make(), subject.ids(3, 16)
     shared = shared_parameters(model)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from hfgpt.check.batches import cache_argument, cache_of, keeps_cache, logits, pad
+from hfgpt.check.batches import cache_argument, cache_of, keeps_cache, logits, pad, takes
 from hfgpt.check.promise import Finding, close, holds, not_applicable, promise, worst
 from hfgpt.check.subject import Subject
 
@@ -115,11 +115,16 @@ def cached_steps_of_padded_rows_equal_uncached(subject: Subject) -> Finding:
     model, ids = subject.make(), subject.ids(3, 12)
     padded, mask = pad(ids, "left")
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    takes_positions = takes(model, "position_ids")  # otherwise it makes them of the mask
     cache, findings = None, []
-    whole = logits(model, padded, attention_mask=mask, position_ids=positions, use_cache=False)
+
+    def given(begin: int, end: int) -> dict[str, Tensor]:
+        places = {"position_ids": positions[:, begin:end]} if takes_positions else {}
+        return {"attention_mask": mask[:, :end], **places}
+
+    whole = logits(model, padded, **given(0, 12), use_cache=False)
     for begin, end in ((0, 10), (10, 11), (11, 12)):
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end], "use_cache": True}
-        output = step(model, padded[:, begin:end], cache, **given)
+        output = step(model, padded[:, begin:end], cache, **given(begin, end), use_cache=True)
         cache = cache_of(output)
         seen = mask[:, begin:end] == 1
         findings.append(close(output.logits[seen], whole[:, begin:end][seen], "steps of padded rows against at once"))

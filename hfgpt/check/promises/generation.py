@@ -1,5 +1,6 @@
 """Promises about what `generate` writes."""
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -8,7 +9,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hfgpt.check.batches import LENGTHS, cache_argument, cache_of, can_generate, keeps_cache, logits, pad, takes
+from hfgpt.check.batches import (
+    LENGTHS,
+    cache_argument,
+    cache_of,
+    can_generate,
+    input_embeddings,
+    keeps_cache,
+    logits,
+    pad,
+    takes,
+)
 from hfgpt.check.promise import Finding, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
@@ -153,9 +164,14 @@ def embeddings_may_take_the_place_of_ids(subject: Subject) -> Finding:
     """Text after embeddings of a prompt against text after its ids."""
     if not takes(subject.model_class, "inputs_embeds"):
         return not_applicable("forward takes no `inputs_embeds`")
+    if "inputs_embeds" not in inspect.signature(subject.model_class.prepare_inputs_for_generation).parameters:
+        return not_applicable("`prepare_inputs_for_generation` names no `inputs_embeds`: `generate` refuses them")
     model, ids = subject.make(), subject.ids(2, 7)
+    embedding = input_embeddings(model)
+    if embedding is None:
+        return not_applicable("the class names no embedding")
     with torch.no_grad():
-        embeddings = model.get_input_embeddings()(ids)
+        embeddings = embedding(ids)
     found = write(model, None, inputs_embeds=embeddings, attention_mask=torch.ones_like(ids))
     return same_text(found[:, -NEW_TOKENS:], write(model, ids)[:, 7:], "text after embeddings against after ids")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hfgpt.check.alone import load_alone
-from hfgpt.check.batches import can_generate, logits
+from hfgpt.check.batches import can_generate, input_embeddings, logits
 from hfgpt.check.network import watch_network
-from hfgpt.check.promise import Finding, at_most, close, holds, max_difference, not_applicable, promise
+from hfgpt.check.promise import Finding, NotDone, at_most, close, holds, max_difference, not_applicable, promise
 from hfgpt.check.subject import Subject
 
 WEIGHTS = "model.safetensors"
@@ -140,7 +141,7 @@ def tied_weights_stay_tied(subject: Subject) -> Finding:
     """Whether output layer and embedding are one tensor, as `tie_word_embeddings` says, after loading too."""
     asked = getattr(subject.config.get_text_config(), "tie_word_embeddings", None)
     model = subject.make()
-    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+    if model.get_output_embeddings() is None or input_embeddings(model) is None:
         return not_applicable("the class names no output layer, or no embedding")
     if asked is None:
         return not_applicable("the config has no `tie_word_embeddings`")
@@ -215,7 +216,7 @@ def is_constant(parameter: Tensor) -> bool:
 
 def embedding_name(model: Any) -> str:
     """Name of the token embedding's matrix."""
-    weight = model.get_input_embeddings().weight
+    weight = getattr(input_embeddings(model), "weight", None)
     return next((name for name, parameter in model.named_parameters() if parameter is weight), "")
 
 
@@ -237,17 +238,21 @@ def a_seed_fixes_the_initial_weights(subject: Subject) -> Finding:
 
 @promise(
     "loading",
-    meaning="`AutoModelForCausalLM.from_pretrained`, and with it most tools, cannot open what the class saves.",
-    usual_causes="The class and its config are not registered: `register_for_auto_class`, or `AutoConfig.register`.",
+    meaning="`AutoModelForCausalLM.from_pretrained`, and with it most tools, cannot open what the class saves, or make "
+    "another model of it.",
+    usual_causes="The class and its config are not registered: `register_for_auto_class`, or `AutoConfig.register`; "
+    "or a `model_type` that transformers already uses.",
 )
 def the_auto_class_loads_what_was_saved(subject: Subject) -> Finding:
-    """AutoModelForCausalLM on a folder that the class saved."""
+    """AutoModelForCausalLM on a folder that the class saved gives the same class and logits."""
     if not subject.auto_model:
         return not_applicable("AutoModelForCausalLM was not told of the class")
     model, ids = subject.make(), subject.ids(2, 12)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=subject.trust_remote_code).eval()
+    if type(loaded).__qualname__ != type(model).__qualname__:  # of code beside the weights it is another copy
+        return holds(False, "the class that it loads", type(loaded).__qualname__, type(model).__qualname__)
     return at_most(max_difference(logits(loaded, ids), logits(model, ids)), 0.0, "logits of what the Auto class loads")
 
 
@@ -265,7 +270,10 @@ def code_beside_the_weights_runs_alone_and_only_if_trusted(subject: Subject) -> 
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if "AutoModelForCausalLM" not in (config.get("auto_map") or {}):
             return not_applicable(f"the class saves no code: whoever loads it needs {package}")
-        found = load_alone(Path(folder), package, ids)
+        try:
+            found = load_alone(Path(folder), package, ids)
+        except subprocess.TimeoutExpired as error:
+            raise NotDone(f"the process was not done after {error.timeout:.0f} s") from None
     if isinstance(found, str):
         return holds(False, found)
     return at_most(max_difference(found, logits(model, ids)), 0.0, f"logits in a process without {package}")
@@ -298,6 +306,8 @@ def resizing_the_vocabulary_keeps_the_old_logits(subject: Subject) -> Finding:
     """Eight tokens more: old logits, ties, config; saved and loaded; and eight fewer again."""
     model, ids = subject.make(), subject.ids(2, 12)
     before, size = logits(model, ids), subject.vocab_size
+    if input_embeddings(model) is None:
+        return not_applicable("the class names no embedding")
     was_tied = model.get_output_embeddings() is not None and is_tied(model)
     model.resize_token_embeddings(size + 8, mean_resizing=False)
     after = logits(model, ids)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfgpt.check.batches import LENGTHS, count_positions, logits, pad, takes
+from hfgpt.check.batches import LENGTHS, count_positions, input_embeddings, logits, pad, takes
 from hfgpt.check.promise import Finding, close, holds, not_applicable, promise, worst
 from hfgpt.check.subject import Subject
 
@@ -144,7 +144,7 @@ def packed(subject: Subject, **arguments: Any) -> Finding:
 
 def position_tables(model: nn.Module, positions: int) -> list[str]:
     """Names of the embeddings that have a row for each position, or a few more."""
-    tokens: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tokens = input_embeddings(model)
     return [
         name
         for name, module in model.named_modules()

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfgpt.check.learning import ROUNDING, learn, relative_distance, worst_tensor
-from hfgpt.check.promise import Finding, at_most, close, holds, not_applicable, promise
+from hfgpt.check.promise import Finding, NotDone, at_most, close, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
 TIMEOUT_SECONDS = 80
@@ -46,7 +46,9 @@ def run_two_processes(subject: Subject, kind: str, ids: torch.Tensor) -> dict[st
         except subprocess.TimeoutExpired:
             launched.terminate()  # and it ends its two processes, which `kill` would leave behind
             launched.communicate()
-            return f"not done after {TIMEOUT_SECONDS} s: a process waits for the other"
+            raise NotDone(
+                f"not done after {TIMEOUT_SECONDS} s: the machine is slow, or one process waits for the other"
+            ) from None
         if launched.returncode == 0:
             return torch.load(folder / f"seen-{kind}.pt")
         lines = [line.strip() for line in said.splitlines() if "Error: " in line and "ChildFailed" not in line]

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, pipeline
+from transformers import PreTrainedConfig, pipeline
 
+from hfgpt.check.batches import input_embeddings
 from hfgpt.check.promise import Finding, at_most, holds, not_applicable, promise
 from hfgpt.check.subject import Subject
 
@@ -63,28 +64,6 @@ def saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @promise(
     "tools",
-    meaning="AutoModelForCausalLM does not find the class, or makes another model from the same config and seed.",
-    usual_causes="`AutoModelForCausalLM.register(Config, Model)` missing, or in a module that nobody imports; no "
-    "`auto_map` in config.json; a `model_type` that transformers already uses.",
-)
-def auto_class_is_the_class(subject: Subject) -> Finding:
-    """`AutoModelForCausalLM.from_config` gives the very class, with the weights that the seed gives the class."""
-    model = subject.make()
-    if subject.folder is not None:
-        model.config.name_or_path = str(subject.folder)  # where `from_config` looks for code beside the weights
-    torch.manual_seed(0)
-    auto = AutoModelForCausalLM.from_config(model.config, trust_remote_code=subject.trust_remote_code)
-    torch.manual_seed(0)
-    direct = type(model)._from_config(model.config)
-    if type(auto).__qualname__ != type(model).__qualname__:
-        return holds(False, f"it is a {type(auto).__qualname__}, not a {type(model).__qualname__}")
-    own = direct.state_dict()
-    differing = [name for name, tensor in auto.state_dict().items() if not torch.equal(tensor, own[name])]
-    return at_most(len(differing), 0, ", ".join(differing) or "the same class and weights")
-
-
-@promise(
-    "tools",
     meaning="`get_input_embeddings` or `get_output_embeddings` is not the layer that embeds or scores tokens: "
     "resizing the vocabulary, PEFT, quantisation and tying go wrong.",
     usual_causes="names that transformers does not guess (`embed_tokens`, `lm_head`) and no getters of one's own; a "
@@ -93,7 +72,7 @@ def auto_class_is_the_class(subject: Subject) -> Finding:
 def embeddings_are_named(subject: Subject) -> Finding:
     """Their weights are (V, C); the one is given the ids, the scores of the other rank the tokens as the logits do."""
     model, ids = subject.make(), subject.ids(2, 16)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = input_embeddings(model), model.get_output_embeddings()
     if embedding is None or head is None:
         return holds(False, f"`get_input_embeddings` gives {embedding}, `get_output_embeddings` gives {head}")
     seen: dict[str, Tensor] = {}
