@@ -26,6 +26,11 @@ def steps_or_epoch(least: int) -> Rules:
     return {meaning: lambda value: value == "epoch" or (type(value) is int and value >= least)}
 
 
+def switch_or(word: str) -> Rules:
+    """True, false, or a word that leaves it to the program."""
+    return {f"true, false or {word!r}": lambda value: type(value) is bool or value == word}
+
+
 def one_of(*choices: str) -> Rules:
     """One of some texts."""
     return {f"one of {list(choices)}": lambda value: value in choices}

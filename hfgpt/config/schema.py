@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hfgpt.config.ranges import at_least, one_of, steps_or_epoch
+from hfgpt.config.ranges import at_least, one_of, steps_or_epoch, switch_or
 
 ARCHITECTURES = ("gpt2", "nanochat")
 """What `model.architecture` may be: hfgpt/gpt.py or hfgpt/nanochat.py."""
@@ -122,8 +122,10 @@ class TrainConfig:
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), on CPUs too; else each
     process holds them whole (DDP).
     """
-    compile: bool = False
-    """Whether the model runs through torch.compile; its first micro-batch is compared with eager code before step 1."""
+    compile: Any = field(default=False, metadata=switch_or("auto"))
+    """Whether the model runs through torch.compile; its first micro-batch is compared with eager code before step 1.
+    `auto` compiles on a CUDA GPU, where the run is so long that this saves more time than it takes.
+    """
     log_every: int = field(default=1, metadata=at_least(1))
     """Steps between two training lines in metrics.jsonl."""
     eval_every: Any = field(default=100, metadata=steps_or_epoch(1))

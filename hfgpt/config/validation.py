@@ -83,7 +83,7 @@ def check_data(data: DataConfig) -> None:
 def check_train(train: TrainConfig) -> None:
     for tracker in train.trackers:
         check_choice("train.trackers", tracker, TRACKERS)
-    for name, value in [("compile", train.compile), ("precision", train.precision == "fp16" and "fp16")]:
+    for name, value in [("compile", train.compile is True), ("precision", train.precision == "fp16" and "fp16")]:
         if train.shard and value:
             raise ValueError(f"`train.shard` does not go with `train.{name}` ({value!r}) yet. Leave one of them out.")
     if (train.max_steps is None) == (train.epochs is None):

@@ -79,6 +79,13 @@ class WordEncoder:
         self.strange: set[str] = set()
         self.parts = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: the tokenizer once, and no words, which it learns of its own texts."""
+        return {**self.__dict__, "ids_of_word": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "ids_of_word": WordIds(state["tokenizer"].backend_tokenizer.model)}
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 (tokens,).
 

@@ -151,7 +151,7 @@ def check_combination(config: RunConfig, stage: int) -> None:
             f"the launcher asks for DeepSpeed's stage {stage}, which splits nothing. Ask for stage 1, 2 or 3, or "
             "launch without DeepSpeed."
         )
-    if stage == 3 and train.compile:
+    if stage == 3 and train.compile is True:
         raise ValueError("`train.compile` does not go with DeepSpeed's stage 3. Leave it out, or ask for stage 1 or 2.")
     if train.precision == "fp16":
         raise ValueError("`train.precision` ('fp16') does not go with DeepSpeed. Use bf16 or fp32.")

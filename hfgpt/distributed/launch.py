@@ -72,8 +72,8 @@ def join_launch(config: RunConfig) -> None:
     deepspeed.deepspeed_plugin(config, accumulation_steps=1)  # refuses by itself, before anything is written
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """An Accelerator with the precision of the recipe and the engine of the launcher.
+def make_accelerator(config: RunConfig, is_compiled: bool | None) -> Accelerator:
+    """An Accelerator with the precision of the recipe and the engine of the launcher, which may compile what it gets.
 
     Raises:
         ValueError: see `configure_engine`.
@@ -82,7 +82,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[config.train.precision] if plugin is None else "no",
         deepspeed_plugin=plugin,
-        dynamo_backend="inductor" if config.train.compile else "no",
+        dynamo_backend="inductor" if is_compiled else "no",
         # Accumulation is the loop's; a launcher's variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
@@ -182,13 +182,13 @@ def check_launcher(config: RunConfig) -> None:
             f"{change}launch with `--mixed_precision no`."
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend not in ("no", "inductor" if train.compile else "no"):
+    if backend not in ("no", "inductor" if train.compile is True else "no"):
         change = "Set `train.compile=true`" if backend == "inductor" else "Leave it to `train.compile` (inductor)"
         raise ValueError(
             f"the launcher asks for `dynamo_backend` {backend}, the recipe for `train.compile` "
             f"{str(train.compile).lower()}. {change}, or launch with `--dynamo_backend no`."
         )
-    if train.compile and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if train.compile is True and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # A compiled model that accelerate (1.15) has split cannot be put together for a checkpoint: saving hangs.
         raise ValueError("`train.compile` does not go with FSDP2. Set `train.compile=false`, or launch without it.")
     # DeepSpeed alone gets these two; without it accelerate (1.15) drops them.

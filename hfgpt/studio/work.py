@@ -32,7 +32,7 @@ def make_batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(BATCHES):
         ids = torch.randint(job.shape["vocab_size"], (job.rows, job.row_tokens + 1), generator=generator)
-        inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].clone()  # one row's would share memory
         if job.stride is not None:
             targets_BT[:, : -job.stride] = IGNORE_INDEX
         yield inputs_BT.to(job.device), targets_BT.to(job.device)

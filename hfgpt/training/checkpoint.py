@@ -62,12 +62,14 @@ class Manifest:
         identity: what must be the same to go on from here: tokenizer, rows, rows per step.
         val_loss: nats per token, if the validation rows were scored at this step.
         origins: where model and tokenizer came from when the run began, see `hfgpt.training.run.Run`.
+        is_compiled: whether the model ran compiled.
     """
 
     state: TrainState
     identity: dict[str, Any]
     val_loss: float | None = None
     origins: dict[str, str] = field(default_factory=dict)
+    is_compiled: bool = False
 
 
 def save_checkpoint(

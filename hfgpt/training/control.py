@@ -86,7 +86,7 @@ class TrainingControl:
         set_seed(run.config.seed + PartialState().process_index)  # each process draws dropout of its own
         if run.resume_from is not None:
             checkpoint.load_states(run.resume_from, self.states, run.rows.streamed)
-        self.guard = NonFiniteGuard(run.model, run.config.train, self.recorder)
+        self.guard = NonFiniteGuard(run.model, run.config.train, self.recorder, bool(run.is_compiled))
 
     def steps(self, loader: DataLoader) -> Iterator[MicroBatches]:
         """Yield the micro-batches of each optimizer step until training is over, from the row where the run goes on.
@@ -125,7 +125,7 @@ class TrainingControl:
             count, is_asked = int(self.targets), bool(asked)
         self.micro_batches = [send_to_device(batch, device, non_blocking=True) for batch in micro_batches]
         self.is_asked_to_stop = is_asked
-        if self.run.config.train.compile and self.state == self.run.start:
+        if self.run.is_compiled and self.state == self.run.start:
             check_compiled(self.run, self.recorder, self.accelerator, self.model, self.micro_batches[0], self.targets)
         self.state = self.run.next_state(self.state, len(micro_batches), count)
         return self.micro_batches, self.targets

@@ -24,7 +24,7 @@ def run_loop(run: Run, control: TrainingControl) -> None:
         Stopped: a stop was asked for; there is a checkpoint of the last step.
     """
     config = run.config
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, run.is_compiled)
     loader = run.train_loader()
     model, optimizer = prepare(accelerator, run.model, make_optimizer(run.model, run.optim))
     schedule = make_schedule(optimizer, run.optim, run.total_steps)

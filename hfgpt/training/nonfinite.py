@@ -36,11 +36,14 @@ class NonFiniteGuard:
         model: whose steps they are.
         train: the policy and the precision.
         recorder: logs steps that were left out; it knows those before the run went on.
+        is_compiled: whether the model is, which may be why nothing is learnt.
     """
 
-    def __init__(self, model: PreTrainedModel, train: TrainConfig, recorder: Recorder) -> None:
+    def __init__(
+        self, model: PreTrainedModel, train: TrainConfig, recorder: Recorder, is_compiled: bool = False
+    ) -> None:
         self.model, self.recorder = model, recorder
-        self.skips, self.is_compiled = train.on_nonfinite == "skip", train.compile
+        self.skips, self.is_compiled = train.on_nonfinite == "skip", is_compiled
         self.is_scaled = train.precision == "fp16"
         skipped = recorder.count_in_a_row(lambda line: "skipped" in line)
         zeros = recorder.count_in_a_row(lambda line: line.get("grad_norm") == 0)

@@ -54,6 +54,7 @@ class Run:
         identity: what must be the same to go on: tokenizer, rows, rows per step.
         origins: where model and tokenizer come from: "nothing", "folder" or "hub".
         lock: held while the run writes into its folder; on the main process.
+        is_compiled: whether the model runs through torch.compile; None if that is still to be decided.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class Run:
     identity: dict[str, Any]
     origins: dict[str, str]
     lock: FileLock | None
+    is_compiled: bool | None
 
     @property
     def global_batch(self) -> int:
@@ -167,13 +169,18 @@ def open_run(config: RunConfig, resume: bool | str = False) -> Run | None:
         identity=identify(config, tokenizer, rows),
         origins={"model": origin(config.init_from), "tokenizer": origin(config.tokenizer.name or config.init_from)},
         lock=None,
+        is_compiled=None if config.train.compile == "auto" else config.train.compile,
     )
     optim = replace(config.optim, warmup_steps=fit_warmup(config.optim.warmup_steps, run.total_steps))
     run = replace(run, optim=optim)
     if resume_from is not None:
         manifest = checkpoint.load_manifest(resume_from)
         check_same_run(run, manifest)
-        run = replace(run, start=manifest.state, origins=manifest.origins or run.origins)
+        is_compiled = run.is_compiled
+        if is_compiled is None and PartialState().device.type == "cuda":
+            is_compiled = manifest.is_compiled  # so that the steps are those of a run that never stopped
+        origins = manifest.origins or run.origins
+        run = replace(run, start=manifest.state, origins=origins, is_compiled=is_compiled)
     return lock_run(place_model(run), resume)
 
 

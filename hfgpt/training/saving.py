@@ -33,7 +33,7 @@ def save_checkpoint(
             write_json(folder / "trainer_state.json", place)
 
     recorder.pause()
-    manifest = checkpoint.Manifest(state, run.identity, val_loss, run.origins)
+    manifest = checkpoint.Manifest(state, run.identity, val_loss, run.origins, bool(run.is_compiled))
     checkpoint.save_checkpoint(run.folder, manifest, write, states, run.config.train.keep_last, run.rows.streamed)
     recorder.resume()
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hfgpt.training.finish import finish_run
 from hfgpt.training.recorder import open_recorder
 from hfgpt.training.run import open_run
 from hfgpt.training.signals import StopRequest
-from hfgpt.training.startup_checks import check_start
+from hfgpt.training.startup_checks import check_start, choose_compile
 
 
 def train(
@@ -52,6 +53,8 @@ def train(
     run = open_run(config, resume)
     if run is None:
         return RunResults.read(config.output_dir)
+    if run.is_compiled is None:
+        run = replace(run, is_compiled=choose_compile(run))
     if config.loop == "trainer":
         from hfgpt.training.trainer import run_trainer as train_loop  # takes seconds to import, so only if wanted
     else:

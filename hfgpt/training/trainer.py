@@ -51,7 +51,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         per_device_train_batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         max_grad_norm=config.optim.max_grad_norm,
-        torch_compile=config.train.compile,
+        torch_compile=bool(run.is_compiled),
         use_cache=run.model.config.use_cache,  # Trainer writes its own value into the model's config
         remove_unused_columns=False,  # or Trainer drops shift_labels
         ignore_data_skip=run.rows.streamed is not None,  # a stream goes on by itself where it stopped

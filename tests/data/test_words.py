@@ -1,6 +1,7 @@
 """Text is tokenized word by word where that gives the tokenizer's own ids, and nowhere else."""
 
 import json
+import pickle
 import re
 import unicodedata
 
@@ -56,6 +57,17 @@ def encoder(tokenizer):
 def same(encoded, expected):
     assert [each.tolist() for each in encoded] == [each.tolist() for each in expected]
     assert {each.dtype for each in encoded} <= {np.dtype(np.int32)}
+
+
+def test_another_process_gets_the_tokenizer_once_and_gives_the_same_ids(tokenizer):
+    texts = [TEXT, *PARTS]
+    encoder = WordEncoder(tokenizer)
+    expected = encoder.encode(texts)
+
+    sent = pickle.dumps(encoder)
+
+    assert len(sent) < len(pickle.dumps(tokenizer)) + 1000
+    same(pickle.loads(sent).encode(texts), expected)
 
 
 @settings(deadline=None, max_examples=200)

@@ -15,6 +15,7 @@ from hfgpt.studio.bench import bench
 from hfgpt.studio.job import make_job
 from hfgpt.studio.report import render
 from hfgpt.studio.sides import LLMsFromScratch, as_fast, parameters_of, write_weights
+from hfgpt.studio.work import make_batches
 from hfgpt.weights import load
 
 NANOGPT = Path(__file__).with_name("nanogpt")
@@ -127,6 +128,15 @@ def test_a_checkout_that_is_something_else_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="has no `GPTConfig`: this is not nanoGPT"):
         bench(make_job("train", peer, **SHORT))
+
+
+def test_one_row_keeps_its_tokens_where_only_its_end_is_scored():
+    job = make_job("evaluate", "transformers", **{**SHORT, "batch_size": 1}, stride=5)
+
+    for inputs, targets in make_batches(job):
+        assert (inputs >= 0).all()
+        assert torch.equal(targets[:, -5:-1], inputs[:, -4:])
+        assert (targets[:, :-5] == -100).all()
 
 
 def test_a_stride_longer_than_a_row_is_refused():

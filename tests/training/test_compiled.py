@@ -6,7 +6,9 @@ from functorch.compile import make_boxed_func
 from runs import DROPOUT, LOOPS, assert_same_path, assert_same_run, run, run_to_step, training_lines
 from torch._dynamo.backends.common import aot_autograd
 
-from hfgpt.training.checkpoint import checkpoints
+from hfgpt.config.loading import load_config
+from hfgpt.training.checkpoint import checkpoints, load_manifest
+from hfgpt.training.startup_checks import COMPILE_FROM, eager_seconds
 
 WITH_DROPOUT = [f"model.{name}={value}" for name, value in DROPOUT.items()]
 SHORT = ["train.epochs=null", "train.max_steps=3", "train.compile=true", "sample.max_new_tokens=0"]
@@ -90,6 +92,28 @@ def test_a_compiled_step_that_is_another_ends_the_run_before_anything_is_trained
     assert "\n" not in str(caught.value)
     assert not training_lines(recipe.parent / "out")
     assert not checkpoints(recipe.parent / "out")
+
+
+def test_a_run_that_may_choose_does_not_compile_on_a_cpu_and_says_so(recipe, counted, capsys):
+    folder = run(recipe, "out", *SHORT, "train.compile=auto")
+
+    assert "`train.compile=auto`: not compiled (that takes a CUDA GPU)" in capsys.readouterr().err
+    assert not counted
+    assert "compile: auto" in (folder / "run.yaml").read_text()
+    assert not load_manifest(checkpoints(folder)[-1]).is_compiled
+
+
+@pytest.mark.parametrize(("steps", "pays"), [(2000, False), (5000, True)])
+def test_compiling_pays_where_it_saves_more_than_it_takes(steps, pays):
+    # An H100: 700 TFLOP/s of products; GPT-2's 124M, 32 rows of 1,024 tokens; 40 s to compile, 17 ms saved a step.
+    flops = steps * 32 * 1024 * (6 * 124_000_000 + 12 * 12 * 768 * 1024)
+
+    assert (eager_seconds(flops, peak=700e12) >= COMPILE_FROM) == pays == (steps * 0.017 > 40)
+
+
+def test_what_is_neither_true_nor_false_nor_auto_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"`train.compile` must be true, false or 'auto', got 'atuo'"):
+        load_config(recipe, ["train.compile=atuo"])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
