@@ -46,6 +46,7 @@ ELSEWHERE = {
     **dict.fromkeys("softcap logit_softcap softcapping".split(), "model.final_logit_softcapping"),
     **dict.fromkeys("rope_base rotary_base theta".split(), "model.rope_theta"),
     **dict.fromkeys("activation hidden_act act".split(), "model.activation_function"),
+    **dict.fromkeys("muon_lr matrix_lr".split(), "optim.muon_learning_rate"),
     **dict.fromkeys("wd decay".split(), "optim.weight_decay"),
     **dict.fromkeys("grad_clip clip clip_grad grad_norm max_norm gradient_clip_val".split(), "optim.max_grad_norm"),
     **dict.fromkeys("warmup warmup_iters lr_warmup_steps num_warmup_steps".split(), "optim.warmup_steps"),

@@ -86,10 +86,12 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule; read by hfgpt/training/optim.py."""
 
-    name: str = field(default="adamw", metadata=one_of("adamw"))
-    """A key of `hfgpt.training.optim.OPTIMIZERS`."""
+    name: str = field(default="adamw", metadata=one_of("adamw", "muon"))
+    """A key of `hfgpt.training.optim.OPTIMIZERS`: `muon` is for the matrices of the blocks, with AdamW for the rest."""
     learning_rate: float = field(default=1.0e-3, metadata={"finite and above 0": lambda rate: 0 < rate < math.inf})
-    """Peak of the schedule."""
+    """Peak of the schedule; with `muon` AdamW's."""
+    muon_learning_rate: float = field(default=0.02, metadata={"finite and above 0": lambda rate: 0 < rate < math.inf})
+    """Peak for the matrices that `muon` optimizes, whose steps have a size of their own."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=BETAS)
     """AdamW's averaging of gradients and of their squares, each in [0, 1)."""
     weight_decay: float = field(default=0.1, metadata=at_least(0))

@@ -32,11 +32,7 @@ def check_options(config: RunConfig) -> None:
     check_ranges(config)
     check_data(config.data)
     check_train(config.train)
-    optim = config.optim
-    if optim.schedule != "wsd" and optim.decay_share != OptimConfig.decay_share:
-        raise ValueError(
-            f"`optim.decay_share` ({optim.decay_share}) has no effect: `optim.schedule` is not wsd. Leave it out."
-        )
+    check_optim(config)
     if config.data.streaming:
         check_streaming(config)
     check_warmup(config)
@@ -107,6 +103,22 @@ def check_train(train: TrainConfig) -> None:
             "`train.on_nonfinite` (skip) has no effect with `train.precision` fp16, whose scaler skips such steps "
             "itself. Leave it out."
         )
+
+
+def check_optim(config: RunConfig) -> None:
+    optim, train = config.optim, config.train
+    for name, owner, is_so in [
+        ("muon_learning_rate", "`optim.name` is not muon", optim.name != "muon"),
+        ("decay_share", "`optim.schedule` is not wsd", optim.schedule != "wsd"),
+    ]:
+        value = getattr(optim, name)
+        if is_so and value != getattr(OptimConfig, name):
+            raise ValueError(f"`optim.{name}` ({value}) has no effect: {owner}. Leave it out.")
+    for name, value in [("shard", train.shard), ("precision", train.precision == "fp16" and "fp16")]:
+        if optim.name == "muon" and value:
+            raise ValueError(
+                f"`optim.name` muon does not go with `train.{name}` ({value!r}) yet. Leave one of them out."
+            )
 
 
 def check_streaming(config: RunConfig) -> None:

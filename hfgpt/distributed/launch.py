@@ -191,6 +191,13 @@ def check_launcher(config: RunConfig) -> None:
     if train.compile is True and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # A compiled model that accelerate (1.15) has split cannot be put together for a checkpoint: saving hangs.
         raise ValueError("`train.compile` does not go with FSDP2. Set `train.compile=false`, or launch without it.")
+    engines = {"FSDP2": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+    for engine, variable in engines.items():
+        if config.optim.name == "muon" and parse_flag_from_env(variable):
+            raise ValueError(
+                f"`optim.name` muon needs whole matrices, and {engine} takes them apart or steps by itself. Set "
+                "`optim.name=adamw`, or launch without it."
+            )
     # DeepSpeed alone gets these two; without it accelerate (1.15) drops them.
     for name, option, value, ignored in [
         ("gradient_accumulation_steps", "train.gradient_accumulation_steps", train.gradient_accumulation_steps, "1"),

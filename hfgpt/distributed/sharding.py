@@ -174,7 +174,12 @@ class OptimizerState:
                 "param_groups": [{**group, "params": [names[each] for each in group["params"]]} for group in groups],
             }
         options = StateDictOptions(full_state_dict=is_sharded(self.model), cpu_offload=is_sharded(self.model))
-        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        saved: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if saved:  # the first process's
+            # In the groups' order, in which torch loads it: an optimizer has its own, that in which it met gradients.
+            ordered = [name for group in saved["param_groups"] for name in group["params"]]
+            saved["state"] = {name: saved["state"][name] for name in ordered if name in saved["state"]}
+        return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, each process its part."""

@@ -21,7 +21,10 @@ def advise(results: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]])
     """
     trained = [line for line in evaluations if line["step"] > 0]
     start = next((line["val_loss"] for line in evaluations if line["step"] == 0), None)
-    rate = f"`optim.learning_rate` ({results['run']['optim']['learning_rate']:g})"
+    optim = results["run"]["optim"]
+    rate = f"`optim.learning_rate` ({optim['learning_rate']:g})"
+    if optim["name"] == "muon":
+        rate += f" and `optim.muon_learning_rate` ({optim['muon_learning_rate']:g})"
     answers = [
         about_start(results, start, rate),
         about_turn(results, trained, rate),

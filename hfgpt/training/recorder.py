@@ -23,7 +23,10 @@ from hfgpt.training.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.md"
 
-DIVERGED = "training diverged. Lower `optim.learning_rate` or raise `optim.warmup_steps`, in another `output_dir`."
+DIVERGED = (
+    "training diverged. Lower `optim.learning_rate` (with Muon also `optim.muon_learning_rate`) or raise "
+    "`optim.warmup_steps`, in another `output_dir`."
+)
 
 
 def check_finite_loss(name: str, loss: float, step: int) -> None:

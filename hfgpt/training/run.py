@@ -30,6 +30,7 @@ from hfgpt.system.quoting import quote
 from hfgpt.system.storage import write_atomically
 from hfgpt.training import checkpoint
 from hfgpt.training.checkpoint import TrainState
+from hfgpt.training.optim import block_matrices
 from hfgpt.training.trackers import check_trackers
 from hfgpt.weights import load
 from hfgpt.weights.model_parts import model_class_of
@@ -371,11 +372,13 @@ def prompt_ids(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> torch.T
 
 
 def check_fit(config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
-    """Refuse ids that the model has no row for, and a sample that does not fit its positions.
+    """Refuse ids without a row in the model, a sample longer than its positions, and Muon where it has no matrices.
 
     Raises:
-        ValueError: naming the numbers.
+        ValueError: naming what does not fit.
     """
+    if config.optim.name == "muon":
+        block_matrices(model)
     separator = set() if config.data.separator is None else {tokenizer.eos_token_id}
     name = f"the tokenizer {config.tokenizer.name or config.init_from}"
     remedy = "Leave `tokenizer.name` out to use the model's own." if config.tokenizer.name else None

@@ -333,7 +333,7 @@ BAD_INPUT = [
     ("train list.yaml", "list.yaml is not a recipe", "`key: value` lines"),
     ("train dmeo", "no recipe 'dmeo'", "`demo`"),
     ("config dmeo", "no recipe 'dmeo'", "`demo`"),
-    ("config demo optim.name=adam", "`optim.name`", "'adam'", "one of ['adamw']"),
+    ("config demo optim.name=adam", "`optim.name`", "'adam'", "one of ['adamw', 'muon']"),
     (f"{TRAIN} trian.max_steps=3", "`trian.max_steps`", "Did you mean `train.max_steps=3`?"),
     (f"{TRAIN} seed", "'seed' is not an override", "Did you mean `seed=VALUE`?"),
     (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear']"),
