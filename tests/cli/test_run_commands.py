@@ -336,7 +336,7 @@ BAD_INPUT = [
     ("config demo optim.name=adam", "`optim.name`", "'adam'", "one of ['adamw', 'muon']"),
     (f"{TRAIN} trian.max_steps=3", "`trian.max_steps`", "Did you mean `train.max_steps=3`?"),
     (f"{TRAIN} seed", "'seed' is not an override", "Did you mean `seed=VALUE`?"),
-    (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear']"),
+    (f"{TRAIN} optim.schedule=cosin", "`optim.schedule`", "'cosin'", "one of ['constant', 'cosine', 'linear', 'wsd']"),
     (f"{TRAIN} optim.warmup_steps=7", "`optim.warmup_steps` (7)", "`train.max_steps` (6)", "lower the one"),
     (
         f"{TRAIN} train.trackers=[tensorbord]",

@@ -23,7 +23,7 @@ WELL = {
     "validation_rows": 400,
     "scored_validation_rows": 400,
     "skipped_steps": 0,
-    "run": {"optim": {"learning_rate": 0.001}, "train": {"epochs": 3.0}},
+    "run": {"optim": {"name": "adamw", "learning_rate": 0.001}, "train": {"epochs": 3.0}},
 }
 
 
@@ -63,12 +63,15 @@ def test_a_run_that_went_well_is_told_nothing():
         # the gap, and whether the text was read more than once
         ({"loss_gap": 0.8}, LEARNT, r"0\.80 nats above the training loss, after 3\.0 passes over the text: more text"),
         (
-            {"loss_gap": 0.8, "run": {"optim": {"learning_rate": 1e-3}, "train": {"epochs": 0.4}}},
+            {"loss_gap": 0.8, "run": {"optim": {"name": "adamw", "learning_rate": 1e-3}, "train": {"epochs": 0.4}}},
             LEARNT,
             r"no text was read twice: the validation text is of another kind",
         ),
         (
-            {"loss_gap": 0.8, "run": {"optim": {"learning_rate": 1e-3}, "train": {"epochs": None}}},  # a stream
+            {
+                "loss_gap": 0.8,
+                "run": {"optim": {"name": "adamw", "learning_rate": 1e-3}, "train": {"epochs": None}},
+            },  # a stream
             LEARNT,
             r"no text was read twice",
         ),
