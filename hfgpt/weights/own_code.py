@@ -25,7 +25,8 @@ BROKEN_MODEL = (OSError, SafetensorError, StrictDataclassError, RuntimeError, Va
 
 def brings_own_code(source: str) -> bool:
     """Whether a source is a language model with its code beside it, of an architecture that is none of hfgpt's."""
-    return "AutoModelForCausalLM" in fields_of_foreign(source).get("auto_map", ())
+    auto_map = fields_of_foreign(source).get("auto_map")
+    return isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
 
 
 def fields_of_foreign(source: str) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def fields_of_foreign(source: str) -> dict[str, Any]:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError):
         return {}  # what reads it says what is wrong with it
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str | None):
+        return {}
     return {} if fields.get("model_type") in ARCHITECTURES else fields
 
 
