@@ -52,7 +52,7 @@ def load_causal_lm(
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
         model_type = fields.get("model_type")
-        if model_type is None:
+        if not isinstance(model_type, str):
             raise ValueError("its config.json names no `model_type`.")
         if model_type == HFGPTConfig.model_type:
             return load(source, wanted), load_tokenizer(tokenizer or source)
