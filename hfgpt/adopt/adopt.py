@@ -34,6 +34,7 @@ from hfgpt.adopt.names import unread
 from hfgpt.adopt.probe import Findings, constant_buffers, draw_ids, drop_changing, probe
 from hfgpt.adopt.source import Program, is_installed
 from hfgpt.data.tokenizer import count_rows, load_tokenizer, save_tokenizer
+from hfgpt.system.extras import install_command
 from hfgpt.system.storage import new_path
 
 LEVEL = "level 1: without a cache that transformers knows, `generate` computes the whole prefix again for every token"
@@ -285,8 +286,8 @@ class Adopter:
         missing = [each for each in needed if not is_installed(each)]
         if missing:
             raise ValueError(
-                f"{self.path} imports {', '.join(missing)}, which is not installed here. Run `pip install "
-                f"{' '.join(missing)}`, or take the import out of the class."
+                f"{self.path} imports {', '.join(missing)}, which is not installed here. Run "
+                f"`{install_command(missing)}`, or take the import out of the class."
             )
         return needed
 

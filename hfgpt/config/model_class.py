@@ -35,7 +35,7 @@ def find_model_class(config: RunConfig) -> Any:
         if f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"`model_class` ({name!r}): there is no module {error.name!r}. Run this in the folder that holds it, "
-                "or install it there: `pip install --editable .`"
+                "or install it as a package."
             ) from error
         raise
     from transformers import GenerationMixin, PreTrainedModel  # which takes a second

@@ -33,7 +33,7 @@ def make_model(config: RunConfig, vocab_size: int, init: str = "book") -> HFGPTF
         return prepare(HFGPTForCausalLM(shape).eval())
     told = Unsaid(heads=shape.num_attention_heads, activation=shape.activation_function)
     checkpoint = llms_from_scratch.read({**book_state_dict(shape)}, {}, told)
-    for name in DROPOUT_FIELDS:
+    for name in set(DROPOUT_FIELDS) & set(HFGPTConfig.__annotations__):
         setattr(checkpoint.config, name, getattr(shape, name))
     model, _ = build(checkpoint)
     return prepare(model)
