@@ -56,7 +56,7 @@ def test_an_untied_head_and_missing_biases_are_computed_as_the_book_does(make_gp
     torch.testing.assert_close(checkpoint.logits(ids, torch.float64), logits_of(gpt2, ids), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("to", [form for form in WRITERS if form != "nanochat"])  # which holds another network
 def test_what_was_written_can_be_verified(make_gpt2, tmp_path, to):
     make_gpt2(activation_function="gelu" if to == "nanogpt" else "gelu_new").save_pretrained(tmp_path / "gpt2")
 
