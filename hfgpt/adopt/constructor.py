@@ -195,7 +195,7 @@ def is_module(each: type) -> bool:
 def annotation_of(module_class: type, parameter: inspect.Parameter) -> Any:
     try:
         return typing.get_type_hints(vars(module_class)["__init__"]).get(parameter.name)
-    except Exception:
+    except Exception:  # annotations are a stranger's expressions, and may mean nothing here: then they say nothing
         return None
 
 

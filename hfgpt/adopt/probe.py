@@ -108,7 +108,7 @@ def find_embedding(module: nn.Module) -> tuple[int, str | None]:
         for count in range(1, 3):
             try:
                 module(*([ids] * min(count, len(names))))
-            except Exception:
+            except Exception:  # a call that it does not take; how it is called is found out elsewhere
                 continue
             break
     finally:
@@ -345,7 +345,7 @@ def works(module: nn.Module, call: Call, length: int, rows: int) -> bool:
     ids = draw_ids(rows, length)[:1]
     try:
         return tuple(call.logits(module, ids).shape[:2]) == (1, length)
-    except Exception:
+    except Exception:  # whatever it raises at a length that it does not take is the answer
         return False
 
 

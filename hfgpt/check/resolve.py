@@ -53,7 +53,7 @@ def check_has_logits(subject: Subject) -> None:
     try:
         with torch.no_grad():
             output = subject.make()(subject.ids(1, 3))
-    except Exception:  # whatever a stranger's model raises
+    except Exception:  # whatever a stranger's model raises: the promises run it again, and report it
         return
     shape = tuple(getattr(output, "logits", torch.empty(0)).shape)
     if shape != (1, 3, subject.vocab_size):
